@@ -1,0 +1,5 @@
+"""`python -m meshnode` is the `meshnode` command."""
+
+from meshnode.cli import main
+
+main()

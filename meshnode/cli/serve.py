@@ -1,0 +1,125 @@
+"""Run a node: `serve` with engines, `client` without."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import get_args
+
+import click
+
+from meshnode.cli.edge import F, config_from, data_dir_option, json_option
+from meshnode.config import API_DEFAULT, LISTEN_DEFAULT, SLOTS_DEFAULT, Config, LogLevel
+
+_NODE_OPTIONS: tuple[Callable[[F], F], ...] = (
+    click.option(
+        "--api",
+        metavar="HOST:PORT",
+        help=f"Where the OpenAI API listens. [default: {API_DEFAULT}]",
+    ),
+    click.option(
+        "--listen",
+        multiple=True,
+        metavar="MULTIADDR",
+        help=f"Where peers reach this node; repeatable. [default: {' and '.join(LISTEN_DEFAULT)}]",
+    ),
+    click.option(
+        "--bootstrap",
+        multiple=True,
+        metavar="MULTIADDR",
+        help="A member to start from, with its /p2p/ id; repeatable.",
+    ),
+    click.option("--mesh", metavar="NAME", help='A mesh this node belongs to, or "public".'),
+    click.option(
+        "--join",
+        metavar="TOKEN",
+        help="Become a member with a token from `meshnode invite`; needed once. "
+        "MESHNODE_JOIN keeps it out of the process list.",
+    ),
+    click.option("--no-mdns", is_flag=True, default=None, help="Do not look for peers on the LAN."),
+    data_dir_option,
+    click.option(
+        "--config",
+        metavar="FILE",
+        help="A TOML file with keys named like these flags. [default: DIR/config.toml]",
+    ),
+    click.option(
+        "--log-format",
+        type=click.Choice(["pretty", "json"]),
+        help="For people or for machines; both go to stderr. [default: pretty]",
+    ),
+    click.option("--log-level", type=click.Choice(get_args(LogLevel)), help="[default: info]"),
+    json_option,
+)
+
+
+def node_options(command: F) -> F:
+    """The options of everything that runs a node."""
+    for option in reversed(_NODE_OPTIONS):
+        command = option(command)
+    return command
+
+
+@click.command()
+@click.option(
+    "--model",
+    multiple=True,
+    metavar="PATH_OR_NAME[=ALIAS]",
+    help="A GGUF file, or the name of a known model; repeatable. [default: default]",
+)
+@click.option(
+    "--context",
+    type=int,
+    metavar="TOKENS",
+    help="Context to keep per model. [default: as trained, if it fits in memory]",
+)
+@click.option(
+    "--slots",
+    type=int,
+    metavar="N",
+    help=f"Conversations kept at once per model. [default: {SLOTS_DEFAULT}]",
+)
+@node_options
+def serve(as_json: bool, **options: object) -> None:
+    """Run a node that serves models to this machine and to its mesh.
+
+    The node loads its models, finds the other nodes of its mesh, and answers on an
+    OpenAI-compatible API: with its own engine, or through whichever peer has the model and is
+    free. Every flag can also be given as MESHNODE_FLAG in the environment (lists with commas)
+    or as a key in a TOML file; flags win over the environment, the environment over the file.
+
+    \b
+    Examples:
+      meshnode serve
+      meshnode serve --model ~/models/qwen3-8b-q4_0.gguf=qwen3
+      meshnode serve --mesh home --api 0.0.0.0:9337
+      meshnode serve --join mesh1.…
+    """
+    run(config_from(options, "node"), as_json)
+
+
+@click.command()
+@node_options
+def client(as_json: bool, **options: object) -> None:
+    """Run a gateway without an engine.
+
+    The mesh's API on this machine, computed by others. Takes the flags of `meshnode serve`,
+    less those about models.
+
+    \b
+    Examples:
+      meshnode client --mesh home
+      meshnode client --join mesh1.… --api 127.0.0.1:8080
+    """
+    run(config_from(options, "gateway"), as_json)
+
+
+def run(config: Config, as_json: bool) -> None:
+    """Run the configured node in the foreground until it is told to stop."""
+    if not as_json and config.log_format == "pretty":
+        click.echo("starting …", err=True)  # importing libp2p takes seconds
+    from meshnode.cli.foreground import run_in_foreground
+    from meshnode.cli.logs import set_up_logging
+    from meshnode.node import run_node
+
+    set_up_logging("json" if as_json else config.log_format, config.log_level)
+    run_in_foreground(run_node, config, as_json=as_json)

@@ -1,0 +1,273 @@
+"""The Trio driver: gives the stack its inputs and the time, performs its effects.
+
+Everything that happens to a node enters by `submit`, which runs the cores at once and performs
+what they decide in order; no effect waits, so none can hold up the next. One task sleeps until
+the stack's deadline. The simulator is the other driver of the same stack.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import cast
+
+import trio
+
+from meshnode.errors import PeerUnreachableError, RemoteProtocolError
+from meshnode.identity import PeerId
+from meshnode.messages import MESSAGE_BYTES_MAX, Control, decode, encode
+from meshnode.protocol import (
+    Connect,
+    Disconnect,
+    Effect,
+    Emit,
+    Event,
+    Input,
+    Publish,
+    PublishRecord,
+    Send,
+)
+from meshnode.protocol.stack import (
+    Connected,
+    DialFailed,
+    Disconnected,
+    Learn,
+    RecordFound,
+    Stack,
+    Stop,
+)
+from meshnode.transport import Stream
+from meshnode.transport.dht import Dht
+from meshnode.transport.frames import receive_frame, send_frame
+from meshnode.transport.gossip import Gossip
+from meshnode.transport.libp2p import Libp2pHost
+
+logger = logging.getLogger(__name__)
+
+CONTROL_PROTOCOL = "/meshnode/control/1"
+OUTBOX_MAX = 64
+"""Control messages waiting for one peer; they are small and rare, more means it does not read."""
+FRAMES_PER_S_MAX = 50
+"""A peer that sends more control messages is read more slowly; a lively mesh sends one a second."""
+GOODBYE_S = 1.0
+"""How long a shutdown waits for the goodbyes to leave."""
+LOOKUP_FIRST_S = 5.0
+LOOKUP_EVERY_S = 120.0
+"""DHT look-ups cost about a CPU second each (measured), and gossip usually knows already."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Outbox:
+    """Control messages on their way to one peer; `flushed` when it has read them all."""
+
+    send: trio.MemorySendChannel[Control | None]
+    flushed: trio.Event
+
+
+class Driver:
+    """Runs one `Stack` on a real network."""
+
+    def __init__(
+        self, stack: Stack, host: Libp2pHost, mesh_id: str, on_event: Callable[[Event], None]
+    ) -> None:
+        self.stack = stack
+        self._host = host
+        self._on_event = on_event
+        self._gossip = Gossip(host, mesh_id, self._on_advert)
+        self._dht = Dht(
+            host,
+            mesh_id,
+            lambda value: stack.check_record(value, trio.current_time()),
+            stack.newest_record,
+        )
+        self._outboxes: dict[PeerId, _Outbox] = {}
+        self._deadline_moved = trio.Event()
+        self._nursery: trio.Nursery | None = None
+        self._publishing_record = trio.CapacityLimiter(1)
+        host.handle(CONTROL_PROTOCOL, self._serve_control, members_only=False)
+
+    # --- inputs ---------------------------------------------------------------------------------
+
+    def submit(self, sender: PeerId, message: Input) -> None:
+        """Give the stack one message or command, now."""
+        self._perform(self.stack.receive(sender, message, trio.current_time()))
+
+    def connected(self, peer: PeerId) -> None:
+        if self._nursery is None:
+            return
+        send, receive = trio.open_memory_channel[Control | None](OUTBOX_MAX)
+        outbox = self._outboxes[peer] = _Outbox(send, trio.Event())
+        self._nursery.start_soon(self._write_control, peer, receive, outbox.flushed)
+        self.submit(peer, Connected())
+
+    def disconnected(self, peer: PeerId, reason: str) -> None:
+        outbox = self._outboxes.pop(peer, None)
+        if outbox is not None:
+            outbox.send.close()
+        self._dht.remove_member(peer)
+        self.submit(peer, Disconnected(reason))
+
+    def _on_advert(self, envelope: bytes) -> bool:
+        may_spread = self.stack.gossip(envelope, trio.current_time())
+        self._deadline_moved.set()
+        return may_spread
+
+    # --- life -----------------------------------------------------------------------------------
+
+    async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """Drive until cancelled. Call `say_goodbye` before, for the members' sake."""
+        async with (
+            self._gossip.running(),
+            self._dht.running(),
+            trio.open_nursery() as nursery,
+        ):
+            self._nursery = nursery
+            nursery.start_soon(self._look_up_peers)
+            for peer in self._host.peers():
+                self.connected(peer)
+            task_status.started()
+            try:
+                await self._keep_time()
+            finally:
+                self._nursery = None
+
+    async def say_goodbye(self) -> None:
+        """Tell the members that we leave, and wait a moment until they have read it."""
+        self.submit(self.stack.own, Stop())
+        outboxes = tuple(self._outboxes.values())
+        for outbox in outboxes:
+            outbox.send.close()
+        with trio.move_on_after(GOODBYE_S):
+            for outbox in outboxes:
+                await outbox.flushed.wait()
+
+    async def _keep_time(self) -> None:
+        while True:
+            deadline = self.stack.deadline()
+            with trio.move_on_at(math.inf if deadline is None else deadline):
+                await self._deadline_moved.wait()
+            self._deadline_moved = trio.Event()
+            self._perform(self.stack.tick(trio.current_time()))
+
+    async def _look_up_peers(self) -> None:
+        """Find members that nobody we know has told us of, through the DHT."""
+        await trio.sleep(LOOKUP_FIRST_S)
+        while True:
+            if self._dht.size():
+                for peer, addrs in (await self._dht.find_providers("")).items():
+                    if peer == self.stack.own or self.stack.records.get(peer) is not None:
+                        continue
+                    record = await self._dht.find_record(peer)
+                    if record is not None:
+                        self.submit(peer, RecordFound(record))
+                    else:
+                        self.submit(peer, Learn(addrs))
+            await trio.sleep(LOOKUP_EVERY_S)
+
+    def dht_size(self) -> int:
+        return self._dht.size()
+
+    # --- effects --------------------------------------------------------------------------------
+
+    def _perform(self, effects: list[Effect]) -> None:
+        nursery = self._nursery
+        if nursery is None:
+            return
+        for effect in effects:
+            match effect:
+                case Send(peer, message):
+                    self._post(peer, message)
+                case Connect(peer, addrs):
+                    nursery.start_soon(self._dial, peer, addrs)
+                case Disconnect(peer, reason):
+                    logger.info("disconnecting %s: %s", peer, reason)
+                    self._post(peer, None)
+                case Publish(advert):
+                    nursery.start_soon(self._gossip.publish, advert)
+                case PublishRecord(record, models):
+                    nursery.start_soon(self._publish_record, record, models)
+                case Emit(event):
+                    self._on_emit(nursery, event)
+        self._deadline_moved.set()
+
+    def _on_emit(self, nursery: trio.Nursery, event: Event) -> None:
+        peer = event.peer
+        if self.stack.is_member(peer):
+            self._host.admit(peer)
+            known = self.stack.records.get(peer)
+            if known is not None:
+                nursery.start_soon(self._dht.add_member, peer, known.record.addrs)
+        self._on_event(event)
+
+    def _post(self, peer: PeerId, message: Control | None) -> None:
+        """Queue a message, or None to hang up after what is queued already."""
+        outbox = self._outboxes.get(peer)
+        if outbox is None or self._nursery is None:
+            return
+        try:
+            outbox.send.send_nowait(message)
+        except trio.WouldBlock:
+            logger.warning("%s does not read its control messages; hanging up", peer)
+            self._nursery.start_soon(self._host.disconnect, peer)
+        except (trio.ClosedResourceError, trio.BrokenResourceError):
+            if message is None:
+                self._nursery.start_soon(self._host.disconnect, peer)
+
+    async def _dial(self, peer: PeerId, addrs: tuple[str, ...]) -> None:
+        try:
+            await self._host.dial(peer, addrs)
+        except PeerUnreachableError as error:
+            logger.debug("%s", error)
+            self.submit(peer, DialFailed(str(error)))
+
+    async def _publish_record(self, record: bytes, models: tuple[str, ...]) -> None:
+        async with self._publishing_record:
+            if self._dht.size():
+                await self._dht.publish_record(self.stack.own, record)
+                for subject in ("", *models):
+                    await self._dht.provide(subject)
+
+    # --- control streams ------------------------------------------------------------------------
+
+    async def _write_control(
+        self,
+        peer: PeerId,
+        messages: trio.MemoryReceiveChannel[Control | None],
+        flushed: trio.Event,
+    ) -> None:
+        """Our half of the conversation with one connected peer; ends with the connection."""
+        try:
+            async with messages, await self._host.open_stream(peer, CONTROL_PROTOCOL) as stream:
+                async for message in messages:
+                    if message is None:
+                        break
+                    await send_frame(stream, encode(message))
+                await stream.send_eof()
+                with trio.move_on_after(GOODBYE_S):
+                    await stream.receive_some()  # its end shows that everything was read
+        except (PeerUnreachableError, trio.BrokenResourceError) as error:
+            logger.debug("control stream to %s: %s", peer, error)
+            if not self._host.is_admitted(peer):
+                return  # it may be here only to join; the hello deadline decides
+        finally:
+            flushed.set()
+        if peer in self._outboxes:
+            await self._host.disconnect(peer)
+
+    async def _serve_control(self, stream: Stream) -> None:
+        """The peer's half. A peer that sends nonsense is hung up on."""
+        peer = PeerId(stream.peer_id)
+        pace = 1.0 / FRAMES_PER_S_MAX
+        try:
+            while (frame := await receive_frame(stream, MESSAGE_BYTES_MAX)) is not None:
+                self.submit(peer, decode(frame, cast(type[Control], Control)))
+                await trio.sleep(pace)
+            await stream.send_eof()
+        except RemoteProtocolError as error:
+            logger.warning("hanging up on %s: %s", peer, error)
+            await self._host.disconnect(peer)
+
+
+__all__ = ["CONTROL_PROTOCOL", "Driver"]

@@ -1,0 +1,153 @@
+"""From a request to tokens: what every engine looks like to the rest of the node.
+
+An engine runs one model. It knows tokens, sequences and KV caches; it knows nothing of peers,
+routing or HTTP. The parts, in data-flow order:
+
+* `scheduler.py`  sans-IO policy: waiting and running sequences in, the next batch out
+* `llama.py`      mechanism: the only import of llama_cpp; runs inside the child process
+* `child.py`      the child process's main loop: requests in, deltas out, one step at a time
+* `process.py`    `EngineProcess`: the Trio side that starts, watches and talks to the child
+* `echo.py`       a deterministic engine without a model, for protocol tests only
+
+This file holds the vocabulary they share.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import AbstractAsyncContextManager
+from dataclasses import dataclass, field
+from typing import Literal, Protocol
+
+__all__ = [
+    "ChatMessage",
+    "Delta",
+    "Engine",
+    "EngineStats",
+    "Finish",
+    "ModelCard",
+    "Request",
+    "Sampling",
+    "Usage",
+]
+
+
+@dataclass(frozen=True, slots=True)
+class ModelCard:
+    """What is known of a model file without loading it.
+
+    `digest` is the hex tree hash of the GGUF content and is the model's identity; `name` is for
+    people. Two files with one name and different digests are two models.
+    """
+
+    name: str
+    digest: str
+    path: str
+    size_bytes: int
+    architecture: str
+    quantization: str
+    parameters: int
+    context_tokens_train: int
+
+
+@dataclass(frozen=True, slots=True)
+class ChatMessage:
+    """One turn. `content` is plain text; it can never become a control token."""
+
+    role: str
+    content: str
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How the next token is drawn. Defaults are llama.cpp's; temperature 0 is greedy."""
+
+    temperature: float = 0.8
+    top_k: int = 40
+    top_p: float = 0.95
+    min_p: float = 0.05
+    seed: int | None = None
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One generation. Exactly one of the three prompt forms is used.
+
+    `session` is the 16-byte session key of `protocol.dispatch`: requests with equal keys are
+    turns of one conversation, and the engine keeps their KV cache together.
+    `max_tokens` None means up to the end of the context.
+    """
+
+    id: str
+    session: bytes
+    prompt: tuple[ChatMessage, ...] | str | tuple[int, ...]
+    sampling: Sampling = field(default_factory=Sampling)
+    max_tokens: int | None = None
+    stop: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """Token counts; `cached_tokens` of the prompt were found in a kept KV cache."""
+
+    prompt_tokens: int
+    cached_tokens: int
+    completion_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Delta:
+    """Some text, always whole UTF-8 characters, from `tokens` newly decoded tokens."""
+
+    text: str
+    tokens: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Finish:
+    """The end of an answer; always the last event."""
+
+    reason: Literal["stop", "length"]
+    usage: Usage
+
+
+@dataclass(frozen=True, slots=True)
+class EngineStats:
+    """A frozen snapshot, cheap enough to take for every advert and status page.
+
+    `sessions` holds the session keys whose KV is kept, most recently used last.
+    Rates are tokens per second, measured (0.0 before the first measurement).
+    """
+
+    card: ModelCard
+    state: Literal["loading", "ready", "failed", "stopped"]
+    progress: float
+    error: str | None
+    context_tokens: int
+    slots: int
+    slots_busy: int
+    queue_depth: int
+    kv_tokens_free: int
+    prefill_tokens_per_s: float
+    decode_tokens_per_s: float
+    memory_bytes: int
+    sessions: tuple[bytes, ...]
+
+
+class Engine(Protocol):
+    """One model that answers requests."""
+
+    def stats(self) -> EngineStats: ...
+
+    def generate(
+        self, request: Request
+    ) -> AbstractAsyncContextManager[AsyncIterator[Delta | Finish]]:
+        """Enter: the request is tokenised and queued (raises `ContextLengthError`,
+        `RequestError`, `EngineBusyError`, `EngineError` before any output).
+        Iterate: `Delta`s, then one `Finish`; raises `EngineError` if the child dies midway.
+        Leave early: the sequence is cancelled within one decode step; its KV stays for reuse.
+        """
+        ...

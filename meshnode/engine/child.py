@@ -1,0 +1,347 @@
+"""The engine process: requests in on standard input, answers out on standard output.
+
+Joins `scheduler.py` (who is next) and `llama.py` (how it is computed). Two threads: a reader that
+turns frames into tokenised requests at once, even while a batch is computed, and the main thread
+that steps. Knows nothing of Trio or the node; when the parent is gone, so is its standard input,
+and the process ends. (PR_SET_PDEATHSIG would not do: it fires when the *thread* that started the
+child ends, and Trio starts processes from short-lived threads.)
+"""
+
+from __future__ import annotations
+
+import os
+import queue
+import signal
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NoReturn
+
+from meshnode.engine import wire
+from meshnode.engine.cores import usable_cores
+from meshnode.engine.llama import LlamaModel, Sampler, quantize_q4_0
+from meshnode.engine.pace import Rates, ThreadPolicy
+from meshnode.engine.scheduler import Batch, Limits, Sampled, Scheduler
+from meshnode.engine.text import AnswerText
+from meshnode.errors import MeshnodeError, RequestError
+
+# The parent keeps far fewer requests in flight; if it did not, the reader would wait here.
+INBOX_MAX = 1024
+READ_BYTES = 64 * 1024
+# Fresh enough for a status page, rare enough to cost nothing.
+STATUS_INTERVAL_S = 0.25
+PROGRESS_STEP = 0.01
+EXIT_BUG = 1
+
+
+@dataclass(frozen=True, slots=True)
+class _Start:
+    """A request that was accepted: tokenised, checked, with its own sampler."""
+
+    number: int
+    session: bytes
+    prompt: list[int]
+    max_tokens: int | None
+    sampler: Sampler
+    text: AnswerText
+
+
+class _Answer:
+    """What the main thread keeps of a sequence besides its tokens."""
+
+    __slots__ = ("sampler", "text", "tokens_unsent")
+
+    def __init__(self, start: _Start) -> None:
+        self.sampler = start.sampler
+        self.text = start.text
+        self.tokens_unsent = 0
+
+
+class _Pipe:
+    """Both ends of the conversation with the parent, on private file descriptors."""
+
+    def __init__(self) -> None:
+        self._in = os.dup(0)
+        self._out = os.dup(1)
+        # Whatever a library prints belongs into the log, not between our frames.
+        os.dup2(2, 1)
+        self._lock = threading.Lock()
+
+    def send(self, *frames: wire.FromChild) -> None:
+        data = memoryview(b"".join(wire.encode(frame) for frame in frames))
+        with self._lock:
+            while data:
+                try:
+                    data = data[os.write(self._out, data) :]
+                except BrokenPipeError:
+                    _leave()
+
+    def receive(self) -> Iterator[wire.ToChild]:
+        """Frames until the parent closes the pipe or is gone."""
+        frames = wire.FrameReader()
+        while data := os.read(self._in, READ_BYTES):
+            for body in frames.feed(data):
+                yield wire.decode_to_child(body)
+
+
+class Child:
+    """A loaded model being stepped."""
+
+    def __init__(self, pipe: _Pipe, model: LlamaModel, limits: Limits, threads: ThreadPolicy):
+        self._pipe = pipe
+        self._model = model
+        self._limits = limits
+        self._scheduler = Scheduler(limits, model.end_tokens)
+        self._inbox: queue.Queue[_Start | wire.Cancel] = queue.Queue(INBOX_MAX)
+        self._answers: dict[int, _Answer] = {}
+        # Sequences of a batch that holds only prefill: if one is cancelled, it is worth aborting.
+        self._abortable: frozenset[int] = frozenset()
+        self._threads = threads
+        self._rates = Rates()
+        self._status_sent_at = 0.0
+
+    # -- the reader thread ---------------------------------------------------------------------
+
+    def read(self, frames: Iterator[wire.ToChild]) -> NoReturn:
+        """Feed the inbox; ends the process when the parent is gone."""
+        try:
+            for frame in frames:
+                if isinstance(frame, wire.Generate):
+                    self._receive(frame)
+                elif isinstance(frame, wire.Cancel):
+                    self._inbox.put(frame)
+                    if frame.number in self._abortable:
+                        self._model.abort()
+            _leave()
+        finally:
+            # Reached only by a bug. A child that computes but cannot hear must end, saying why.
+            traceback.print_exc()
+            _leave(EXIT_BUG)
+
+    def _receive(self, frame: wire.Generate) -> None:
+        try:
+            prompt = self._model.prompt_tokens(frame.prompt)
+            if not self._limits.fits(len(prompt), frame.max_tokens):
+                self._pipe.send(wire.TooLong(frame.number, len(prompt)))
+                return
+            sampler = self._model.sampler(frame.sampling)
+        except RequestError as error:
+            self._pipe.send(
+                wire.Refused(frame.number, str(error), param=error.param, code=error.code)
+            )
+            return
+        self._pipe.send(wire.Accepted(frame.number, len(prompt)))
+        self._inbox.put(
+            _Start(
+                number=frame.number,
+                session=frame.session,
+                prompt=prompt,
+                max_tokens=frame.max_tokens,
+                sampler=sampler,
+                text=AnswerText(frame.stop),
+            )
+        )
+
+    # -- the main thread -----------------------------------------------------------------------
+
+    def run(self) -> NoReturn:
+        """Step for ever; the reader ends the process."""
+        self._send_status()
+        while True:
+            self._take_requests()
+            batch = self._scheduler.plan()
+            if batch is not None:
+                self._step(batch)
+            self._send_status()
+
+    def _take_requests(self) -> None:
+        """Handle what has arrived; waits only if there is nothing to compute."""
+        wait = self._scheduler.idle
+        while True:
+            try:
+                item = self._inbox.get(block=wait)
+            except queue.Empty:
+                return
+            wait = False
+            if isinstance(item, wire.Cancel):
+                self._cancel(item.number)
+            else:
+                self._answers[item.number] = _Answer(item)
+                self._scheduler.submit(item.number, item.session, item.prompt, item.max_tokens)
+
+    def _cancel(self, number: int) -> None:
+        usage = self._scheduler.end(number)
+        if usage is not None:  # else its end and the cancel have crossed
+            self._answers.pop(number).sampler.close()
+            self._pipe.send(wire.Done(number, "cancelled", usage))
+
+    def _step(self, batch: Batch) -> None:
+        """Trim, decode, sample, send."""
+        if not self._trim_all(batch):
+            return
+        decoding = [chunk for chunk in batch.chunks if len(chunk.tokens) == 1]
+        prefill_tokens = batch.tokens - len(decoding)
+        self._model.allow()
+        if not decoding:
+            self._abortable = frozenset(chunk.sequence for chunk in batch.chunks)
+        wall_s, cpu_s = time.perf_counter(), time.process_time()
+        decoded = self._model.decode(batch)
+        wall_s, cpu_s = time.perf_counter() - wall_s, time.process_time() - cpu_s
+        self._abortable = frozenset()
+        if not decoded:
+            self._rewind(batch)
+            return
+        self._adapt_threads(cpu_s, wall_s)
+        self._rates.observe(prefill_tokens, len(decoding), wall_s)
+        frames: list[wire.FromChild] = []
+        for sampled in self._scheduler.commit(batch, self._draw(batch)):
+            frames += self._deliver(sampled)
+        if frames:
+            self._pipe.send(*frames)
+
+    def _trim_all(self, batch: Batch) -> bool:
+        """False if some slot lost all its KV, so that the batch must be planned anew."""
+        lost = [trim.slot for trim in batch.trims if not self._model.trim(trim)]
+        for slot in lost:
+            self._scheduler.forget(slot)
+        return not lost
+
+    def _rewind(self, batch: Batch) -> None:
+        """After an aborted decode: every slot back to where the batch found it."""
+        for chunk in batch.chunks:
+            if not self._model.trim(chunk.undo):
+                self._scheduler.forget(chunk.slot)
+
+    def _adapt_threads(self, cpu_s: float, wall_s: float) -> None:
+        before = self._threads.threads
+        if self._threads.observe(cpu_s, wall_s) != before:
+            self._model.set_threads(self._threads.threads)
+
+    def _draw(self, batch: Batch) -> list[int]:
+        tokens, row = [], -1
+        for chunk in batch.chunks:
+            row += len(chunk.tokens)
+            if chunk.wants_logits:
+                tokens.append(self._model.draw(self._answers[chunk.sequence].sampler, row))
+        return tokens
+
+    def _deliver(self, sampled: Sampled) -> Iterator[wire.FromChild]:
+        """The frames that a new token causes; ends the sequence at a stop string."""
+        answer = self._answers[sampled.sequence]
+        text, finish = "", sampled.finish
+        if finish != "stop":
+            text = answer.text.feed(self._model.piece(sampled.token))
+            answer.tokens_unsent += 1
+        if answer.text.stopped:
+            if finish is None:
+                self._scheduler.end(sampled.sequence)
+            finish = "stop"
+        if finish is not None:
+            text += answer.text.flush()
+        if text:
+            yield wire.Text(sampled.sequence, text, answer.tokens_unsent)
+            answer.tokens_unsent = 0
+        if finish is not None:
+            self._answers.pop(sampled.sequence).sampler.close()
+            yield wire.Done(sampled.sequence, finish, sampled.usage)
+
+    def _send_status(self) -> None:
+        now = time.monotonic()
+        if now - self._status_sent_at < STATUS_INTERVAL_S and not self._scheduler.idle:
+            return
+        self._status_sent_at = now
+        load = self._scheduler.load()
+        self._pipe.send(
+            wire.Status(
+                slots_busy=load.slots_busy,
+                queue_depth=load.waiting,
+                kv_tokens_free=load.kv_tokens_free,
+                prefill_tokens_per_s=self._rates.prefill_tokens_per_s,
+                decode_tokens_per_s=self._rates.decode_tokens_per_s,
+                memory_bytes=_resident_bytes(),
+                threads=self._threads.threads,
+                sessions=load.sessions,
+            )
+        )
+
+
+def serve() -> None:
+    """Load what the first frame names, then answer until the parent is gone."""
+    # Ctrl-C in a terminal goes to parent and child alike; the parent decides when we end.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    pipe = _Pipe()
+    frames = pipe.receive()
+    load = next(frames, None)
+    if not isinstance(load, wire.Load):
+        return
+    cores = usable_cores()
+    threads = ThreadPolicy(load.threads or cores, adaptive=load.threads is None)
+    try:
+        model = LlamaModel(
+            load.path,
+            context_tokens=load.context_tokens,
+            slots=load.slots,
+            threads=threads.threads,
+            on_progress=_Progress(pipe),
+        )
+    except MeshnodeError as error:
+        pipe.send(wire.LoadFailed(str(error)))
+        return
+    limits = Limits(
+        slots=load.slots,
+        context_tokens=model.context_tokens,
+        kv_tokens=model.context_tokens,
+        waiting_max=load.waiting_max,
+    )
+    child = Child(pipe, model, limits, threads)
+    threading.Thread(target=child.read, args=(frames,), daemon=True).start()
+    pipe.send(wire.Ready(model.context_tokens))
+    child.run()
+
+
+class _Progress:
+    """Tells the parent of each further percent."""
+
+    def __init__(self, pipe: _Pipe) -> None:
+        self._pipe = pipe
+        self._told = 0.0
+
+    def __call__(self, progress: float) -> None:
+        if progress >= self._told + PROGRESS_STEP or progress >= 1.0:
+            self._told = progress
+            self._pipe.send(wire.Loading(min(progress, 1.0)))
+
+
+def _resident_bytes() -> int:
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE")
+
+
+def _leave(code: int = 0) -> NoReturn:
+    """End at once, from any thread: nothing here outlives the parent or needs saving."""
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def main(arguments: list[str]) -> int:
+    match arguments:
+        case []:
+            serve()
+            return 0
+        case ["quantize", source, destination]:
+            try:
+                quantize_q4_0(Path(source), Path(destination))
+            except MeshnodeError as error:
+                print(error, file=sys.stderr)
+                return 1
+            return 0
+    print("This is meshnode's engine process; it is started by the node.", file=sys.stderr)
+    return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

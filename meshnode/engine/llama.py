@@ -1,0 +1,420 @@
+"""The only import of llama_cpp: a GGUF file in memory, and one decode at a time.
+
+Knows pointers, batches and samplers. Decides nothing about who runs: it performs the batches of
+`scheduler.py`. Everything here may crash the process if called wrongly, which is why it runs in a
+child (`child.py`); so every pointer and return code is checked, and arguments are checked before
+they reach C.
+
+Import this module only in a process whose environment is that of `process.CHILD_ENVIRONMENT`:
+libgomp reads it once, when it is loaded.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import math
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import llama_cpp.llama_cpp as _llama
+import numpy as np
+
+from meshnode.engine import ChatMessage, Sampling
+from meshnode.engine.chat import ChatTemplate, Segment
+from meshnode.engine.scheduler import PREFILL_TOKENS_MAX, Batch, Trim
+from meshnode.errors import ModelLoadError, RequestError
+
+# Beyond this a default context costs more memory than most conversations use.
+CONTEXT_TOKENS_DEFAULT = 8192
+# OpenAI's penalties look at the whole answer; this is longer than almost all of them.
+PENALTY_TOKENS = 2048
+# llama.cpp reads this seed as "choose one at random", so it cannot be a client's seed.
+_SEED_RANDOM = 0xFFFF_FFFF
+# A piece is seldom longer than 16 bytes; a longer one reports its length and is read again.
+_PIECE_BYTES = 64
+# Levels of ggml: 1 debug, 2 info, 3 warn, 4 error, 5 continuation of the previous message.
+_LOG_LEVEL_WARN = 3
+_LOG_LEVEL_CONTINUED = 5
+_LOG_ERROR = "error loading model: "
+# llama_ftype of Q4_0, the only 4-bit type that is repacked for fast matrix products on x86.
+_FTYPE_Q4_0 = 2
+# What llama_decode returns.
+_DECODED = 0
+_ABORTED = 2
+
+
+class DecodeError(Exception):
+    """llama.cpp failed in a way that no request should cause; the process should end."""
+
+
+class _Log:
+    """llama.cpp's log, from warnings up, on standard error; keeps the latest error."""
+
+    def __init__(self) -> None:
+        self._level = 0
+        self.error = ""
+        # C keeps the pointer, so this object lives as long as the process.
+        self.callback = _llama.llama_log_callback(self._write)
+
+    def _write(self, level: int, text: bytes, _data: object) -> None:
+        if level != _LOG_LEVEL_CONTINUED:
+            self._level = level
+        if self._level < _LOG_LEVEL_WARN:
+            return
+        line = text.decode("utf-8", "replace")
+        sys.stderr.write(line)
+        # "error loading model: ..." says why; "failed to load model" after it says nothing more.
+        if _LOG_ERROR in line:
+            self.error = line.partition(_LOG_ERROR)[2].strip()
+
+
+_log = _Log()
+
+
+class Sampler:
+    """The chain that draws one sequence's tokens; it remembers them for penalties and seed."""
+
+    def __init__(self, vocabulary_size: int, sampling: Sampling) -> None:
+        self._chain = _llama.llama_sampler_chain_init(_llama.llama_sampler_chain_default_params())
+        if not self._chain:
+            raise DecodeError("no memory for a sampler")
+        if sampling.logit_bias:
+            biases = (_llama.llama_logit_bias * len(sampling.logit_bias))()
+            for cell, (token, bias) in zip(biases, sampling.logit_bias, strict=True):
+                cell.token, cell.bias = token, bias
+            self._add(_llama.llama_sampler_init_logit_bias(vocabulary_size, len(biases), biases))
+        if sampling.frequency_penalty or sampling.presence_penalty:
+            self._add(
+                _llama.llama_sampler_init_penalties(
+                    vocabulary_size,
+                    PENALTY_TOKENS,
+                    1.0,
+                    sampling.frequency_penalty,
+                    sampling.presence_penalty,
+                )
+            )
+        if sampling.temperature <= 0:
+            self._add(_llama.llama_sampler_init_greedy())
+            return
+        self._add(_llama.llama_sampler_init_top_k(sampling.top_k))
+        self._add(_llama.llama_sampler_init_top_p(sampling.top_p, 1))
+        self._add(_llama.llama_sampler_init_min_p(sampling.min_p, 1))
+        self._add(_llama.llama_sampler_init_temp(sampling.temperature))
+        seed = sampling.seed
+        if seed is None:
+            seed = int.from_bytes(os.urandom(4), "big")
+        self._add(_llama.llama_sampler_init_dist(seed % _SEED_RANDOM))
+
+    def _add(self, sampler: Any) -> None:
+        if not sampler:  # a NULL in the chain would be a crash at the first token
+            self.close()
+            raise DecodeError("llama.cpp refused a sampler")
+        _llama.llama_sampler_chain_add(self._chain, sampler)
+
+    def draw(self, context: Any, row: int) -> int:
+        """The next token, from row `row` of the last batch; it must have wanted logits."""
+        return int(_llama.llama_sampler_sample(self._chain, context, row))
+
+    def close(self) -> None:
+        if self._chain:
+            _llama.llama_sampler_free(self._chain)
+            self._chain = None
+
+
+class LlamaModel:
+    """A loaded model with a KV cache of `slots` lanes that share `context_tokens` cells.
+
+    Tokenising (`prompt_tokens`, `piece`) and `abort` are safe from any thread; all else belongs
+    to the thread that decodes.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        *,
+        context_tokens: int,
+        slots: int,
+        threads: int,
+        on_progress: Callable[[float], None],
+    ) -> None:
+        """Load; blocks. `context_tokens` 0 means the default. Raises `ModelLoadError`."""
+        _llama.llama_log_set(_log.callback, ctypes.c_void_p(0))
+        _llama.llama_backend_init()
+        self._context = None
+        self._model = self._load_model(path, on_progress)
+        try:
+            self._vocabulary = _checked(_llama.llama_model_get_vocab(self._model), path, "vocab")
+            trained = int(_llama.llama_model_n_ctx_train(self._model))
+            self.context_tokens = context_tokens or min(trained, CONTEXT_TOKENS_DEFAULT)
+            self._context = self._make_context(path, slots, threads)
+            self._memory = _checked(_llama.llama_get_memory(self._context), path, "KV cache")
+            self.vocabulary_size = int(_llama.llama_vocab_n_tokens(self._vocabulary))
+            if _llama.llama_model_has_encoder(self._model):
+                raise ModelLoadError(f"{path}: encoder models cannot generate text here")
+            self.end_tokens = frozenset(
+                token
+                for token in range(self.vocabulary_size)
+                if _llama.llama_vocab_is_eog(self._vocabulary, token)
+            )
+            self._bos = int(_llama.llama_vocab_bos(self._vocabulary))
+            self._add_bos = bool(_llama.llama_vocab_get_add_bos(self._vocabulary))
+            self._template = self._load_template()
+        except BaseException:
+            self.close()
+            raise
+        self._slots = slots
+        self._pieces: dict[int, bytes] = {}
+        self._make_batch()
+        self._make_abort_flag()
+        on_progress(1.0)
+
+    # -- loading -------------------------------------------------------------------------------
+
+    @staticmethod
+    def _load_model(path: str, on_progress: Callable[[float], None]) -> Any:
+        @_llama.llama_progress_callback  # type: ignore[untyped-decorator]
+        def progress(fraction: float, _data: object) -> bool:
+            on_progress(fraction)
+            return True
+
+        params = _llama.llama_model_default_params()
+        params.n_gpu_layers = 0
+        params.progress_callback = progress
+        return _checked(_llama.llama_model_load_from_file(os.fsencode(path), params), path, "model")
+
+    def _make_context(self, path: str, slots: int, threads: int) -> Any:
+        params = _llama.llama_context_default_params()
+        params.n_ctx = self.context_tokens
+        # One batch is one compute pass, so an aborted batch leaves nothing in the KV cache.
+        params.n_batch = params.n_ubatch = max(PREFILL_TOKENS_MAX, slots)
+        params.n_seq_max = slots
+        params.n_threads = params.n_threads_batch = threads
+        params.kv_unified = True
+        params.swa_full = True  # a kept prefix can only be reused if no layer forgot it
+        params.no_perf = True
+        context = _checked(_llama.llama_init_from_model(self._model, params), path, "context")
+        # llama.cpp may round the context up; our arithmetic keeps to what was asked for.
+        if _llama.llama_n_ctx(context) < self.context_tokens:
+            _llama.llama_free(context)
+            raise ModelLoadError(f"{path}: llama.cpp gave a smaller context than asked for")
+        return context
+
+    def _load_template(self) -> ChatTemplate | None:
+        source = _llama.llama_model_chat_template(self._model, None)
+        if source is None:
+            return None
+        return ChatTemplate(
+            source.decode("utf-8", "replace"),
+            bos=self._token_text(self._bos),
+            eos=self._token_text(int(_llama.llama_vocab_eos(self._vocabulary))),
+        )
+
+    def _token_text(self, token: int) -> str:
+        if not 0 <= token < self.vocabulary_size:  # -1: the model has no such token
+            return ""
+        text: bytes = _llama.llama_vocab_get_text(self._vocabulary, token)
+        return text.decode("utf-8", "replace")
+
+    def _make_batch(self) -> None:
+        """A llama_batch whose arrays are numpy's: filling one is a few slice assignments."""
+        size = max(PREFILL_TOKENS_MAX, self._slots)
+        self._batch_tokens = np.zeros(size, np.int32)
+        self._batch_positions = np.zeros(size, np.int32)
+        self._batch_slots = np.zeros(size, np.int32)
+        self._batch_slot_counts = np.ones(size, np.int32)
+        self._batch_logits = np.zeros(size, np.int8)
+        # seq_id is an array of pointers, one per token, each to that token's cell in _batch_slots.
+        step = self._batch_slots.itemsize
+        self._batch_slot_pointers = (
+            np.uint64(self._batch_slots.ctypes.data) + np.arange(size, dtype=np.uint64) * step
+        ).astype(np.uint64)
+        batch = _llama.llama_batch()
+        batch.token = _pointer(self._batch_tokens, ctypes.c_int32)
+        batch.pos = _pointer(self._batch_positions, ctypes.c_int32)
+        batch.n_seq_id = _pointer(self._batch_slot_counts, ctypes.c_int32)
+        batch.seq_id = _pointer(self._batch_slot_pointers, ctypes.POINTER(ctypes.c_int32))
+        batch.logits = _pointer(self._batch_logits, ctypes.c_int8)
+        self._batch = batch
+
+    def _make_abort_flag(self) -> None:
+        """Let C's own `strlen` be the abort callback, and a two-byte string its data.
+
+        llama.cpp asks it once per graph node. An empty string has length 0, which means go on;
+        a Python callback there would cost a tenth of the speed.
+        """
+        self._abort_flag = ctypes.create_string_buffer(2)
+        callback = ctypes.cast(ctypes.CDLL(None).strlen, _llama.ggml_abort_callback)
+        data = ctypes.cast(self._abort_flag, ctypes.c_void_p)
+        _llama.llama_set_abort_callback(self._context, callback, data)
+
+    def close(self) -> None:
+        if self._context:
+            _llama.llama_free(self._context)
+            self._context = None
+        if self._model:
+            _llama.llama_model_free(self._model)
+            self._model = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        _type: type[BaseException] | None,
+        _error: BaseException | None,
+        _traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    # -- text and tokens -----------------------------------------------------------------------
+
+    def prompt_tokens(self, prompt: Sequence[ChatMessage] | str | tuple[int, ...]) -> list[int]:
+        """A prompt as tokens; people's text never becomes a control token.
+
+        Segments are tokenised apart. That is what makes them safe, and it puts the same token
+        boundaries into a conversation's next prompt as generation put into its KV cache.
+        Raises `RequestError` if it is empty, has unknown tokens, or the template refuses it.
+        """
+        if isinstance(prompt, str):
+            tokens = self._tokenise(Segment(prompt, trusted=False))
+        elif prompt and isinstance(prompt[0], ChatMessage):
+            if self._template is None:
+                raise RequestError(
+                    "This model has no chat template; ask /v1/completions with a plain prompt.",
+                    param="messages",
+                )
+            segments = self._template.render([m for m in prompt if isinstance(m, ChatMessage)])
+            tokens = [token for segment in segments for token in self._tokenise(segment)]
+        else:
+            tokens = [token for token in prompt if isinstance(token, int)]
+            self._check_tokens(tokens, "prompt")
+        if self._add_bos and tokens[:1] != [self._bos]:
+            tokens.insert(0, self._bos)
+        if not tokens:
+            raise RequestError("The prompt is empty.", param="prompt")
+        return tokens
+
+    def _tokenise(self, segment: Segment) -> list[int]:
+        data = segment.text.encode("utf-8", "replace")
+        capacity = len(data) + 8  # a token is at least a byte, but for a prefix space
+        buffer = (ctypes.c_int32 * capacity)()
+        count = _llama.llama_tokenize(
+            self._vocabulary, data, len(data), buffer, capacity, False, segment.trusted
+        )
+        if count < 0:
+            raise RequestError("The prompt cannot be tokenised.", param="prompt")
+        return list(buffer[:count])
+
+    def piece(self, token: int) -> bytes:
+        """The bytes of a token: maybe part of a character, empty for a control token."""
+        piece = self._pieces.get(token)
+        if piece is None:
+            piece = self._pieces[token] = self._read_piece(token)
+        return piece
+
+    def _read_piece(self, token: int) -> bytes:
+        size = _PIECE_BYTES
+        for _ in range(2):
+            buffer = ctypes.create_string_buffer(size)
+            count = _llama.llama_token_to_piece(self._vocabulary, token, buffer, size, 0, False)
+            if count >= 0:
+                return buffer.raw[:count]
+            size = -count
+        raise DecodeError(f"token {token} has no piece")
+
+    def sampler(self, sampling: Sampling) -> Sampler:
+        """A new chain; the caller closes it. Raises `RequestError` for tokens of no vocabulary."""
+        self._check_tokens([token for token, _ in sampling.logit_bias], "logit_bias")
+        return Sampler(self.vocabulary_size, sampling)
+
+    def _check_tokens(self, tokens: list[int], param: str) -> None:
+        if any(not 0 <= token < self.vocabulary_size for token in tokens):
+            raise RequestError(
+                f"Token ids of this model are 0 to {self.vocabulary_size - 1}.", param=param
+            )
+
+    # -- decoding ------------------------------------------------------------------------------
+
+    def trim(self, trim: Trim) -> bool:
+        """Forget a slot's KV from `keep` on; False if this model could only forget all of it.
+
+        Recurrent models keep a state and no history, so they cannot go back to a prefix.
+        """
+        if _llama.llama_memory_seq_rm(self._memory, trim.slot, trim.keep, -1):
+            return True
+        if not _llama.llama_memory_seq_rm(self._memory, trim.slot, -1, -1):
+            raise DecodeError(f"the KV cache of slot {trim.slot} cannot be cleared")
+        return False
+
+    def decode(self, batch: Batch) -> bool:
+        """Compute a batch; False if `abort` stopped it, then trim its slots to where they were."""
+        filled = 0
+        for chunk in batch.chunks:
+            end = filled + len(chunk.tokens)
+            self._batch_tokens[filled:end] = chunk.tokens
+            self._batch_positions[filled:end] = np.arange(
+                chunk.start, chunk.start + len(chunk.tokens)
+            )
+            self._batch_slots[filled:end] = chunk.slot
+            self._batch_logits[filled:end] = 0
+            self._batch_logits[end - 1] = chunk.wants_logits
+            filled = end
+        self._batch.n_tokens = filled
+        code = _llama.llama_decode(self._context, self._batch)
+        if code not in (_DECODED, _ABORTED):
+            # 1 would be a full KV cache, which the scheduler's arithmetic rules out.
+            raise DecodeError(f"llama_decode returned {code}")
+        return bool(code == _DECODED)
+
+    def draw(self, sampler: Sampler, row: int) -> int:
+        """The next token from row `row` of the last batch."""
+        logits = _llama.llama_get_logits_ith(self._context, row)
+        if not logits:
+            raise DecodeError(f"row {row} of the batch has no logits")
+        largest = np.ctypeslib.as_array(logits, shape=(self.vocabulary_size,)).max()
+        if not math.isfinite(largest):
+            raise DecodeError("the model computes no numbers; its file may be damaged")
+        token = sampler.draw(self._context, row)
+        if not 0 <= token < self.vocabulary_size:
+            raise DecodeError(f"sampling gave token {token}")
+        return token
+
+    def abort(self) -> None:
+        """Make a running `decode` return False within milliseconds. From any thread."""
+        self._abort_flag[0] = b"x"
+
+    def allow(self) -> None:
+        """Take back `abort`, before the next `decode`."""
+        self._abort_flag[0] = b"\0"
+
+    def set_threads(self, threads: int) -> None:
+        _llama.llama_set_n_threads(self._context, threads, threads)
+
+
+def quantize_q4_0(source: Path, destination: Path) -> None:
+    """Write a Q4_0 version of a GGUF file; blocks for seconds. Raises `ModelLoadError`."""
+    _llama.llama_log_set(_log.callback, ctypes.c_void_p(0))
+    _llama.llama_backend_init()
+    params = _llama.llama_model_quantize_default_params()
+    params.ftype = _FTYPE_Q4_0
+    params.allow_requantize = True
+    code = _llama.llama_model_quantize(
+        os.fsencode(source), os.fsencode(destination), ctypes.byref(params)
+    )
+    if code != 0:
+        raise ModelLoadError(f"{source}: cannot be requantised to Q4_0")
+
+
+def _checked(pointer: Any, path: str, what: str) -> Any:
+    if not pointer:
+        why = f": {_log.error}" if _log.error else ""
+        raise ModelLoadError(f"{path}: llama.cpp cannot make the {what}{why}.")
+    return pointer
+
+
+def _pointer(array: np.ndarray[Any, Any], cell: Any) -> Any:
+    return array.ctypes.data_as(ctypes.POINTER(cell))

@@ -1,0 +1,473 @@
+"""An engine as the node sees it: one child process, started, watched, restarted and talked to.
+
+Decides when the child is started again and what its death means for the requests in it. Does not
+know tokens or llama.cpp; it never loads a model into its own process. A damaged file, a crash in
+C or the kernel's out-of-memory killer ends the child; the node goes on.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections import deque
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, replace
+from typing import Literal, Self
+
+import trio
+
+from meshnode.engine import Delta, EngineStats, Finish, ModelCard, Request, wire
+from meshnode.engine.memory import available_bytes, check_fits, memory_need
+from meshnode.errors import (
+    ContextLengthError,
+    EngineBusyError,
+    EngineError,
+    LocalProtocolError,
+    ModelLoadError,
+    RequestError,
+)
+from meshnode.models.gguf import read_header
+
+SLOTS_DEFAULT = 8
+# At this depth a request waits about as long as a client's patience; others may be free.
+WAITING_MAX_DEFAULT = 32
+# Beyond this a default context costs more memory than most conversations use.
+CONTEXT_TOKENS_DEFAULT = 8192
+# First pause before a restart, doubled up to the bound; forgotten after a healthy while.
+RESTART_AFTER_S = 0.25
+RESTART_AFTER_MAX_S = 30.0
+HEALTHY_AFTER_S = 60.0
+# A child that dies this often before it is ready will not be ready the next time either.
+LOAD_ATTEMPTS_MAX = 3
+# A child gets this long to obey SIGTERM before SIGKILL, and to finish its last words.
+STOP_S = 2.0
+READ_BYTES = 64 * 1024
+# What is kept of the child's log for the error message.
+LOG_LINES_MAX = 20
+LOG_LINE_CHARS_MAX = 300
+BUSY_RETRY_AFTER_S = 2.0
+
+# libgomp's threads spin at barriers by default; on a busy machine that is three times slower
+# than sleeping. ggml would start a debugger for a backtrace when it aborts.
+CHILD_ENVIRONMENT = {
+    "GOMP_SPINCOUNT": "0",
+    "GGML_NO_BACKTRACE": "1",
+    "OPENBLAS_NUM_THREADS": "1",
+    "PYTHONUNBUFFERED": "1",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class EngineOptions:
+    """How to run a model. None: the smaller of the trained context and the default; threads as
+    many as pays."""
+
+    context_tokens: int | None = None
+    slots: int = SLOTS_DEFAULT
+    waiting_max: int = WAITING_MAX_DEFAULT
+    threads: int | None = None
+
+
+class _Answer:
+    """What has arrived for one request and was not taken yet.
+
+    Deltas that wait are joined into one, so a slow consumer costs one string, at most as long as
+    the context can hold.
+    """
+
+    def __init__(self) -> None:
+        self._accepted = False
+        self._text: list[str] = []
+        self._tokens = 0
+        self._finish: Finish | None = None
+        self._error: EngineError | None = None
+        self._arrived = trio.Event()
+
+    # The engine puts in:
+
+    def accept(self) -> None:
+        self._accepted = True
+        self._arrived.set()
+
+    def add(self, text: str, tokens: int) -> None:
+        self._text.append(text)
+        self._tokens += tokens
+        self._arrived.set()
+
+    def finish(self, finish: Finish) -> None:
+        self._finish = finish
+        self._arrived.set()
+
+    def fail(self, error: EngineError) -> None:
+        self._error = error
+        self._arrived.set()
+
+    # The consumer takes out:
+
+    async def wait_accepted(self) -> None:
+        while not self._accepted:
+            if self._error is not None:
+                raise self._error
+            await self._wait()
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> Delta | Finish:
+        await trio.lowlevel.checkpoint()
+        while True:
+            if self._text:
+                delta = Delta("".join(self._text), self._tokens)
+                self._text, self._tokens = [], 0
+                return delta
+            if self._error is not None:
+                raise self._error
+            if self._finish is not None:
+                finish, self._finish = self._finish, None
+                self._accepted = False
+                return finish
+            if not self._accepted:  # the finish has been taken
+                raise StopAsyncIteration
+            await self._wait()
+
+    async def _wait(self) -> None:
+        self._arrived = trio.Event()
+        await self._arrived.wait()
+
+
+class EngineProcess:
+    """One model that answers requests, in its own process. Implements `Engine`.
+
+    Resource handling: `run` owns the child, so cancel it to stop the engine; the child is
+    terminated, then killed. Nothing else needs closing.
+    """
+
+    def __init__(self, card: ModelCard, options: EngineOptions | None = None) -> None:
+        self._card = card
+        self._options = options or EngineOptions()
+        self._state: Literal["loading", "ready", "failed", "stopped"] = "loading"
+        self._progress = 0.0
+        self._error: str | None = None
+        self._context_tokens = 0
+        self._status: wire.Status | None = None
+        self._changed = trio.Event()
+        self._numbers = 0
+        # Every request that is in the child, also those whose consumer has left.
+        self._answers: dict[int, _Answer] = {}
+        self._outbox: trio.MemorySendChannel[bytes] | None = None
+        self._pid: int | None = None
+
+    @property
+    def pid(self) -> int | None:
+        """The child's process id while there is one."""
+        return self._pid
+
+    # -- the Engine interface ------------------------------------------------------------------
+
+    def stats(self) -> EngineStats:
+        stats = EngineStats(
+            card=self._card,
+            state=self._state,
+            progress=self._progress,
+            error=self._error,
+            context_tokens=self._context_tokens,
+            slots=self._options.slots,
+            slots_busy=0,
+            queue_depth=0,
+            kv_tokens_free=0,
+            prefill_tokens_per_s=0.0,
+            decode_tokens_per_s=0.0,
+            memory_bytes=0,
+            sessions=(),
+        )
+        status = self._status
+        if status is None:
+            return stats
+        return replace(
+            stats,
+            slots_busy=status.slots_busy,
+            queue_depth=status.queue_depth,
+            kv_tokens_free=status.kv_tokens_free,
+            prefill_tokens_per_s=status.prefill_tokens_per_s,
+            decode_tokens_per_s=status.decode_tokens_per_s,
+            memory_bytes=status.memory_bytes,
+            sessions=status.sessions,
+        )
+
+    @asynccontextmanager
+    async def generate(self, request: Request) -> AsyncIterator[AsyncIterator[Delta | Finish]]:
+        """See `Engine.generate`."""
+        outbox = self._require_ready()
+        self._numbers += 1
+        number = self._numbers
+        answer = _Answer()
+        outbox.send_nowait(_encode_request(number, request))
+        self._answers[number] = answer
+        try:
+            try:
+                await answer.wait_accepted()
+            except _TooLongError as error:
+                raise ContextLengthError(
+                    error.prompt_tokens, request.max_tokens, self._context_tokens
+                ) from None
+            yield answer
+        finally:
+            # Not in there any more: it has ended, or the child it was in has.
+            if self._answers.get(number) is answer:
+                outbox.send_nowait(wire.encode(wire.Cancel(number)))
+
+    async def wait_ready(self) -> None:
+        """Until requests can be made. Raises `ModelLoadError` if that will never be."""
+        while self._state != "ready":
+            if self._state in ("failed", "stopped"):
+                raise ModelLoadError(self._error or f"The engine of {self._card.name} has stopped.")
+            await self._changed.wait()
+
+    def _require_ready(self) -> trio.MemorySendChannel[bytes]:
+        if self._state != "ready" or self._outbox is None:
+            why = f": {self._error}" if self._error else f" ({self._progress:.0%} loaded)."
+            raise EngineError(f"The engine of {self._card.name} is {self._state}{why}")
+        in_flight_max = self._options.slots + self._options.waiting_max
+        if len(self._answers) >= in_flight_max:
+            raise EngineBusyError(
+                f"{self._card.name} has {len(self._answers)} requests already; try again soon.",
+                BUSY_RETRY_AFTER_S,
+            )
+        return self._outbox
+
+    # -- supervision ---------------------------------------------------------------------------
+
+    async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """Keep the engine going until cancelled; returns only if the model can never be loaded.
+
+        Started at once, while the model loads; `wait_ready` waits for the rest.
+        """
+        task_status.started()
+        restart_after_s = RESTART_AFTER_S
+        loads_failed = 0
+        try:
+            while True:
+                self._set_state("loading")
+                started_at = trio.current_time()
+                try:
+                    await self._check_file()
+                    await self._run_child()
+                except ModelLoadError as error:
+                    self._set_state("failed", str(error))
+                    return
+                except _ChildDiedError as death:
+                    loads_failed = 0 if death.was_ready else loads_failed + 1
+                    if loads_failed >= LOAD_ATTEMPTS_MAX:
+                        self._set_state("failed", f"{death} It died {loads_failed} times so.")
+                        return
+                    self._set_state("loading", str(death))
+                if trio.current_time() - started_at > HEALTHY_AFTER_S:
+                    restart_after_s = RESTART_AFTER_S
+                await trio.sleep(restart_after_s)
+                restart_after_s = min(2 * restart_after_s, RESTART_AFTER_MAX_S)
+        finally:
+            if self._state != "failed":
+                self._set_state("stopped")
+
+    def _set_state(
+        self, state: Literal["loading", "ready", "failed", "stopped"], error: str | None = None
+    ) -> None:
+        self._state = state
+        if error is not None or state == "ready":
+            self._error = error
+        self._changed.set()
+        self._changed = trio.Event()
+
+    async def _check_file(self) -> None:
+        """Raises `ModelLoadError` for what can be known without loading."""
+        self._progress = 0.0
+        header = await trio.to_thread.run_sync(read_header, self._card.path)
+        context_tokens = self._options.context_tokens or min(
+            header.context_tokens, CONTEXT_TOKENS_DEFAULT
+        )
+        if context_tokens > header.context_tokens:
+            raise ModelLoadError(
+                f"{self._card.path} was trained for {header.context_tokens} tokens; "
+                f"a context of {context_tokens} would give nonsense."
+            )
+        check_fits(self._card.path, memory_need(header, context_tokens), available_bytes())
+        self._context_tokens = context_tokens
+
+    async def _run_child(self) -> None:
+        """Start a child and serve it to its end. Raises `ModelLoadError` or `_ChildDiedError`."""
+        process = await trio.lowlevel.open_process(
+            [sys.executable, "-P", "-m", "meshnode.engine.child"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            # -P and our own path: the child finds the modules that we found, and does not take
+            # a numpy.py in the current directory for numpy.
+            env={**os.environ, **CHILD_ENVIRONMENT, "PYTHONPATH": os.pathsep.join(sys.path)},
+        )
+        log: deque[str] = deque(maxlen=LOG_LINES_MAX)
+        load_error: str | None = None
+        try:
+            self._pid = process.pid
+            # Each request in flight puts a Generate and a Cancel into the outbox, and a Cancel of
+            # the request before may still be there, having crossed with its Done.
+            queued_max = 3 * (self._options.slots + self._options.waiting_max) + 1
+            self._outbox, outgoing = trio.open_memory_channel[bytes](queued_max)
+            self._outbox.send_nowait(wire.encode(self._load_frame()))
+            assert process.stdin is not None
+            assert process.stdout is not None
+            assert process.stderr is not None
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(_write, process.stdin, outgoing)
+                log_read = trio.Event()
+                nursery.start_soon(_read_log, process.stderr, log, log_read)
+                load_error = await self._read(process.stdout)
+                with trio.move_on_after(STOP_S):
+                    await log_read.wait()
+                    await process.wait()
+                nursery.cancel_scope.cancel()
+        finally:
+            was_ready = self._state == "ready"
+            self._state = "loading"
+            self._status = None
+            self._outbox = self._pid = None
+            await _stop(process)
+            why = _cause_of_death(self._card.path, process.returncode, log)
+            self._fail_answers(why)
+        if load_error is not None:
+            raise ModelLoadError(load_error)
+        raise _ChildDiedError(why, was_ready)
+
+    def _load_frame(self) -> wire.Load:
+        return wire.Load(
+            path=self._card.path,
+            context_tokens=self._context_tokens,
+            slots=self._options.slots,
+            waiting_max=self._options.waiting_max,
+            threads=self._options.threads,
+        )
+
+    async def _read(self, stdout: trio.abc.ReceiveStream) -> str | None:
+        """Handle frames until the child closes its end; returns why it could not load, if so."""
+        frames = wire.FrameReader()
+        load_error = None
+        try:
+            while data := await stdout.receive_some(READ_BYTES):
+                for frame in wire.decode_from_child(frames.feed(data)):
+                    if isinstance(frame, wire.LoadFailed):
+                        load_error = frame.message
+                    else:
+                        self._handle(frame)
+        except (LocalProtocolError, trio.BrokenResourceError):
+            pass  # a broken child; it is stopped, and its log says more than the frame would
+        return load_error
+
+    def _handle(self, frame: wire.FromChild) -> None:
+        match frame:
+            case wire.Loading(progress=progress):
+                self._progress = progress
+            case wire.Ready(context_tokens=context_tokens):
+                self._context_tokens = context_tokens
+                self._progress = 1.0
+                self._set_state("ready")
+            case wire.Status():
+                self._status = frame
+            case wire.Accepted(number=number):
+                self._answers[number].accept()
+            case wire.Refused(number=number):
+                self._answers.pop(number).fail(
+                    RequestError(frame.message, param=frame.param, code=frame.code)
+                )
+            case wire.TooLong(number=number, prompt_tokens=prompt_tokens):
+                self._answers.pop(number).fail(_TooLongError(prompt_tokens))
+            case wire.Text(number=number, text=text, tokens=tokens):
+                self._answers[number].add(text, tokens)
+            case wire.Done(number=number, reason=reason, usage=usage):
+                answer = self._answers.pop(number)
+                if reason != "cancelled":
+                    answer.finish(Finish(reason, usage))
+
+    def _fail_answers(self, why: str) -> None:
+        answers, self._answers = self._answers, {}
+        for answer in answers.values():
+            answer.fail(EngineError(why))
+
+
+class _ChildDiedError(Exception):
+    """The child ended without being asked; the message is for the operator."""
+
+    def __init__(self, why: str, was_ready: bool) -> None:
+        super().__init__(why)
+        self.was_ready = was_ready
+
+
+class _TooLongError(EngineError):
+    """The child counted this many prompt tokens; the request knows the rest of the message."""
+
+    def __init__(self, prompt_tokens: int) -> None:
+        super().__init__(f"{prompt_tokens} prompt tokens are too many")
+        self.prompt_tokens = prompt_tokens
+
+
+def _encode_request(number: int, request: Request) -> bytes:
+    try:
+        return wire.encode(wire.Generate.of(number, request))
+    except LocalProtocolError as error:
+        raise RequestError(f"The request is too large: {error}.", param="messages") from error
+
+
+async def _write(stdin: trio.abc.SendStream, outgoing: trio.MemoryReceiveChannel[bytes]) -> None:
+    """One writer, never cancelled within a frame while the child lives."""
+    try:
+        async with stdin:
+            async for data in outgoing:
+                await stdin.send_all(data)
+    except trio.BrokenResourceError:
+        pass  # the child is gone; its standard output ends too, and that is acted upon
+
+
+async def _read_log(stderr: trio.abc.ReceiveStream, log: deque[str], finished: trio.Event) -> None:
+    """Keep the last lines, each of bounded length, whatever the child prints."""
+    rest = ""
+    while data := await stderr.receive_some(READ_BYTES):
+        *lines, rest = (rest + data.decode("utf-8", "replace")).split("\n")
+        log.extend(line[:LOG_LINE_CHARS_MAX] for line in lines if line.strip())
+        rest = rest[:LOG_LINE_CHARS_MAX]
+    log.extend([rest] if rest.strip() else [])
+    finished.set()
+
+
+async def _stop(process: trio.Process) -> None:
+    """Terminate, then kill; returns when the process is gone."""
+    with trio.CancelScope(shield=True):
+        if process.poll() is None:
+            process.terminate()
+            with trio.move_on_after(STOP_S):
+                await process.wait()
+        if process.poll() is None:
+            process.kill()
+            await process.wait()
+        for stream in (process.stdin, process.stdout, process.stderr):
+            if stream is not None:
+                await trio.aclose_forcefully(stream)
+
+
+def _cause_of_death(path: str, code: int | None, log: deque[str]) -> str:
+    """One sentence or two for the operator; the log never holds prompts or answers."""
+    if code is not None and code < 0:
+        how = f"was ended by {signal.Signals(-code).name}"
+        hint = _SIGNAL_HINTS.get(-code, "")
+    else:
+        how, hint = f"ended with code {code}", ""
+    last = f" Its last words: {log[-1]}" if log else ""
+    return f"The engine process of {path} {how}{hint}.{last}"
+
+
+_SIGNAL_HINTS: dict[int, str] = {
+    signal.SIGBUS: ": the file was truncated while it was in use, or its disk failed",
+    signal.SIGKILL: ": killed by somebody, or by the kernel because memory ran out",
+    signal.SIGABRT: ": llama.cpp gave up",
+    signal.SIGSEGV: ": a bug in llama.cpp, or a file that it does not understand",
+}

@@ -1,0 +1,423 @@
+"""Which tokens go into the next decode: waiting and running sequences in, a batch out.
+
+Decides: who runs, in which slot, which kept KV is reused or evicted, how much prompt goes beside
+running answers, who is preempted when the KV cache is full. Does not know llama.cpp, text, time,
+sockets or threads: tokens are integers and `plan()` then `commit()` is one step.
+
+Theory of operation. A *sequence* is a list of tokens: its prompt, then what was sampled. A *slot*
+is a lane of the KV cache: the list of tokens that have been computed there. A running sequence
+owns one slot, and what is left to compute is simply the tokens beyond the slot's. With one token
+left it is decoding, with more it is in prefill; after a preemption it is in prefill again, over
+prompt and answer alike. A slot whose sequence ended keeps its tokens, so the next turn of the
+conversation computes only what is new.
+
+All slots share one pool of `kv_tokens` cells. The oldest sequence can always get room by evicting
+idle slots and preempting others, and any sequence fits the pool alone, so every request ends.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from meshnode.engine import Usage
+from meshnode.errors import ContextLengthError, EngineBusyError
+
+# One decode of 512 tokens is where the matrix products of a CPU stop getting more efficient.
+PREFILL_TOKENS_MAX = 512
+# Beside running answers a smaller chunk is used: their next token waits for the whole batch.
+PREFILL_TOKENS_BESIDE_DECODE_MAX = 128
+# A sequence is admitted only if every running one could still grow by this much; it keeps a
+# nearly full cache from admitting what it must preempt a few steps later.
+ADMIT_HEADROOM_TOKENS = 64
+# What a refused client is told to wait: the order of one short answer.
+BUSY_RETRY_AFTER_S = 2.0
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """Sizes in tokens, all at least 1; `kv_tokens` is shared by all slots."""
+
+    slots: int
+    context_tokens: int
+    kv_tokens: int
+    waiting_max: int
+    prefill_tokens: int = PREFILL_TOKENS_MAX
+    prefill_tokens_beside_decode: int = PREFILL_TOKENS_BESIDE_DECODE_MAX
+
+    def __post_init__(self) -> None:
+        if self.context_tokens > self.kv_tokens:
+            raise ValueError("a sequence of context_tokens must fit into kv_tokens alone")
+
+    @property
+    def sequences_max(self) -> int:
+        """Running and waiting together; a request over it is refused as busy."""
+        return self.slots + self.waiting_max
+
+    def fits(self, prompt_tokens: int, max_tokens: int | None) -> bool:
+        """Whether such a request can be served at all."""
+        return prompt_tokens + (max_tokens or 1) <= self.context_tokens
+
+
+@dataclass(frozen=True, slots=True)
+class Trim:
+    """Forget the KV of `slot` from position `keep` on, before the batch is decoded."""
+
+    slot: int
+    keep: int
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """Tokens of one sequence for positions `start`, `start + 1`, ... of one slot."""
+
+    sequence: int
+    slot: int
+    start: int
+    tokens: tuple[int, ...]
+    wants_logits: bool
+
+    @property
+    def undo(self) -> Trim:
+        """What takes this chunk back out of the KV cache, after an aborted decode."""
+        return Trim(self.slot, self.start)
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """One step. `trims` come first and stand even if the decode is aborted."""
+
+    trims: tuple[Trim, ...]
+    chunks: tuple[Chunk, ...]
+
+    @property
+    def tokens(self) -> int:
+        return sum(len(chunk.tokens) for chunk in self.chunks)
+
+    @property
+    def outputs(self) -> int:
+        return sum(chunk.wants_logits for chunk in self.chunks)
+
+
+@dataclass(frozen=True, slots=True)
+class Sampled:
+    """A token that a sequence got; with `finish` the sequence is over.
+
+    The token of a "stop" is an end-of-generation token and no part of the answer.
+    """
+
+    sequence: int
+    token: int
+    finish: Literal["stop", "length"] | None
+    usage: Usage
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """A snapshot for statistics. `kv_tokens_free` counts what idle slots hold as free."""
+
+    slots_busy: int
+    waiting: int
+    kv_tokens_free: int
+    sessions: tuple[bytes, ...]
+
+
+class _Sequence:
+    """A request on its way: `tokens` is the prompt, then the answer so far."""
+
+    __slots__ = ("arrival", "cached_tokens", "id", "length_max", "prompt_tokens", "session",
+                 "slot", "tokens")  # fmt: skip
+
+    def __init__(
+        self, number: int, session: bytes, prompt: Sequence[int], length_max: int, arrival: int
+    ) -> None:
+        self.id = number
+        self.session = session
+        self.tokens = list(prompt)
+        self.prompt_tokens = len(self.tokens)
+        self.length_max = length_max
+        self.arrival = arrival
+        self.cached_tokens: int | None = None
+        self.slot: _Slot | None = None
+
+    def usage(self) -> Usage:
+        return Usage(
+            prompt_tokens=self.prompt_tokens,
+            cached_tokens=self.cached_tokens or 0,
+            completion_tokens=len(self.tokens) - self.prompt_tokens,
+        )
+
+
+class _Slot:
+    """A lane of the KV cache: `tokens` are computed; `used` orders slots by last use."""
+
+    __slots__ = ("number", "sequence", "session", "tokens", "used")
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+        self.tokens: list[int] = []
+        self.session = b""
+        self.sequence: _Sequence | None = None
+        self.used = 0
+
+
+class Scheduler:
+    """See the module's theory of operation. Not thread-safe; one owner steps it."""
+
+    def __init__(self, limits: Limits, end_tokens: frozenset[int]) -> None:
+        self.limits = limits
+        self._end_tokens = end_tokens
+        self._slots = [_Slot(number) for number in range(limits.slots)]
+        self._waiting: deque[_Sequence] = deque()
+        self._sequences: dict[int, _Sequence] = {}
+        self._arrivals = 0
+        self._uses = 0
+
+    # -- what a driver calls -------------------------------------------------------------------
+
+    def submit(
+        self, sequence: int, session: bytes, prompt: Sequence[int], max_tokens: int | None
+    ) -> None:
+        """Queue a prompt of at least one token under a number that is not in use.
+
+        Raises `ContextLengthError` if it can never fit, `EngineBusyError` if the queue is full.
+        """
+        if sequence in self._sequences:
+            raise ValueError(f"sequence {sequence} is already scheduled")
+        if not prompt or (max_tokens is not None and max_tokens < 1):
+            raise ValueError("a sequence needs a prompt token and room for one answer token")
+        length_max = self.limits.context_tokens
+        if not self.limits.fits(len(prompt), max_tokens):
+            raise ContextLengthError(len(prompt), max_tokens, length_max)
+        if len(self._sequences) >= self.limits.sequences_max:
+            raise EngineBusyError(
+                f"All {self.limits.slots} slots are busy and {len(self._waiting)} requests wait.",
+                BUSY_RETRY_AFTER_S,
+            )
+        if max_tokens is not None:
+            length_max = len(prompt) + max_tokens
+        self._arrivals += 1
+        entry = _Sequence(sequence, session, prompt, length_max, self._arrivals)
+        self._sequences[sequence] = entry
+        self._waiting.append(entry)
+
+    def end(self, sequence: int) -> Usage | None:
+        """Take a sequence out, whatever it is doing; its KV stays. None if it is not here."""
+        entry = self._sequences.get(sequence)
+        if entry is None:
+            return None
+        self._release(entry)
+        return entry.usage()
+
+    def plan(self) -> Batch | None:
+        """The next step, or None if there is nothing to do.
+
+        The KV counts as computed only after `commit`; without it (the decode was aborted), the
+        next `plan` covers the same tokens again.
+        """
+        trims = self._admit()
+        planned: dict[int, Chunk] = {}
+        running = self._running()
+        decoding = [entry for entry in running if _pending(entry) == 1]
+        prefilling = [entry for entry in running if _pending(entry) > 1]
+        for entry in decoding:
+            self._plan_chunk(entry, 1, planned, trims)
+        budget = self.limits.prefill_tokens_beside_decode if planned else self.limits.prefill_tokens
+        for entry in prefilling:
+            budget -= self._plan_chunk(entry, budget, planned, trims)
+        if not planned:
+            return None
+        return Batch(tuple(trims), tuple(planned.values()))
+
+    def commit(self, batch: Batch, sampled: Sequence[int]) -> list[Sampled]:
+        """Record a decoded batch; `sampled` has one token per chunk that wanted logits."""
+        if len(sampled) != batch.outputs:
+            raise ValueError(f"{batch.outputs} outputs but {len(sampled)} sampled tokens")
+        draws = iter(sampled)
+        results = []
+        for chunk in batch.chunks:
+            slot = self._slots[chunk.slot]
+            entry = slot.sequence
+            if entry is None or entry.id != chunk.sequence or len(slot.tokens) != chunk.start:
+                raise ValueError(f"slot {chunk.slot} changed between plan and commit")
+            slot.tokens.extend(chunk.tokens)
+            self._touch(slot)
+            if chunk.wants_logits:
+                results.append(self._accept(entry, next(draws)))
+        return results
+
+    def forget(self, slot: int) -> None:
+        """The KV of a slot turned out not to be trimmable: it is all gone."""
+        self._slots[slot].tokens.clear()
+        entry = self._slots[slot].sequence
+        if entry is not None and len(entry.tokens) == entry.prompt_tokens:
+            entry.cached_tokens = 0
+
+    def load(self) -> Load:
+        """How full it is now; sessions with kept KV, most recently used last."""
+        running = self._running()
+        kept = sorted((slot for slot in self._slots if slot.tokens), key=lambda slot: slot.used)
+        # A later use of the same session moves it to the end.
+        sessions = {slot.session: None for slot in reversed(kept) if slot.session}
+        return Load(
+            slots_busy=len(running),
+            waiting=len(self._waiting),
+            kv_tokens_free=self.limits.kv_tokens - sum(len(entry.tokens) for entry in running),
+            sessions=tuple(reversed(sessions)),
+        )
+
+    @property
+    def idle(self) -> bool:
+        """Whether `plan` would have nothing to do."""
+        return not self._sequences
+
+    # -- admission -----------------------------------------------------------------------------
+
+    def _admit(self) -> list[Trim]:
+        """Give slots to waiting sequences, first come first served, while the KV allows it."""
+        trims = []
+        while self._waiting:
+            idle = [slot for slot in self._slots if slot.sequence is None]
+            if not idle or not self._fits(self._waiting[0]):
+                break
+            entry = self._waiting.popleft()
+            slot, common = _choose_slot(entry, idle)
+            # The last token is always computed: its logits give the next one.
+            keep = min(common, len(entry.tokens) - 1)
+            if keep < len(slot.tokens):
+                trims.append(Trim(slot.number, keep))
+                del slot.tokens[keep:]
+            slot.sequence, slot.session, entry.slot = entry, entry.session, slot
+            if entry.cached_tokens is None:
+                entry.cached_tokens = keep
+            self._touch(slot)
+        return trims
+
+    def _fits(self, entry: _Sequence) -> bool:
+        running = self._running()
+        if not running:
+            return True
+        committed = sum(len(other.tokens) for other in running) + len(entry.tokens)
+        headroom = ADMIT_HEADROOM_TOKENS * (len(running) + 1)
+        return committed + headroom <= self.limits.kv_tokens
+
+    # -- room in the KV cache ------------------------------------------------------------------
+
+    def _plan_chunk(
+        self, entry: _Sequence, tokens_max: int, planned: dict[int, Chunk], trims: list[Trim]
+    ) -> int:
+        """Plan up to `tokens_max` tokens of a sequence; returns how many found room."""
+        slot = entry.slot
+        if slot is None or tokens_max < 1:  # preempted a moment ago, or the budget is spent
+            return 0
+        start = len(slot.tokens)
+        count = min(_pending(entry), tokens_max)
+        count = min(count, self._make_room(count, entry, planned, trims))
+        if count < 1:
+            return 0
+        planned[entry.id] = Chunk(
+            sequence=entry.id,
+            slot=slot.number,
+            start=start,
+            tokens=tuple(entry.tokens[start : start + count]),
+            wants_logits=start + count == len(entry.tokens),
+        )
+        return count
+
+    def _make_room(
+        self, tokens: int, entry: _Sequence, planned: dict[int, Chunk], trims: list[Trim]
+    ) -> int:
+        """Free cells after evicting idle slots and preempting who is not in this batch."""
+        while (room := self._room(planned)) < tokens:
+            idle = [slot for slot in self._slots if slot.sequence is None and slot.tokens]
+            if idle:
+                slot = min(idle, key=lambda slot: slot.used)
+                # Only the eviction matters now: an earlier trim of the slot is included in it.
+                trims[:] = [trim for trim in trims if trim.slot != slot.number]
+                trims.append(Trim(slot.number, 0))
+                slot.tokens.clear()
+                continue
+            others = [
+                other for other in self._running() if other is not entry and other.id not in planned
+            ]
+            if not others:
+                break
+            self._preempt(max(others, key=lambda other: other.arrival))
+        return room
+
+    def _room(self, planned: dict[int, Chunk]) -> int:
+        computed = sum(len(slot.tokens) for slot in self._slots)
+        return self.limits.kv_tokens - computed - sum(len(c.tokens) for c in planned.values())
+
+    def _preempt(self, entry: _Sequence) -> None:
+        """Back to the head of the queue with its answer so far; it will be computed again."""
+        if entry.slot is not None:
+            entry.slot.sequence = None
+            entry.slot = None
+        self._waiting.appendleft(entry)
+
+    # -- sequences -----------------------------------------------------------------------------
+
+    def _accept(self, entry: _Sequence, token: int) -> Sampled:
+        finish: Literal["stop", "length"] | None = None
+        if token in self._end_tokens:
+            finish = "stop"
+        else:
+            entry.tokens.append(token)
+            if len(entry.tokens) >= entry.length_max:
+                finish = "length"
+        if finish is not None:
+            self._release(entry)
+        return Sampled(entry.id, token, finish, entry.usage())
+
+    def _release(self, entry: _Sequence) -> None:
+        del self._sequences[entry.id]
+        if entry.slot is None:
+            self._waiting.remove(entry)
+        else:
+            entry.slot.sequence = None
+
+    def _running(self) -> list[_Sequence]:
+        """Oldest first: that order decides who gets room."""
+        running = [slot.sequence for slot in self._slots if slot.sequence is not None]
+        return sorted(running, key=lambda entry: entry.arrival)
+
+    def _touch(self, slot: _Slot) -> None:
+        self._uses += 1
+        slot.used = self._uses
+
+
+def _pending(entry: _Sequence) -> int:
+    """Tokens still to compute before the next one can be sampled; at least 1 while running."""
+    computed = len(entry.slot.tokens) if entry.slot is not None else 0
+    return len(entry.tokens) - computed
+
+
+def _choose_slot(entry: _Sequence, idle: list[_Slot]) -> tuple[_Slot, int]:
+    """The idle slot to run in, and how many of its tokens begin the sequence's.
+
+    The session's own slot first; else the longest common prefix, provided that it is at least
+    half of what the slot keeps (another conversation should not lose its history to a shared
+    system prompt); else the least recently used.
+    """
+    common = {slot.number: _common_prefix(slot.tokens, entry.tokens) for slot in idle}
+    own = [slot for slot in idle if slot.session == entry.session and entry.session]
+    similar = [slot for slot in idle if 2 * common[slot.number] >= len(slot.tokens) > 0]
+    candidates = own or similar
+    if candidates:
+        best = max(candidates, key=lambda slot: (common[slot.number], slot.used))
+    else:
+        # Empty slots cost nobody anything; they come before the oldest history.
+        best = min(idle, key=lambda slot: (bool(slot.tokens), slot.used))
+    return best, common[best.number]
+
+
+def _common_prefix(left: list[int], right: list[int]) -> int:
+    count = 0
+    for a, b in zip(left, right, strict=False):
+        if a != b:
+            break
+        count += 1
+    return count

@@ -1,0 +1,202 @@
+"""What the node and its engine child say to each other: length-prefixed MessagePack.
+
+Decides the frames and their bounds. Both ends are ours and of one version, so there is no
+negotiation; a frame that does not decode means that one side is broken, and the pipe is closed.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Sequence
+from typing import Literal, TypeVar
+
+import msgspec
+
+from meshnode.engine import ChatMessage, Request, Sampling, Usage
+from meshnode.errors import LocalProtocolError
+
+# A prompt is at most a context: 1 Mi tokens of 6 bytes is more than any model here takes.
+FRAME_BYTES_MAX = 8 * 1024 * 1024
+Frame = TypeVar("Frame")
+_LENGTH = struct.Struct(">I")
+
+
+class Load(msgspec.Struct, frozen=True, tag="load"):
+    """First frame to the child. `threads` None: adapt to the cores that are really free."""
+
+    path: str
+    context_tokens: int
+    slots: int
+    waiting_max: int
+    threads: int | None
+
+
+class Generate(msgspec.Struct, frozen=True, tag="generate"):
+    """Start a sequence under the parent's `number`; exactly one prompt form is not None."""
+
+    number: int
+    session: bytes
+    messages: tuple[ChatMessage, ...] | None
+    text: str | None
+    tokens: tuple[int, ...] | None
+    sampling: Sampling
+    max_tokens: int | None
+    stop: tuple[str, ...]
+
+    @property
+    def prompt(self) -> tuple[ChatMessage, ...] | str | tuple[int, ...]:
+        forms = (self.messages, self.text, self.tokens)
+        return next(form for form in forms if form is not None)
+
+    @classmethod
+    def of(cls, number: int, request: Request) -> Generate:
+        prompt = request.prompt
+        text = prompt if isinstance(prompt, str) else None
+        items = () if isinstance(prompt, str) else prompt
+        messages = tuple(item for item in items if isinstance(item, ChatMessage))
+        tokens = tuple(item for item in items if isinstance(item, int))
+        return cls(
+            number=number,
+            session=request.session,
+            messages=messages or None,
+            text=text,
+            tokens=tokens if text is None and not messages else None,
+            sampling=request.sampling,
+            max_tokens=request.max_tokens,
+            stop=request.stop,
+        )
+
+
+class Cancel(msgspec.Struct, frozen=True, tag="cancel"):
+    """End a sequence; answered by `Done` with reason "cancelled" if it was still going."""
+
+    number: int
+
+
+class Loading(msgspec.Struct, frozen=True, tag="loading"):
+    """How much of the model is loaded, 0..1."""
+
+    progress: float
+
+
+class Ready(msgspec.Struct, frozen=True, tag="ready"):
+    """Requests may come now."""
+
+    context_tokens: int
+
+
+class LoadFailed(msgspec.Struct, frozen=True, tag="load_failed"):
+    """The model cannot be loaded; the child exits."""
+
+    message: str
+
+
+class Accepted(msgspec.Struct, frozen=True, tag="accepted"):
+    """The prompt was tokenised and fits."""
+
+    number: int
+    prompt_tokens: int
+
+
+class Refused(msgspec.Struct, frozen=True, tag="refused"):
+    """The request is wrong in itself, as `RequestError` says."""
+
+    number: int
+    message: str
+    param: str | None
+    code: str | None
+
+
+class TooLong(msgspec.Struct, frozen=True, tag="too_long"):
+    """The prompt and the tokens asked for exceed the context."""
+
+    number: int
+    prompt_tokens: int
+
+
+class Text(msgspec.Struct, frozen=True, tag="text"):
+    """More of an answer."""
+
+    number: int
+    text: str
+    tokens: int
+
+
+class Done(msgspec.Struct, frozen=True, tag="done"):
+    """The end of a sequence; nothing follows under this number."""
+
+    number: int
+    reason: Literal["stop", "length", "cancelled"]
+    usage: Usage
+
+
+class Status(msgspec.Struct, frozen=True, tag="status"):
+    """Measurements, as in `EngineStats`."""
+
+    slots_busy: int
+    queue_depth: int
+    kv_tokens_free: int
+    prefill_tokens_per_s: float
+    decode_tokens_per_s: float
+    memory_bytes: int
+    threads: int
+    sessions: tuple[bytes, ...]
+
+
+ToChild = Load | Generate | Cancel
+FromChild = Loading | Ready | LoadFailed | Accepted | Refused | TooLong | Text | Done | Status
+
+_encoder = msgspec.msgpack.Encoder()
+_to_child: msgspec.msgpack.Decoder[ToChild] = msgspec.msgpack.Decoder(ToChild)
+_from_child: msgspec.msgpack.Decoder[FromChild] = msgspec.msgpack.Decoder(FromChild)
+
+
+def encode(frame: ToChild | FromChild) -> bytes:
+    """A frame with its length. Raises `LocalProtocolError` if it is over `FRAME_BYTES_MAX`."""
+    body = _encoder.encode(frame)
+    if len(body) > FRAME_BYTES_MAX:
+        raise LocalProtocolError(f"an engine frame of {len(body)} bytes is too large")
+    return _LENGTH.pack(len(body)) + body
+
+
+class FrameReader:
+    """Cuts a byte stream into frames; holds at most one incomplete frame."""
+
+    def __init__(self) -> None:
+        self._buffer = bytearray()
+
+    def feed(self, data: bytes | bytearray) -> list[bytes]:
+        """Add bytes; returns the bodies of the frames that are complete.
+
+        Raises `LocalProtocolError` on an impossible length.
+        """
+        self._buffer += data
+        bodies = []
+        while len(self._buffer) >= _LENGTH.size:
+            (length,) = _LENGTH.unpack_from(self._buffer)
+            if length > FRAME_BYTES_MAX:
+                raise LocalProtocolError(f"an engine frame claims {length} bytes")
+            end = _LENGTH.size + length
+            if len(self._buffer) < end:
+                break
+            bodies.append(bytes(self._buffer[_LENGTH.size : end]))
+            del self._buffer[:end]
+        return bodies
+
+
+def decode_to_child(body: bytes) -> ToChild:
+    """Raises `LocalProtocolError` if the parent sent something else."""
+    return _decode(_to_child, body)
+
+
+def decode_from_child(bodies: Sequence[bytes]) -> list[FromChild]:
+    """Raises `LocalProtocolError` if the child sent something else."""
+    return [_decode(_from_child, body) for body in bodies]
+
+
+def _decode(decoder: msgspec.msgpack.Decoder[Frame], body: bytes) -> Frame:
+    try:
+        frame: Frame = decoder.decode(body)
+    except msgspec.MsgspecError as error:
+        raise LocalProtocolError(f"an engine frame does not decode: {error}") from error
+    return frame

@@ -1,0 +1,90 @@
+"""HTTP in, tokens out.
+
+In data-flow order: `openai.py` (pure: OpenAI JSON to and from `engine.Request`), `answer.py`
+(one request to one answer: local engine or tunnel, next candidate on failure), `app.py`
+(quart-trio routes), `server.py` (hypercorn on Trio). The gateway is handed a `Mesh`; it never
+sees a protocol core, a libp2p object or a key.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from meshnode.engine import Engine
+from meshnode.transport import Stream
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """A peer that can answer, and why it stands where it stands in the ranking."""
+
+    peer_id: str
+    local: bool
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Route:
+    """The ranked candidates for one request; never empty.
+
+    `model` is the resolved public name, `digest` the bytes it stands for.
+    """
+
+    model: str
+    digest: str
+    candidates: tuple[Candidate, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class ServedModel:
+    """A row of /v1/models: `served_by` are the peers that can answer for it now."""
+
+    id: str
+    digest: str
+    created: int
+    context_tokens: int
+    state: str
+    served_by: tuple[str, ...]
+
+
+class Mesh(Protocol):
+    """What the gateway may ask of the node."""
+
+    @property
+    def peer_id(self) -> str: ...
+
+    def models(self) -> tuple[ServedModel, ...]:
+        """Every model that the mesh serves or is loading, by id."""
+        ...
+
+    def route(self, model: str, session: bytes, prompt_bytes: int) -> Route:
+        """Rank who should answer; records the demand.
+
+        Raises `UnknownModelError` or `NoReplicaError`.
+        """
+        ...
+
+    def routed(self, route: Route, peer_id: str, session: bytes) -> None:
+        """Tell the dispatcher who really took the request (it now holds the session)."""
+        ...
+
+    def finished(self, route: Route, peer_id: str) -> None:
+        """Tell the dispatcher that a request it counted against a peer is over."""
+        ...
+
+    def failed(self, peer_id: str) -> None:
+        """Tell the dispatcher that a peer broke a request: avoid it for a few seconds."""
+        ...
+
+    def engine(self, digest: str) -> Engine | None:
+        """The local engine for these bytes, if it is loaded here."""
+        ...
+
+    async def open_tunnel(self, peer_id: str) -> Stream:
+        """A new `/http/1.1` stream to a peer. Raises `PeerUnreachableError`."""
+        ...
+
+    def ready(self) -> tuple[bool, str]:
+        """Whether new requests would be answered, and one word why not."""
+        ...

@@ -1,0 +1,334 @@
+"""One request, one answer: from a local engine, or through a tunnel from a peer.
+
+Decides when to turn to the next candidate and what a client sees when nobody can go on. Does not
+know how candidates were ranked, nor what the bytes of a peer's answer say.
+
+An attempt has three moments: it is *accepted* (the engine has queued it, or the peer sent its
+head), its *first bytes* come, and it *ends*. Until the first bytes of a stream, or until the end
+of a whole answer, nothing has reached the client, and the next candidate can take over unseen.
+After that a loss becomes an explicit error event; a client never sees a silent cut.
+
+Everything an attempt holds open (engine context, tunnel stream) hangs on the `AsyncExitStack` of
+its request: when the client leaves, it is left at once.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import AsyncExitStack, aclosing
+from dataclasses import dataclass
+from typing import Literal
+
+import trio
+
+from meshnode.engine import Delta, Engine, Finish
+from meshnode.errors import (
+    EngineBusyError,
+    EngineError,
+    MeshnodeError,
+    PeerUnreachableError,
+    RemoteProtocolError,
+)
+from meshnode.gateway import Candidate, Mesh, Route
+from meshnode.gateway.openai import Call, Encoder, encode_error_event
+from meshnode.transport.http import HttpResponse, TunnelPool
+
+__all__ = [
+    "DIGEST_HEADER",
+    "HOPS_HEADER",
+    "REQUEST_ID_HEADER",
+    "RETRY_HEADER",
+    "SESSION_HEADER",
+    "Answer",
+    "Ask",
+    "Attempt",
+    "NobodyAnsweredError",
+    "answer",
+    "answer_locally",
+]
+
+HOPS_HEADER = "x-meshnode-hops"
+SESSION_HEADER = "x-meshnode-session"
+DIGEST_HEADER = "x-meshnode-digest"
+RETRY_HEADER = "x-meshnode-retry"
+REQUEST_ID_HEADER = "x-request-id"
+
+# A peer accepts after tokenising and queueing, not after prefill: ten seconds is an overloaded or
+# half-dead peer, and the next one is probably idle.
+ACCEPT_TIMEOUT_S = 10.0
+# A whole answer of 128 Ki tokens with all of its text escaped stays below this.
+WHOLE_ANSWER_BYTES_MAX = 16 * 1024 * 1024
+# One event carries the text of a few tokens; a peer that sends more without an end is hostile.
+EVENT_BYTES_MAX = 1024 * 1024
+# What a client should wait when everybody failed: about the time in which a peer is declared dead.
+RETRY_AFTER_FAILURE_S = 5.0
+
+
+@dataclass(frozen=True, slots=True)
+class Ask:
+    """A request on its way: understood, named, and still as it came."""
+
+    call: Call
+    id: str
+    session: bytes
+    target: str
+    body: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What goes back: `body` yields bytes; b"" means "send the head now"."""
+
+    status: int
+    content_type: str
+    served_by: str
+    route: Literal["local", "tunnel"]
+    body: AsyncIterator[bytes]
+
+
+@dataclass(frozen=True, slots=True)
+class Attempt:
+    """A candidate that did not answer, and why in one word."""
+
+    peer_id: str
+    reason: str
+
+
+class NobodyAnsweredError(MeshnodeError):
+    """Every candidate was tried and none began to answer (HTTP 503 with Retry-After)."""
+
+    def __init__(self, model: str, attempts: list[Attempt], retry_after_s: float) -> None:
+        tried = ", ".join(f"{attempt.peer_id}: {attempt.reason}" for attempt in attempts)
+        super().__init__(f"Nobody who has the model `{model}` could answer ({tried}). Try again.")
+        self.attempts = tuple(attempts)
+        self.state = "busy" if all(a.reason == "busy" for a in attempts) else "failed"
+        self.retry_after_s = retry_after_s
+
+
+# What another candidate may still cure. A `RequestError` is an `EngineError` that it may not.
+_Lost = (PeerUnreachableError, RemoteProtocolError, EngineError)
+
+
+async def answer(mesh: Mesh, pool: TunnelPool, ask: Ask, stack: AsyncExitStack) -> Answer:
+    """Answer a client: candidate after candidate, until one has begun.
+
+    `stack` is closed when the request is over, however it ends.
+    Raises `UnknownModelError`, `NoReplicaError`, `RequestError` or `NobodyAnsweredError`.
+    """
+    route = mesh.route(ask.call.model, ask.session, len(ask.body))
+    attempts: list[Attempt] = []
+    retry_after_s = RETRY_AFTER_FAILURE_S
+    for candidate in route.candidates:
+        try:
+            async with AsyncExitStack() as attempt:
+                begun = await _begin(mesh, pool, ask, route, candidate, attempt)
+                await stack.enter_async_context(attempt.pop_all())
+                return begun
+        except _Lost as error:
+            if isinstance(error, EngineError) and not error.retry_elsewhere:
+                raise
+            mesh.failed(candidate.peer_id)
+            attempts.append(Attempt(candidate.peer_id, _reason(error)))
+            if isinstance(error, EngineBusyError):
+                retry_after_s = min(retry_after_s, error.retry_after_s)
+    raise NobodyAnsweredError(route.model, attempts, retry_after_s)
+
+
+async def answer_locally(
+    engine: Engine, ask: Ask, digest: str, peer_id: str, stack: AsyncExitStack
+) -> Answer:
+    """Answer from an engine of this node, from the moment it has accepted.
+
+    The body raises `EngineError` if the engine dies midway. Raises what `Engine.generate` raises.
+    """
+    events = await stack.enter_async_context(engine.generate(ask.call.request(ask.id, ask.session)))
+    encoder = Encoder(ask.call, ask.id, digest, int(time.time()))
+    body = await stack.enter_async_context(
+        aclosing(_streamed(events, encoder) if ask.call.stream else _collected(events, encoder))
+    )
+    content_type = "text/event-stream" if ask.call.stream else "application/json"
+    return Answer(200, content_type, peer_id, "local", body)
+
+
+async def _begin(
+    mesh: Mesh,
+    pool: TunnelPool,
+    ask: Ask,
+    route: Route,
+    candidate: Candidate,
+    stack: AsyncExitStack,
+) -> Answer:
+    """One candidate's answer, once its first bytes are here. Raises one of `_Lost`."""
+    if candidate.local:
+        engine = mesh.engine(route.digest)
+        if engine is None:
+            raise EngineError(f"The model `{route.model}` was unloaded a moment ago.")
+        accepted = await answer_locally(engine, ask, route.digest, mesh.peer_id, stack)
+    else:
+        accepted = await _answer_remotely(pool, ask, route.digest, candidate.peer_id, stack)
+    mesh.routed(route, candidate.peer_id, ask.session)
+    stack.callback(mesh.finished, route, candidate.peer_id)
+    if accepted.content_type.startswith("text/event-stream"):
+        first = await _first_bytes(accepted.body)
+        body = _explained(first, accepted.body, mesh, candidate.peer_id)
+    else:
+        body = _once(await _whole(accepted.body))
+    return Answer(
+        accepted.status,
+        accepted.content_type,
+        accepted.served_by,
+        accepted.route,
+        await stack.enter_async_context(aclosing(body)),
+    )
+
+
+# ---------------------------------------------------------------------------------------------
+# From a local engine
+# ---------------------------------------------------------------------------------------------
+
+
+async def _streamed(
+    events: AsyncIterator[Delta | Finish], encoder: Encoder
+) -> AsyncGenerator[bytes, None]:
+    yield b""
+    # The role goes out with the first text, not before: until then another replica may take over.
+    opening = encoder.opening()
+    async for event in events:
+        if isinstance(event, Finish):
+            yield opening + encoder.closing(event)
+            return
+        if event.text:
+            yield opening + encoder.delta(event.text)
+            opening = b""
+    raise EngineError("The engine ended without a finish.")
+
+
+async def _collected(
+    events: AsyncIterator[Delta | Finish], encoder: Encoder
+) -> AsyncGenerator[bytes, None]:
+    yield b""
+    texts: list[str] = []
+    async for event in events:
+        if isinstance(event, Finish):
+            yield encoder.whole("".join(texts), event)
+            return
+        texts.append(event.text)
+    raise EngineError("The engine ended without a finish.")
+
+
+# ---------------------------------------------------------------------------------------------
+# From a peer
+# ---------------------------------------------------------------------------------------------
+
+
+async def _answer_remotely(
+    pool: TunnelPool, ask: Ask, digest: str, peer_id: str, stack: AsyncExitStack
+) -> Answer:
+    """A peer's answer, from the moment it has accepted. A 4xx is an answer; a 5xx is a loss."""
+    headers = [
+        (b"host", b"meshnode"),
+        (b"content-type", b"application/json"),
+        (HOPS_HEADER.encode(), b"1"),
+        (SESSION_HEADER.encode(), ask.session.hex().encode()),
+        (DIGEST_HEADER.encode(), digest.encode()),
+        (REQUEST_ID_HEADER.encode(), ask.id.encode()),
+    ]
+    try:
+        with trio.fail_after(ACCEPT_TIMEOUT_S):
+            response = await stack.enter_async_context(
+                pool.request(peer_id, "POST", ask.target, headers, ask.body)
+            )
+    except trio.TooSlowError:
+        raise PeerUnreachableError(
+            f"Peer {peer_id} did not accept the request within {ACCEPT_TIMEOUT_S:.0f} s."
+        ) from None
+    except (trio.BrokenResourceError, trio.ClosedResourceError) as error:
+        raise PeerUnreachableError(f"The tunnel to peer {peer_id} broke.") from error
+    if response.status == 503 and response.header(RETRY_HEADER.encode()) == b"elsewhere":
+        raise EngineBusyError(f"Peer {peer_id} is busy.", _retry_after_s(response))
+    if response.status != 200 and not 400 <= response.status < 500:
+        raise RemoteProtocolError(f"Peer {peer_id} answered with status {response.status}.")
+    content_type = (response.header(b"content-type") or b"application/json").decode("latin-1")
+    passed_on = _events if content_type.startswith("text/event-stream") else _bytes
+    body = await stack.enter_async_context(aclosing(passed_on(response, peer_id)))
+    return Answer(response.status, content_type, peer_id, "tunnel", body)
+
+
+def _retry_after_s(response: HttpResponse) -> float:
+    value = response.header(b"retry-after") or b""
+    # Two digits: a peer cannot send our clients away for longer than 99 s.
+    return float(value) if value.isdigit() and len(value) <= 2 else RETRY_AFTER_FAILURE_S
+
+
+async def _bytes(response: HttpResponse, peer_id: str) -> AsyncGenerator[bytes, None]:
+    try:
+        async for chunk in response:
+            yield chunk
+    except (trio.BrokenResourceError, trio.ClosedResourceError) as error:
+        raise PeerUnreachableError(f"The tunnel to peer {peer_id} broke midway.") from error
+
+
+async def _events(response: HttpResponse, peer_id: str) -> AsyncGenerator[bytes, None]:
+    """Only whole events: a cut must not leave half of one before our error event."""
+    held = b""
+    async with aclosing(_bytes(response, peer_id)) as chunks:
+        async for chunk in chunks:
+            held += chunk
+            end = held.rfind(b"\n\n") + 2
+            if end > 1:
+                yield held[:end]
+                held = held[end:]
+            elif len(held) > EVENT_BYTES_MAX:
+                raise RemoteProtocolError(f"Peer {peer_id} sent an event without an end.")
+    if held:
+        raise RemoteProtocolError(f"Peer {peer_id} ended its answer inside an event.")
+
+
+# ---------------------------------------------------------------------------------------------
+# To the client
+# ---------------------------------------------------------------------------------------------
+
+
+async def _first_bytes(body: AsyncIterator[bytes]) -> bytes:
+    async for chunk in body:
+        if chunk:
+            return chunk
+    raise RemoteProtocolError("The answer was empty.")
+
+
+async def _whole(body: AsyncIterator[bytes]) -> bytes:
+    whole = bytearray()
+    async for chunk in body:
+        whole += chunk
+        if len(whole) > WHOLE_ANSWER_BYTES_MAX:
+            raise RemoteProtocolError(f"The answer is over {WHOLE_ANSWER_BYTES_MAX} bytes.")
+    return bytes(whole)
+
+
+async def _once(body: bytes) -> AsyncGenerator[bytes, None]:
+    yield body
+
+
+async def _explained(
+    first: bytes, rest: AsyncIterator[bytes], mesh: Mesh, peer_id: str
+) -> AsyncGenerator[bytes, None]:
+    """A stream that ends either complete or with an error event that says why it is not."""
+    yield first
+    try:
+        async for chunk in rest:
+            yield chunk
+    except _Lost:
+        mesh.failed(peer_id)
+        yield encode_error_event(
+            f"The replica {peer_id} was lost in the middle of its answer. Ask again.",
+            "replica_lost",
+        )
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, EngineBusyError):
+        return "busy"
+    if isinstance(error, EngineError):
+        return "engine"
+    return "unreachable" if isinstance(error, PeerUnreachableError) else "protocol"

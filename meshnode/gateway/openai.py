@@ -1,0 +1,539 @@
+"""OpenAI's JSON to and from the engine's vocabulary. Pure: bytes in, values out.
+
+Decides which fields of a request work, which are harmless, and which are refused by name: nothing
+is ignored that the caller could have meant. Does not know engines, peers, sessions or HTTP.
+
+The shapes follow OpenAI's reference for /v1/chat/completions, /v1/completions and /v1/models;
+`top_k` and `min_p` are the usual extensions of local servers.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+import msgspec
+
+from meshnode.engine import ChatMessage, Finish, Request, Sampling, Usage
+from meshnode.errors import RequestError
+from meshnode.gateway import ServedModel
+
+__all__ = [
+    "Call",
+    "Encoder",
+    "decode_chat",
+    "decode_text",
+    "encode_error",
+    "encode_error_event",
+    "encode_model",
+    "encode_models",
+]
+
+# OpenAI's own bounds.
+STOP_SEQUENCES_MAX = 4
+LOGIT_BIAS_ENTRIES_MAX = 1024
+# /v1/completions answers with 16 tokens unless told otherwise; clients rely on it.
+TEXT_MAX_TOKENS_DEFAULT = 16
+# Names travel in headers, logs and adverts.
+NAME_CHARS_MAX = 256
+TOKEN_ID_MAX = 2**31 - 1
+
+Kind = Literal["chat", "text"]
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """A request body, understood. `prompt` has the forms of `engine.Request`."""
+
+    kind: Kind
+    model: str
+    prompt: tuple[ChatMessage, ...] | str | tuple[int, ...]
+    sampling: Sampling
+    max_tokens: int | None
+    stop: tuple[str, ...]
+    stream: bool
+    include_usage: bool
+    prompt_cache_key: str | None
+    user: str | None
+
+    def request(self, id: str, session: bytes) -> Request:
+        """The same in the engine's words; `session` is 16 bytes."""
+        return Request(
+            id=id,
+            session=session,
+            prompt=self.prompt,
+            sampling=self.sampling,
+            max_tokens=self.max_tokens,
+            stop=self.stop,
+        )
+
+
+# ---------------------------------------------------------------------------------------------
+# Decoding
+# ---------------------------------------------------------------------------------------------
+
+_Name = Annotated[str, msgspec.Meta(min_length=1, max_length=NAME_CHARS_MAX)]
+_Penalty = Annotated[float, msgspec.Meta(ge=-2.0, le=2.0)]
+_Share = Annotated[float, msgspec.Meta(ge=0.0, le=1.0)]
+
+
+class _StreamOptions(msgspec.Struct, forbid_unknown_fields=True):
+    include_usage: bool | None = None
+
+
+class _Body(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
+    """What both kinds of request share. `Any` marks fields of which only a neutral value works."""
+
+    model: _Name
+    stream: bool | None = None
+    stream_options: _StreamOptions | None = None
+    max_tokens: Annotated[int, msgspec.Meta(ge=1)] | None = None
+    temperature: Annotated[float, msgspec.Meta(ge=0.0, le=2.0)] | None = None
+    top_p: _Share | None = None
+    top_k: Annotated[int, msgspec.Meta(ge=0, le=TOKEN_ID_MAX)] | None = None
+    min_p: _Share | None = None
+    seed: Annotated[int, msgspec.Meta(ge=-(2**63), le=2**63 - 1)] | None = None
+    frequency_penalty: _Penalty | None = None
+    presence_penalty: _Penalty | None = None
+    logit_bias: dict[str, float] | None = None
+    stop: str | list[str] | None = None
+    # Harmless: they change no answer.
+    user: str | None = None
+    metadata: dict[str, str] | None = None
+    prompt_cache_key: str | None = None
+    safety_identifier: str | None = None
+    store: Any = None
+    service_tier: Any = None
+    # Not supported yet.
+    n: Any = None
+    logprobs: Any = None
+
+
+class _ChatMessage(msgspec.Struct, forbid_unknown_fields=True):
+    role: str
+    content: str | list[dict[str, Any]] | None = None
+    name: Any = None
+    refusal: Any = None
+    tool_calls: Any = None
+    tool_call_id: Any = None
+    function_call: Any = None
+    audio: Any = None
+    annotations: Any = None
+
+
+class _ChatBody(_Body, forbid_unknown_fields=True, kw_only=True):
+    messages: Annotated[list[_ChatMessage], msgspec.Meta(min_length=1)]
+    max_completion_tokens: Annotated[int, msgspec.Meta(ge=1)] | None = None
+    top_logprobs: Any = None
+    response_format: Any = None
+    tools: Any = None
+    tool_choice: Any = None
+    parallel_tool_calls: Any = None
+    functions: Any = None
+    function_call: Any = None
+    modalities: Any = None
+    audio: Any = None
+    prediction: Any = None
+    reasoning_effort: Any = None
+    verbosity: Any = None
+    web_search_options: Any = None
+
+
+class _TextBody(_Body, forbid_unknown_fields=True, kw_only=True):
+    prompt: str | list[Any]
+    best_of: Any = None
+    echo: Any = None
+    suffix: Any = None
+
+
+# The values, besides null, that ask for nothing: they are what we do anyway.
+_NEUTRAL_BODY: Mapping[str, tuple[Any, ...]] = {
+    "store": (False,),
+    "service_tier": ("auto", "default"),
+    "n": (1,),
+}
+_NEUTRAL_CHAT: Mapping[str, tuple[Any, ...]] = {
+    **_NEUTRAL_BODY,
+    "logprobs": (False,),
+    "top_logprobs": (),
+    "response_format": ({"type": "text"},),
+    "tools": ([],),
+    "tool_choice": ("none",),
+    "parallel_tool_calls": (),
+    "functions": ([],),
+    "function_call": ("none",),
+    "modalities": (["text"],),
+    "audio": (),
+    "prediction": (),
+    "reasoning_effort": (),
+    "verbosity": (),
+    "web_search_options": (),
+}
+_NEUTRAL_TEXT: Mapping[str, tuple[Any, ...]] = {
+    **_NEUTRAL_BODY,
+    "logprobs": (),
+    "best_of": (1,),
+    "echo": (False,),
+    "suffix": ("",),
+}
+_NEUTRAL_MESSAGE: Mapping[str, tuple[Any, ...]] = {
+    "name": (),
+    "refusal": (),
+    "tool_calls": ([],),
+    "tool_call_id": (),
+    "function_call": (),
+    "audio": (),
+    "annotations": ([],),
+}
+# OpenAI renamed `system` for its newer models; the templates of open models know `system`.
+_ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
+
+_chat_decoder = msgspec.json.Decoder(_ChatBody)
+_text_decoder = msgspec.json.Decoder(_TextBody)
+_PATH = re.compile(r" - at `(?:key in )?\$\.?(?P<path>.*)`$")
+_FIELD = re.compile(r"(?P<problem>unknown field|missing required field) `(?P<field>.*?)`")
+
+
+def decode_chat(body: bytes) -> Call:
+    """Understand the body of /v1/chat/completions. Raises `RequestError` naming the field."""
+    chat: _ChatBody = _decode(_chat_decoder, body)
+    _refuse_unsupported(chat, _NEUTRAL_CHAT)
+    if chat.max_tokens is not None and chat.max_completion_tokens is not None:
+        raise RequestError(
+            "Give either `max_tokens` or `max_completion_tokens`, not both.",
+            param="max_completion_tokens",
+            code="invalid_value",
+        )
+    return _call(
+        chat,
+        "chat",
+        tuple(_chat_message(message, index) for index, message in enumerate(chat.messages)),
+        chat.max_completion_tokens if chat.max_tokens is None else chat.max_tokens,
+    )
+
+
+def decode_text(body: bytes) -> Call:
+    """Understand the body of /v1/completions. Raises `RequestError` naming the field."""
+    text: _TextBody = _decode(_text_decoder, body)
+    _refuse_unsupported(text, _NEUTRAL_TEXT)
+    max_tokens = TEXT_MAX_TOKENS_DEFAULT if text.max_tokens is None else text.max_tokens
+    return _call(text, "text", _text_prompt(text.prompt), max_tokens)
+
+
+def _decode(decoder: msgspec.json.Decoder[Any], body: bytes) -> Any:
+    try:
+        return decoder.decode(body)
+    except msgspec.ValidationError as error:
+        raise _invalid(str(error)) from None
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        # The message of a DecodeError gives a position, never the text.
+        detail = str(error) if isinstance(error, msgspec.DecodeError) else type(error).__name__
+        raise RequestError(f"The body is not valid JSON: {detail}.", code="invalid_json") from None
+
+
+def _invalid(message: str) -> RequestError:
+    """msgspec's "Expected `int`, got `str` - at `$.max_tokens`", with the field as `param`."""
+    found = _PATH.search(message)
+    path = found["path"] if found else ""
+    problem = message[: found.start()] if found else message
+    field = _FIELD.search(problem)
+    if field is None:
+        code, param = "invalid_value", path
+    elif field["problem"] == "unknown field":
+        code, param = "unknown_parameter", f"{path}.{field['field']}" if path else field["field"]
+    else:
+        code = "missing_required_parameter"
+        param = f"{path}.{field['field']}" if path else field["field"]
+    where = f"`{param}`: " if param else ""
+    return RequestError(f"{where}{problem}.", param=param or None, code=code)
+
+
+def _refuse_unsupported(
+    struct: msgspec.Struct, neutral: Mapping[str, tuple[Any, ...]], path: str = ""
+) -> None:
+    for field, values in neutral.items():
+        given = getattr(struct, field)
+        # JSON's true is not 1, though Python's is.
+        if given is None or any(type(given) is type(v) and given == v for v in values):
+            continue
+        raise _unsupported(path + field)
+
+
+def _unsupported(param: str) -> RequestError:
+    return RequestError(
+        f"`{param}` is not supported with this value; leave it out.",
+        param=param,
+        code="unsupported_parameter",
+    )
+
+
+def _chat_message(message: _ChatMessage, index: int) -> ChatMessage:
+    path = f"messages[{index}]"
+    if message.role not in _ROLES:
+        later = message.role in ("tool", "function")
+        raise RequestError(
+            f"`{path}.role` must be one of {', '.join(_ROLES)}.",
+            param=f"{path}.role",
+            code="unsupported_parameter" if later else "invalid_value",
+        )
+    _refuse_unsupported(message, _NEUTRAL_MESSAGE, f"{path}.")
+    content = message.content
+    if content is None:
+        raise RequestError(
+            f"`{path}.content` must be text.", param=f"{path}.content", code="invalid_value"
+        )
+    if isinstance(content, list):
+        parts = (_text_part(part, f"{path}.content[{i}]") for i, part in enumerate(content))
+        content = "\n".join(parts)
+    return ChatMessage(_ROLES[message.role], content)
+
+
+def _text_part(part: dict[str, Any], path: str) -> str:
+    if part.get("type") != "text":
+        raise _unsupported(f"{path}.type")
+    text = part.get("text")
+    if not isinstance(text, str):
+        raise RequestError(
+            f"`{path}.text` must be a string.", param=f"{path}.text", code="invalid_value"
+        )
+    for field in part:
+        if field not in ("type", "text"):
+            raise _invalid(f"Object contains unknown field `{field}` - at `$.{path}`")
+    return text
+
+
+def _text_prompt(prompt: str | list[Any]) -> str | tuple[int, ...]:
+    # A batch of one is the same request; more would need several answers.
+    if isinstance(prompt, list) and len(prompt) == 1 and isinstance(prompt[0], (str, list)):
+        prompt = prompt[0]
+    if isinstance(prompt, str):
+        return prompt
+    if any(isinstance(item, (str, list)) for item in prompt):
+        raise RequestError(
+            "`prompt` must be one prompt; several in one request are not supported.",
+            param="prompt",
+            code="unsupported_parameter",
+        )
+    for token in prompt:
+        if type(token) is not int or not 0 <= token <= TOKEN_ID_MAX:
+            raise RequestError(
+                "`prompt` must be a string or an array of token ids.",
+                param="prompt",
+                code="invalid_value",
+            )
+    return tuple(prompt)
+
+
+def _call(
+    body: _Body,
+    kind: Kind,
+    prompt: tuple[ChatMessage, ...] | str | tuple[int, ...],
+    max_tokens: int | None,
+) -> Call:
+    if body.stream_options is not None and not body.stream:
+        raise RequestError(
+            "`stream_options` is only allowed when `stream` is true.",
+            param="stream_options",
+            code="invalid_value",
+        )
+    include_usage = body.stream_options is not None and bool(body.stream_options.include_usage)
+    return Call(
+        kind=kind,
+        model=body.model,
+        prompt=prompt,
+        sampling=_sampling(body),
+        max_tokens=max_tokens,
+        stop=_stop(body.stop),
+        stream=bool(body.stream),
+        include_usage=include_usage,
+        prompt_cache_key=body.prompt_cache_key,
+        user=body.user,
+    )
+
+
+def _sampling(body: _Body) -> Sampling:
+    given: dict[str, Any] = {
+        name: value
+        for name in (
+            "temperature",
+            "top_k",
+            "top_p",
+            "min_p",
+            "seed",
+            "frequency_penalty",
+            "presence_penalty",
+        )
+        if (value := getattr(body, name)) is not None
+    }
+    return Sampling(**given, logit_bias=_logit_bias(body.logit_bias or {}))
+
+
+def _logit_bias(bias: dict[str, float]) -> tuple[tuple[int, float], ...]:
+    if len(bias) > LOGIT_BIAS_ENTRIES_MAX:
+        raise RequestError(
+            f"`logit_bias` has more than {LOGIT_BIAS_ENTRIES_MAX} entries.",
+            param="logit_bias",
+            code="invalid_value",
+        )
+    entries: dict[int, float] = {}
+    for token, value in bias.items():
+        # Ten digits hold every token id; int() of a megabyte of digits would hold the node.
+        plain = token.isascii() and token.isdigit() and len(token) <= 10
+        if not plain or int(token) > TOKEN_ID_MAX or not -100.0 <= value <= 100.0:
+            raise RequestError(
+                "`logit_bias` maps token ids to numbers from -100 to 100.",
+                param="logit_bias",
+                code="invalid_value",
+            )
+        entries[int(token)] = value
+    return tuple(sorted(entries.items()))
+
+
+def _stop(stop: str | list[str] | None) -> tuple[str, ...]:
+    sequences = (stop,) if isinstance(stop, str) else tuple(stop or ())
+    if len(sequences) > STOP_SEQUENCES_MAX or "" in sequences:
+        raise RequestError(
+            f"`stop` is one string or up to {STOP_SEQUENCES_MAX}, none of them empty.",
+            param="stop",
+            code="invalid_value",
+        )
+    return sequences
+
+
+# ---------------------------------------------------------------------------------------------
+# Encoding
+# ---------------------------------------------------------------------------------------------
+
+_json = msgspec.json.Encoder()
+_DONE = b"data: [DONE]\n\n"
+
+
+class Encoder:
+    """Writes the answer to one call, streamed or whole.
+
+    Everything that is equal in all chunks is encoded once, so that a chunk costs microseconds:
+    the text's escapes and two concatenations.
+    """
+
+    def __init__(self, call: Call, id: str, digest: str, created: int) -> None:
+        chat = call.kind == "chat"
+        self._chat = chat
+        self._include_usage = call.include_usage
+        self._head: dict[str, Any] = {
+            "id": f"chatcmpl-{id}" if chat else f"cmpl-{id}",
+            "object": "chat.completion" if chat else "text_completion",
+            "created": created,
+            "model": call.model,
+            # The same bytes under another name have the same fingerprint.
+            "system_fingerprint": f"fp_{digest[:16]}",
+        }
+        chunk = {**self._head, "object": "chat.completion.chunk"} if chat else self._head
+        self._open = b"data: " + _json.encode(chunk)[:-1]
+        self._choice = self._open + b',"choices":[{"index":0,'
+        # With include_usage every chunk but the last says that its usage is not known yet.
+        self._close = b'}],"usage":null}\n\n' if call.include_usage else b"}]}\n\n"
+        if chat:
+            self._before = self._choice + b'"delta":{"content":'
+            self._after = b'},"logprobs":null,"finish_reason":null' + self._close
+        else:
+            self._before = self._choice + b'"text":'
+            self._after = b',"logprobs":null,"finish_reason":null' + self._close
+
+    def opening(self) -> bytes:
+        """What comes before the first text: the role, for a chat."""
+        if not self._chat:
+            return b""
+        return (
+            self._choice
+            + b'"delta":{"role":"assistant","content":"","refusal":null},'
+            + b'"logprobs":null,"finish_reason":null'
+            + self._close
+        )
+
+    def delta(self, text: str) -> bytes:
+        """One event with some text."""
+        return self._before + _json.encode(text) + self._after
+
+    def closing(self, finish: Finish) -> bytes:
+        """The reason of the end, the usage if it was asked for, and the end."""
+        wire = b"".join(
+            (
+                self._choice,
+                b'"delta":{}' if self._chat else b'"text":""',
+                b',"logprobs":null,"finish_reason":"',
+                finish.reason.encode(),
+                b'"',
+                self._close,
+            )
+        )
+        if self._include_usage:
+            usage = _json.encode(_usage(finish.usage))
+            wire += self._open + b',"choices":[],"usage":' + usage + b"}\n\n"
+        return wire + _DONE
+
+    def whole(self, text: str, finish: Finish) -> bytes:
+        """The answer as one JSON object."""
+        choice: dict[str, Any] = {
+            "index": 0,
+            "logprobs": None,
+            "finish_reason": finish.reason,
+        }
+        if self._chat:
+            choice["message"] = {"role": "assistant", "content": text, "refusal": None}
+        else:
+            choice["text"] = text
+        return _json.encode({**self._head, "choices": [choice], "usage": _usage(finish.usage)})
+
+
+def _usage(usage: Usage) -> dict[str, Any]:
+    return {
+        "prompt_tokens": usage.prompt_tokens,
+        "completion_tokens": usage.completion_tokens,
+        "total_tokens": usage.prompt_tokens + usage.completion_tokens,
+        "prompt_tokens_details": {"cached_tokens": usage.cached_tokens},
+    }
+
+
+def encode_error(
+    message: str,
+    type: Literal["invalid_request_error", "server_error"],
+    *,
+    param: str | None = None,
+    code: str | None = None,
+    **details: Any,
+) -> bytes:
+    """OpenAI's error object; `details` are extra machine-readable members."""
+    error = {"message": message, "type": type, "param": param, "code": code, **details}
+    return _json.encode({"error": error})
+
+
+def encode_error_event(message: str, code: str) -> bytes:
+    """The last event of a stream that cannot be completed; no `[DONE]` follows it."""
+    return b"data: " + encode_error(message, "server_error", code=code) + b"\n\n"
+
+
+def encode_model(model: ServedModel) -> bytes:
+    """The answer of /v1/models/{id}."""
+    return _json.encode(_model(model))
+
+
+def encode_models(models: Iterable[ServedModel]) -> bytes:
+    """The answer of /v1/models."""
+    return _json.encode({"object": "list", "data": [_model(model) for model in models]})
+
+
+def _model(model: ServedModel) -> dict[str, Any]:
+    return {
+        "id": model.id,
+        "object": "model",
+        "created": model.created,
+        "owned_by": "meshnode",
+        "meshnode": {
+            "digest": model.digest,
+            "state": model.state,
+            "served_by": model.served_by,
+            "context_tokens": model.context_tokens,
+        },
+    }

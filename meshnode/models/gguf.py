@@ -1,0 +1,316 @@
+"""What a GGUF file says of itself, read strictly and within bounds.
+
+Decides whether a file is whole and of a kind that we can run, before llama.cpp maps it: a mapped
+file that is shorter than its header says kills the process that touches the missing page. Reads
+the header only, never the weights; knows nothing of engines.
+
+The format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md (versions 2 and 3; all
+numbers little-endian).
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+from meshnode.errors import ModelLoadError
+
+# The largest real models have a few thousand tensors and some dozens of keys.
+TENSORS_MAX = 65_536
+KEYS_MAX = 4_096
+NAME_BYTES_MAX = 1_024
+# Chat templates are the longest strings that matter; the longest known are about 100 KB.
+STRING_BYTES_MAX = 4 * 1024 * 1024
+# Vocabularies and merge lists: the largest known have 262 144 entries.
+ARRAY_ITEMS_MAX = 4 * 1024 * 1024
+# Numeric arrays up to this length are kept (one number per layer); longer ones are skipped.
+ARRAY_ITEMS_KEPT_MAX = 1_024
+DIMENSIONS_MAX = 4
+# A hundred times the largest known model; keeps sums far from any overflow elsewhere.
+WEIGHTS_MAX = 2**47
+DEFAULT_ALIGNMENT = 32
+ALIGNMENT_MAX = 1024 * 1024
+# The KV cache holds keys and values as 16-bit floats.
+KV_CELL_BYTES = 2
+
+_MAGIC = b"GGUF"
+_VERSIONS = (2, 3)
+_U32, _U64 = struct.Struct("<I"), struct.Struct("<Q")
+_STRING, _ARRAY, _BOOL = 8, 9, 7
+_NUMBERS = {
+    0: struct.Struct("<B"),
+    1: struct.Struct("<b"),
+    2: struct.Struct("<H"),
+    3: struct.Struct("<h"),
+    4: struct.Struct("<I"),
+    5: struct.Struct("<i"),
+    6: struct.Struct("<f"),
+    _BOOL: struct.Struct("<?"),
+    10: struct.Struct("<Q"),
+    11: struct.Struct("<q"),
+    12: struct.Struct("<d"),
+}
+
+# ggml_type: (weights per block, bytes per block), from ggml 0.25.
+_TENSOR_TYPES = {
+    0: (1, 4), 1: (1, 2), 2: (32, 18), 3: (32, 20), 6: (32, 22), 7: (32, 24), 8: (32, 34),
+    9: (32, 36), 10: (256, 84), 11: (256, 110), 12: (256, 144), 13: (256, 176), 14: (256, 210),
+    15: (256, 292), 16: (256, 66), 17: (256, 74), 18: (256, 98), 19: (256, 50), 20: (32, 18),
+    21: (256, 110), 22: (256, 82), 23: (256, 136), 24: (1, 1), 25: (1, 2), 26: (1, 4),
+    27: (1, 8), 28: (1, 8), 29: (256, 56), 30: (1, 2), 34: (256, 54), 35: (256, 66),
+    39: (32, 17), 40: (64, 36), 41: (128, 18), 42: (64, 18),
+}  # fmt: skip
+
+# general.file_type (llama_ftype): how most of the weights are stored.
+_QUANTIZATIONS = {
+    0: "F32", 1: "F16", 2: "Q4_0", 3: "Q4_1", 7: "Q8_0", 8: "Q5_0", 9: "Q5_1", 10: "Q2_K",
+    11: "Q3_K_S", 12: "Q3_K_M", 13: "Q3_K_L", 14: "Q4_K_S", 15: "Q4_K_M", 16: "Q5_K_S",
+    17: "Q5_K_M", 18: "Q6_K", 19: "IQ2_XXS", 20: "IQ2_XS", 21: "Q2_K_S", 22: "IQ3_XS",
+    23: "IQ3_XXS", 24: "IQ1_S", 25: "IQ4_NL", 26: "IQ3_S", 27: "IQ3_M", 28: "IQ2_S",
+    29: "IQ2_M", 30: "IQ4_XS", 31: "IQ1_M", 32: "BF16", 36: "TQ1_0", 37: "TQ2_0",
+    38: "MXFP4", 39: "NVFP4", 40: "Q1_0", 41: "Q2_0",
+}  # fmt: skip
+
+_Value = int | float | bool | str | list[int | float | bool] | None
+
+
+@dataclass(frozen=True, slots=True)
+class GgufHeader:
+    """What the header of a whole, supported file says. Sizes in bytes, context in tokens.
+
+    `kv_bytes_per_token` is what a token costs in the KV cache, over all layers.
+    """
+
+    architecture: str
+    name: str
+    quantization: str
+    parameters: int
+    context_tokens: int
+    layers: int
+    embedding_length: int
+    kv_bytes_per_token: int
+    has_chat_template: bool
+    tensors: int
+    weights_bytes: int
+    size_bytes: int
+
+
+def read_header(path: str | Path) -> GgufHeader:
+    """Read and check a file's header; blocks for a fraction of a second.
+
+    Raises `ModelLoadError`, naming the file and what is wrong with it.
+    """
+    try:
+        with open(path, "rb") as file:
+            size_bytes = os.fstat(file.fileno()).st_size
+            return _Reader(file, size_bytes).header()
+    except OSError as error:
+        raise ModelLoadError(f"{path} cannot be read: {error.strerror}.") from error
+    except _BadFileError as error:
+        raise ModelLoadError(f"{path} is not a usable GGUF file: {error}.") from error
+
+
+class _BadFileError(Exception):
+    """What is wrong with the file, without its name."""
+
+
+class _Reader:
+    """One pass over the header. No allocation is larger than a bound above."""
+
+    def __init__(self, file: BinaryIO, size_bytes: int) -> None:
+        self._file = file
+        self._size_bytes = size_bytes
+
+    def header(self) -> GgufHeader:
+        if self._bytes(4) != _MAGIC:
+            raise _BadFileError("it does not begin with GGUF")
+        version = self._u32()
+        if version not in _VERSIONS:
+            raise _BadFileError(f"GGUF version {version} is not supported (2 and 3 are)")
+        tensors = self._bounded(self._u64(), TENSORS_MAX, "tensors")
+        keys = self._bounded(self._u64(), KEYS_MAX, "metadata keys")
+        metadata = dict(self._key_value() for _ in range(keys))
+        parameters, weights_bytes = self._tensors(tensors, _alignment(metadata))
+        return _describe(metadata, tensors, parameters, weights_bytes, self._size_bytes)
+
+    # -- metadata ------------------------------------------------------------------------------
+
+    def _key_value(self) -> tuple[str, _Value]:
+        key = self._string(NAME_BYTES_MAX)
+        return key, self._value(self._u32(), key)
+
+    def _value(self, kind: int, key: str) -> _Value:
+        if kind in _NUMBERS:
+            return self._number(kind)
+        if kind == _STRING:
+            return self._string(STRING_BYTES_MAX)
+        if kind == _ARRAY:
+            return self._array(key)
+        raise _BadFileError(f"the metadata key {key!r} has the unknown type {kind}")
+
+    def _array(self, key: str) -> list[int | float | bool] | None:
+        """A short array of numbers; any other one is checked and skipped."""
+        kind = self._u32()
+        count = self._bounded(self._u64(), ARRAY_ITEMS_MAX, f"items in {key!r}")
+        if kind == _STRING:
+            for _ in range(count):
+                self._skip(self._bounded(self._u64(), STRING_BYTES_MAX, f"bytes in {key!r}"))
+            return None
+        if kind not in _NUMBERS:
+            raise _BadFileError(f"the array {key!r} has the unknown type {kind}")
+        if count <= ARRAY_ITEMS_KEPT_MAX:
+            return [self._number(kind) for _ in range(count)]
+        self._skip(count * _NUMBERS[kind].size)
+        return None
+
+    # -- tensors -------------------------------------------------------------------------------
+
+    def _tensors(self, count: int, alignment: int) -> tuple[int, int]:
+        """Check that every tensor lies within the file; returns weights and bytes in all."""
+        if count == 0:
+            raise _BadFileError("it has no tensors")
+        parameters = weights_bytes = end_max = 0
+        names = set()
+        for _ in range(count):
+            name = self._string(NAME_BYTES_MAX)
+            if name in names:
+                raise _BadFileError(f"it has two tensors named {name!r}")
+            names.add(name)
+            elements, size = self._tensor_size(name)
+            offset = self._u64()
+            if offset % alignment:
+                raise _BadFileError(f"the tensor {name!r} is not aligned")
+            parameters += elements
+            weights_bytes += size
+            end_max = max(end_max, offset + size)
+        header_end = self._file.tell()
+        expected = -(-header_end // alignment) * alignment + end_max
+        if expected > self._size_bytes:
+            missing = expected - self._size_bytes
+            raise _BadFileError(
+                f"it is truncated: {missing} of {expected} bytes are missing; download it again"
+            )
+        return parameters, weights_bytes
+
+    def _tensor_size(self, name: str) -> tuple[int, int]:
+        """Weights and bytes of the tensor whose shape and type come next."""
+        dimensions = self._u32()
+        if not 1 <= dimensions <= DIMENSIONS_MAX:
+            raise _BadFileError(f"the tensor {name!r} has {dimensions} dimensions")
+        shape = [self._u64() for _ in range(dimensions)]
+        kind = self._u32()
+        if kind not in _TENSOR_TYPES:
+            raise _BadFileError(f"the tensor {name!r} has the unknown type {kind}")
+        block_elements, block_bytes = _TENSOR_TYPES[kind]
+        elements = math.prod(shape)
+        size = elements // block_elements * block_bytes
+        if not 0 < elements <= WEIGHTS_MAX or shape[0] % block_elements:
+            raise _BadFileError(f"the tensor {name!r} has the impossible shape {shape}")
+        return elements, size
+
+    # -- primitives ----------------------------------------------------------------------------
+
+    def _bytes(self, count: int) -> bytes:
+        data = self._file.read(count)
+        if len(data) < count:
+            raise _BadFileError("it ends within its header")
+        return data
+
+    def _skip(self, count: int) -> None:
+        if self._file.seek(count, os.SEEK_CUR) > self._size_bytes:
+            raise _BadFileError("it ends within its header")
+
+    def _u32(self) -> int:
+        value: int = _U32.unpack(self._bytes(4))[0]
+        return value
+
+    def _u64(self) -> int:
+        value: int = _U64.unpack(self._bytes(8))[0]
+        return value
+
+    def _number(self, kind: int) -> int | float | bool:
+        form = _NUMBERS[kind]
+        value: int | float | bool = form.unpack(self._bytes(form.size))[0]
+        return value
+
+    def _string(self, bytes_max: int) -> str:
+        length = self._bounded(self._u64(), bytes_max, "bytes in a string")
+        return self._bytes(length).decode("utf-8", "replace")
+
+    def _bounded(self, count: int, largest: int, what: str) -> int:
+        if count > largest:
+            raise _BadFileError(f"its header claims {count} {what}; at most {largest} make sense")
+        return count
+
+
+def _describe(
+    metadata: dict[str, _Value],
+    tensors: int,
+    parameters: int,
+    weights_bytes: int,
+    size_bytes: int,
+) -> GgufHeader:
+    architecture = metadata.get("general.architecture")
+    if not isinstance(architecture, str) or not architecture:
+        raise _BadFileError("it does not say its architecture")
+    if _whole(metadata, "split.count", 1) > 1:
+        raise _BadFileError("it is one part of a split model; merge the parts into one file first")
+    context_tokens = _whole(metadata, f"{architecture}.context_length", 0)
+    layers = _whole(metadata, f"{architecture}.block_count", 0)
+    embedding_length = _whole(metadata, f"{architecture}.embedding_length", 0)
+    if not (context_tokens and layers and embedding_length):
+        raise _BadFileError(f"it lacks the sizes of a {architecture} model")
+    name = metadata.get("general.name")
+    return GgufHeader(
+        architecture=architecture,
+        name=name if isinstance(name, str) else "",
+        quantization=_QUANTIZATIONS.get(_whole(metadata, "general.file_type", -1), "unknown"),
+        parameters=parameters,
+        context_tokens=context_tokens,
+        layers=layers,
+        embedding_length=embedding_length,
+        kv_bytes_per_token=_kv_bytes_per_token(metadata, architecture, layers, embedding_length),
+        has_chat_template=isinstance(metadata.get("tokenizer.chat_template"), str),
+        tensors=tensors,
+        weights_bytes=weights_bytes,
+        size_bytes=size_bytes,
+    )
+
+
+def _kv_bytes_per_token(
+    metadata: dict[str, _Value], architecture: str, layers: int, embedding_length: int
+) -> int:
+    """Over all layers; an upper bound for architectures that do not say their heads."""
+    heads = max(1, _largest(metadata, f"{architecture}.attention.head_count", 1))
+    head_size = -(-embedding_length // heads)
+    key_size = _whole(metadata, f"{architecture}.attention.key_length", head_size)
+    value_size = _whole(metadata, f"{architecture}.attention.value_length", head_size)
+    kv_heads = metadata.get(f"{architecture}.attention.head_count_kv")
+    if isinstance(kv_heads, list):  # one number per layer
+        total_heads = sum(int(count) for count in kv_heads if math.isfinite(count))
+    else:
+        total_heads = layers * _whole(metadata, f"{architecture}.attention.head_count_kv", heads)
+    return total_heads * (key_size + value_size) * KV_CELL_BYTES
+
+
+def _whole(metadata: dict[str, _Value], key: str, default: int) -> int:
+    value = metadata.get(key)
+    return value if type(value) is int and value >= 0 else default
+
+
+def _largest(metadata: dict[str, _Value], key: str, default: int) -> int:
+    value = metadata.get(key)
+    if isinstance(value, list):
+        return max((item for item in value if type(item) is int), default=default)
+    return _whole(metadata, key, default)
+
+
+def _alignment(metadata: dict[str, _Value]) -> int:
+    alignment = _whole(metadata, "general.alignment", DEFAULT_ALIGNMENT)
+    if not 1 <= alignment <= ALIGNMENT_MAX or alignment & (alignment - 1):
+        raise _BadFileError(f"its alignment is {alignment}")
+    return alignment

@@ -1,0 +1,416 @@
+"""One node: the nursery that owns all of it, and the order of start and shutdown.
+
+    data directory → identity → membership → host → stack and driver → engines → API
+
+Each part starts when what it stands on is ready and stops in the reverse order. This is the one
+module that knows every layer; the layers know only those below them.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import random
+import statistics
+import time
+from collections import Counter
+from contextlib import AsyncExitStack
+from dataclasses import dataclass
+from functools import partial
+
+import msgspec
+import psutil
+import trio
+
+from meshnode import __version__
+from meshnode.config import Config, split_host_port
+from meshnode.console.routes import Console, InviteOrder, InviteTicket, mount
+from meshnode.console.snapshot import (
+    MeshModelSnapshot,
+    MeshSnapshot,
+    OfferSnapshot,
+    PeerSnapshot,
+    Snapshot,
+)
+from meshnode.credentials import BOOTSTRAP_ADDRS_MAX, create_invite
+from meshnode.driver import Driver
+from meshnode.engine import Engine
+from meshnode.errors import ConfigError
+from meshnode.gateway import Candidate, Route, ServedModel
+from meshnode.gateway.app import create_api_app, create_tunnel_app
+from meshnode.gateway.server import serve_api
+from meshnode.hosted import find_models, run_models
+from meshnode.identity import KeyPair, PeerId
+from meshnode.joining import JOIN_PROTOCOL, Issuer
+from meshnode.membership import find_membership
+from meshnode.messages import Offer, Role
+from meshnode.protocol import Event, MemberJoined, MemberLost
+from meshnode.protocol.adverts import Node as NodeFacts
+from meshnode.protocol.dispatch import resolve
+from meshnode.protocol.stack import CountDemand, Learn, SetAddrs, SetOffers, Stack
+from meshnode.store import DataDir, Membership
+from meshnode.transport import Stream
+from meshnode.transport.addresses import advertised
+from meshnode.transport.http import serve_asgi
+from meshnode.transport.libp2p import HostEvents, Libp2pHost, split_peer
+from meshnode.transport.mdns import announced
+
+logger = logging.getLogger(__name__)
+
+HTTP_PROTOCOL = "/http/1.1"
+OFFERS_EVERY_S = 0.5
+"""How often the engines are looked at for news; how often it is told is the core's to decide."""
+PEERS_SAVED_EVERY_S = 30.0
+DRAIN_S = 10.0
+"""As long as the API lets its own clients finish."""
+DRAIN_LOOK_S = 0.05
+DIGEST_CHARS_SHOWN = 12
+"""48 bits tell apart whatever models one mesh has under one name."""
+CLOCK_WARNING_S = 60.0
+"""Nothing fails below ten minutes of skew, but people want to know of one."""
+
+
+@dataclass(frozen=True, slots=True)
+class NodeInfo:
+    """What a started node tells whoever started it."""
+
+    api_url: str
+    peer_id: str
+    addrs: tuple[str, ...]
+    mesh: str
+    models: tuple[str, ...]
+
+
+async def run_node(
+    config: Config, *, task_status: trio.TaskStatus[NodeInfo] = trio.TASK_STATUS_IGNORED
+) -> None:
+    """Run a node until cancelled. Raises `ConfigError` if it cannot start."""
+    data = DataDir(config.data_dir)
+    with data.locked():
+        key = data.key()
+        membership = await find_membership(config, data, key)
+        await Node(config, data, key, membership).run(task_status=task_status)
+
+
+class Node:
+    """Everything one node runs. Implements `gateway.Mesh`."""
+
+    def __init__(self, config: Config, data: DataDir, key: KeyPair, membership: Membership) -> None:
+        self._config = config
+        self._data = data
+        self._key = key
+        self._mesh = membership.mesh
+        self._models = find_models(config)
+        self._started_at = time.monotonic()
+        self._started_unix = int(time.time())
+        self._stopping = trio.Event()
+        self._api_url = ""
+        self._addrs: tuple[str, ...] = ()
+        roles: tuple[Role, ...] = (config.role,)
+        root = data.root_key(self._mesh.name)
+        self._issuer = None if root is None else Issuer(root, key.peer_id, self._mesh, data)
+        self._root = root
+        self._stack = Stack(
+            key,
+            self._mesh,
+            membership.chain,
+            roles if root is None else (*roles, "issuer"),
+            NodeFacts(psutil.virtual_memory().total, os.cpu_count() or 1, "cpu"),
+            unix_of=lambda now: time.time(),
+            rng=random.Random(),
+            first_sequence=data.first_sequence(int(time.time() * 1000)),
+        )
+        self._host = Libp2pHost(
+            key.seed, config.listen, HostEvents(self._on_connected, self._on_disconnected)
+        )
+        self._driver = Driver(self._stack, self._host, self._mesh.mesh_id, self._on_event)
+
+    # --- life -----------------------------------------------------------------------------------
+
+    async def run(self, *, task_status: trio.TaskStatus[NodeInfo]) -> None:
+        """Run until cancelled, then stop in order: answers in progress get a moment to end."""
+        async with trio.open_nursery() as nursery:
+            info = await nursery.start(self._run_parts)
+            task_status.started(info)
+            try:
+                await trio.sleep_forever()
+            finally:
+                self._stopping.set()
+
+    async def _run_parts(self, *, task_status: trio.TaskStatus[NodeInfo]) -> None:
+        """Everything, shielded from cancellation: it ends when `_stopping` is set."""
+        with trio.CancelScope(shield=True):
+            async with AsyncExitStack() as stack:
+                await stack.enter_async_context(self._host.running())
+                self._addrs = advertised(self._host.addrs())
+                self._handle_streams()
+                nursery = await stack.enter_async_context(trio.open_nursery())
+                await nursery.start(self._drive)
+                if self._config.mdns:
+                    lan = announced(self._mesh.mesh_id, self.own, self._addrs, self._learn)
+                    await stack.enter_async_context(lan)
+                nursery.start_soon(run_models, self._models)
+                nursery.start_soon(self._tell_offers)
+                nursery.start_soon(self._save_peers)
+                async with trio.open_nursery() as api:
+                    if self._config.api:
+                        await api.start(self._serve_clients)
+                    task_status.started(self._info())
+                    await self._stopping.wait()
+                await self._drain()
+                await self._driver.say_goodbye()
+                nursery.cancel_scope.cancel()
+
+    def _handle_streams(self) -> None:
+        tunnel = create_tunnel_app(self)
+
+        async def serve_tunnel(stream: Stream) -> None:
+            await serve_asgi(stream, tunnel, {"client": (stream.peer_id, 0)})
+
+        self._host.handle(HTTP_PROTOCOL, serve_tunnel)
+        if self._issuer is not None:
+            self._host.handle(JOIN_PROTOCOL, self._issuer.serve, members_only=False)
+
+    async def _drain(self) -> None:
+        """Offer nothing more, and let what peers have asked of our engines come to its end."""
+        self._driver.submit(self.own, SetOffers(()))
+        with trio.move_on_after(DRAIN_S):
+            # The engines report their load by themselves, a few times a second.
+            while any(model.is_busy() for model in self._models):  # noqa: ASYNC110
+                await trio.sleep(DRAIN_LOOK_S)
+
+    async def _drive(self, *, task_status: trio.TaskStatus[None]) -> None:
+        async with trio.open_nursery() as nursery:
+            await nursery.start(self._driver.run)
+            self._driver.submit(self.own, SetAddrs(self._addrs))
+            for peer, addrs in self._data.known_peers(self._mesh.mesh_id).items():
+                self._learn(PeerId(peer), addrs)
+            for address in (*self._mesh.bootstrap, *self._config.bootstrap):
+                peer_id, head = split_peer(address)
+                self._driver.submit(peer_id, Learn((head,), permanent=True))
+            task_status.started()
+
+    async def _serve_clients(self, *, task_status: trio.TaskStatus[None]) -> None:
+        console = Console(self.snapshot, self._invite)
+        app = create_api_app(self, mount=lambda quart: mount(quart, console))
+        serve = partial(serve_api, app, split_host_port(self._config.api), shutdown=self._stopping.wait)
+        async with trio.open_nursery() as nursery:
+            bound_host, bound_port = await nursery.start(serve)
+            shown = f"[{bound_host}]" if ":" in bound_host else bound_host
+            self._api_url = f"http://{shown}:{bound_port}"
+            self._data.publish_api(self._api_url)
+            task_status.started()
+        self._data.withdraw_api()
+
+    async def _tell_offers(self) -> None:
+        """Let the mesh know what our engines have, whenever that changes."""
+        told: tuple[Offer, ...] | None = None
+        while not self._stopping.is_set():
+            offers = tuple(offer for model in self._models if (offer := model.offer()) is not None)
+            if offers != told:
+                told = offers
+                self._driver.submit(self.own, SetOffers(offers))
+            await trio.sleep(OFFERS_EVERY_S)
+
+    async def _save_peers(self) -> None:
+        """Keep the members' addresses, so that a restart needs no bootstrap peer."""
+        saved: dict[PeerId, tuple[str, ...]] = {}
+        while True:
+            await trio.sleep(PEERS_SAVED_EVERY_S)
+            current = self._stack.discovery.addresses()
+            if current and current != saved:
+                try:
+                    kept = {str(peer): addrs for peer, addrs in current.items()}
+                    self._data.save_known_peers(self._mesh.mesh_id, kept)
+                except ConfigError as error:
+                    logger.warning("known peers are not kept: %s", error)
+                saved = current
+
+    # --- what happens on the network ------------------------------------------------------------
+
+    def _on_connected(self, peer: PeerId) -> None:
+        self._driver.connected(peer)
+
+    def _on_disconnected(self, peer: PeerId, reason: str) -> None:
+        self._driver.disconnected(peer, reason)
+
+    def _on_event(self, event: Event) -> None:
+        match event:
+            case MemberJoined(peer):
+                logger.info("member joined: %s", peer)
+            case MemberLost(peer, reason):
+                logger.info("member lost: %s (%s)", peer, reason)
+
+    def _learn(self, peer: PeerId, addrs: tuple[str, ...]) -> None:
+        self._driver.submit(peer, Learn(addrs))
+
+    def _info(self) -> NodeInfo:
+        return NodeInfo(
+            self._api_url,
+            self.own,
+            tuple(f"{address}/p2p/{self.own}" for address in self._addrs),
+            self._mesh.name,
+            tuple(model.name for model in self._models),
+        )
+
+    # --- gateway.Mesh ---------------------------------------------------------------------------
+
+    @property
+    def own(self) -> PeerId:
+        return self._key.peer_id
+
+    @property
+    def peer_id(self) -> str:
+        return self._key.peer_id
+
+    def models(self) -> tuple[ServedModel, ...]:
+        """One row per name and digest; the digest that the bare name means comes without `@`."""
+        rows: dict[tuple[str, str], list[tuple[str, Offer]]] = {}
+        offered_by = self._stack.offers()
+        for peer, offers in sorted(offered_by.items()):
+            for offer in offers:
+                rows.setdefault((offer.name, offer.digest), []).append((peer, offer))
+        served: list[ServedModel] = []
+        for (name, digest), offered in sorted(rows.items()):
+            ready = tuple(peer for peer, offer in offered if offer.state == "ready")
+            states = {offer.state for _, offer in offered}
+            is_meant = resolve(name, offered_by).digest == digest
+            served.append(
+                ServedModel(
+                    id=name if is_meant else f"{name}@{digest[:DIGEST_CHARS_SHOWN]}",
+                    digest=digest,
+                    created=self._started_unix,
+                    context_tokens=max(offer.context_tokens for _, offer in offered),
+                    state="ready" if ready else ("loading" if "loading" in states else "failed"),
+                    served_by=ready,
+                )
+            )
+        return tuple(served)
+
+    def route(self, model: str, session: bytes, prompt_bytes: int) -> Route:
+        self._driver.submit(self.own, CountDemand(model))
+        resolved, ranked = self._stack.route(
+            model, session, prompt_bytes, self._rtts_s(), trio.current_time()
+        )
+        return Route(
+            model=resolved.name,
+            digest=resolved.digest,
+            candidates=tuple(Candidate(each.peer, each.local, each.reason) for each in ranked),
+        )
+
+    def routed(self, route: Route, peer_id: str, session: bytes) -> None:
+        self._stack.dispatcher.routed(route.digest, session, peer_id)
+
+    def finished(self, route: Route, peer_id: str) -> None:
+        self._stack.dispatcher.finished(route.digest, peer_id)
+
+    def failed(self, peer_id: str) -> None:
+        self._stack.dispatcher.failed(peer_id, trio.current_time())
+
+    def engine(self, digest: str) -> Engine | None:
+        for model in self._models:
+            stats = model.stats()
+            if stats is not None and stats.card.digest == digest and stats.state == "ready":
+                return model.engine
+        return None
+
+    async def open_tunnel(self, peer_id: str) -> Stream:
+        return await self._host.open_stream(PeerId(peer_id), HTTP_PROTOCOL)
+
+    def ready(self) -> tuple[bool, str]:
+        """A node is ready when it can answer for every model it was told to run, or, without
+        models of its own, when it knows a peer that can answer."""
+        states = [model.snapshot().state for model in self._models]
+        if not states:
+            served = any(model.served_by for model in self.models())
+            return (True, "ready") if served else (False, "no peer serves a model yet")
+        if "loading" in states:
+            return False, "loading"
+        return ("ready" in states, "ready" if "ready" in states else "no model could be loaded")
+
+    def _rtts_s(self) -> dict[str, float]:
+        """Round-trip times of the members that can be tunnelled to now."""
+        times = {str(m.peer): self._host.rtt_s(m.peer) for m in self._stack.members()}
+        return {peer: rtt_s for peer, rtt_s in times.items() if rtt_s is not None}
+
+    # --- console --------------------------------------------------------------------------------
+
+    def snapshot(self) -> Snapshot:
+        """Everything worth showing, at this instant."""
+        ready, reason = self.ready()
+        refused = Counter(self._stack.refused)
+        for source, counts in (("record", self._stack.records), ("advert", self._stack.adverts)):
+            for why, count in counts.refused.items():
+                refused[f"{source}: {why}"] += count
+        return Snapshot(
+            peer_id=self.own,
+            mesh=MeshSnapshot(self._mesh.name, self._mesh.mesh_id, self._mesh.admission),
+            role=self._config.role,
+            version=__version__,
+            uptime_s=time.monotonic() - self._started_at,
+            api_url=self._api_url,
+            addrs=tuple(f"{address}/p2p/{self.own}" for address in self._addrs),
+            ready=ready,
+            reason=reason,
+            models=tuple(model.snapshot() for model in self._models),
+            peers=self._peer_snapshots(),
+            mesh_models=tuple(
+                MeshModelSnapshot(m.id, m.digest, m.state, m.context_tokens, m.served_by)
+                for m in self.models()
+            ),
+            refused=dict(refused),
+            dht_peers=self._driver.dht_size(),
+            warnings=self._warnings(),
+        )
+
+    def _peer_snapshots(self) -> tuple[PeerSnapshot, ...]:
+        rows: list[PeerSnapshot] = []
+        for member in self._stack.members():
+            rtt_s = self._host.rtt_s(member.peer)
+            advert = member.advert
+            rows.append(
+                PeerSnapshot(
+                    peer_id=member.peer,
+                    roles=member.roles,
+                    addrs=member.addrs,
+                    rtt_ms=None if rtt_s is None else 1000 * rtt_s,
+                    clock_ahead_s=member.clock_ahead_s,
+                    models=tuple(
+                        OfferSnapshot(offer.name, offer.digest, offer.state)
+                        for offer in (advert.offers if advert else ())
+                    ),
+                    memory_bytes=advert.memory_bytes if advert else 0,
+                    cores=advert.cores if advert else 0,
+                    accelerator=advert.accelerator if advert else "",
+                )
+            )
+        return tuple(rows)
+
+    def _warnings(self) -> tuple[str, ...]:
+        ahead_s = [member.clock_ahead_s for member in self._stack.members()]
+        if ahead_s and abs(behind_s := statistics.median(ahead_s)) > CLOCK_WARNING_S:
+            way = "behind" if behind_s > 0 else "ahead of"
+            return (
+                f"this machine's clock is {abs(behind_s):.0f} s {way} its peers': "
+                "set it (timedatectl set-ntp true)",
+            )
+        return ()
+
+    def _invite(self, order: InviteOrder) -> InviteTicket:
+        if self._root is None:
+            raise ConfigError(
+                f"only the node that made the mesh {self._mesh.name} can invite to it"
+            )
+        expires_at = int(time.time()) + order.expires_s
+        own = tuple(f"{address}/p2p/{self.own}" for address in self._addrs)
+        told = dict.fromkeys((*own, *self._mesh.bootstrap))
+        mesh = msgspec.structs.replace(self._mesh, bootstrap=tuple(told)[:BOOTSTRAP_ADDRS_MAX])
+        token = create_invite(
+            self._root,
+            mesh,
+            honoured_by=self.own,
+            roles=(order.role,),
+            uses_max=order.uses,
+            not_after=expires_at,
+        )
+        return InviteTicket(token, expires_at)

@@ -1,0 +1,154 @@
+"""Whom to dial, and when.
+
+Addresses come from the operator (bootstrap peers), from the disk (peers of the last run), from
+signed records, the DHT and mDNS. Up to `CONNECTIONS_TARGET` members every node is connected to
+every other, which is what makes the death of a peer visible everywhere within seconds; beyond
+that a node keeps a random sample. Knows peers and addresses; not what is said on a connection.
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+from enum import Enum, auto
+
+from meshnode.identity import PeerId
+from meshnode.messages import ADDRS_MAX, PEERS_MAX, GetPeers
+from meshnode.protocol import Connect, Effect, Send
+
+CONNECTIONS_TARGET = 64
+"""64 idle QUIC connections cost about 8 MiB and 1 % of a core (libp2p measurements, doubled)."""
+DIALS_MAX = 8
+"""Concurrent dials: a handshake costs about 12 ms of CPU, so 8 keep below 0.1 s of backlog."""
+BACKOFF_FIRST_S = 1.0
+BACKOFF_MAX_S = 60.0
+CONTENDED_DIAL_DELAY_S = 1.0
+"""Of two members that learn of each other at once, the one with the larger id waits this long,
+so that one connection is made and not two."""
+FORGET_AFTER_FAILURES = 12
+"""About six minutes of back-off; a peer that comes back says so itself."""
+ASK_FIRST_S = 5.0
+ASK_EVERY_S = 30.0
+"""Asking one random member for its peers: often while young, then every half minute."""
+ASK_YOUNG_COUNT = 6
+PEERS_KNOWN_MAX = 4096
+
+
+class _State(Enum):
+    IDLE = auto()
+    DIALLING = auto()
+    CONNECTED = auto()
+
+
+@dataclass(slots=True)
+class _Peer:
+    addrs: tuple[str, ...]
+    permanent: bool
+    state: _State = _State.IDLE
+    failures: int = 0
+    dial_at: float = 0.0
+
+
+class Discovery:
+    """A sans-IO core: addresses in, `Connect` and `GetPeers` out."""
+
+    def __init__(self, own: PeerId, rng: random.Random) -> None:
+        self._own = own
+        self._rng = rng
+        self._peers: dict[PeerId, _Peer] = {}
+        self._members: dict[PeerId, None] = {}
+        self._asked = 0
+        self._ask_at = 0.0
+
+    def learn(
+        self, peer: PeerId, addrs: tuple[str, ...], now: float, *, permanent: bool = False
+    ) -> None:
+        """Remember where a peer is. `permanent` ones (bootstrap) are dialled for ever."""
+        if peer == self._own or not addrs:
+            return
+        known = self._peers.get(peer)
+        if known is None:
+            if len(self._peers) >= PEERS_KNOWN_MAX and not permanent:
+                return
+            contended = not permanent and self._own > peer
+            self._peers[peer] = _Peer(
+                addrs[:ADDRS_MAX],
+                permanent,
+                dial_at=now + (CONTENDED_DIAL_DELAY_S if contended else 0.0),
+            )
+            return
+        known.permanent = known.permanent or permanent
+        if known.addrs != addrs[:ADDRS_MAX]:
+            known.addrs = addrs[:ADDRS_MAX]
+            known.failures = 0
+            known.dial_at = min(known.dial_at, now)
+
+    def connected(self, peer: PeerId) -> None:
+        known = self._peers.setdefault(peer, _Peer((), permanent=False))
+        known.state = _State.CONNECTED
+
+    def joined(self, peer: PeerId, now: float) -> None:
+        """The connected peer is a member: it may be asked for others."""
+        known = self._peers.setdefault(peer, _Peer((), permanent=False))
+        known.state = _State.CONNECTED
+        known.failures = 0
+        self._members[peer] = None
+        if self._asked < ASK_YOUNG_COUNT:
+            self._ask_at = min(self._ask_at, now)
+
+    def dial_failed(self, peer: PeerId, now: float) -> None:
+        self._retry_later(peer, now)
+
+    def disconnected(self, peer: PeerId, now: float) -> None:
+        self._members.pop(peer, None)
+        self._retry_later(peer, now)
+
+    def left(self, peer: PeerId) -> None:
+        """The peer said goodbye: do not call it, it will come back by itself."""
+        self._members.pop(peer, None)
+        known = self._peers.get(peer)
+        if known is not None and not known.permanent:
+            del self._peers[peer]
+
+    def tick(self, now: float) -> list[Effect]:
+        effects: list[Effect] = []
+        busy = sum(peer.state is _State.DIALLING for peer in self._peers.values())
+        room = CONNECTIONS_TARGET - busy - len(self._members)
+        for peer_id, peer in self._peers.items():
+            if busy >= DIALS_MAX or room <= 0:
+                break
+            if peer.state is _State.IDLE and peer.addrs and peer.dial_at <= now:
+                peer.state = _State.DIALLING
+                busy, room = busy + 1, room - 1
+                effects.append(Connect(peer_id, peer.addrs))
+        if self._members and self._ask_at <= now:
+            self._asked += 1
+            period_s = ASK_FIRST_S if self._asked < ASK_YOUNG_COUNT else ASK_EVERY_S
+            self._ask_at = now + period_s * self._rng.uniform(0.75, 1.25)
+            effects.append(Send(self._rng.choice(tuple(self._members)), GetPeers(PEERS_MAX)))
+        return effects
+
+    def deadline(self) -> float | None:
+        times = [p.dial_at for p in self._peers.values() if p.state is _State.IDLE and p.addrs]
+        busy = sum(peer.state is _State.DIALLING for peer in self._peers.values())
+        if busy >= DIALS_MAX or busy + len(self._members) >= CONNECTIONS_TARGET:
+            times = []  # the end of a dial or of a connection is what happens next
+        if self._members:
+            times.append(self._ask_at)
+        return min(times, default=None)
+
+    def addresses(self) -> dict[PeerId, tuple[str, ...]]:
+        """What is worth keeping for the next start: members' addresses, newest knowledge."""
+        return {p: self._peers[p].addrs for p in self._members if self._peers[p].addrs}
+
+    def _retry_later(self, peer: PeerId, now: float) -> None:
+        known = self._peers.get(peer)
+        if known is None:
+            return
+        known.state = _State.IDLE
+        known.failures += 1
+        if not known.addrs or (known.failures > FORGET_AFTER_FAILURES and not known.permanent):
+            del self._peers[peer]
+            return
+        backoff_s = min(BACKOFF_FIRST_S * 2.0 ** min(known.failures - 1, 16), BACKOFF_MAX_S)
+        known.dial_at = now + backoff_s * self._rng.uniform(0.75, 1.25)

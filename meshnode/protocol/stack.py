@@ -1,0 +1,467 @@
+"""A node's cores, wired: the one object that the Trio driver and the simulator drive.
+
+Follows a peer through its life: `Connected` → our `Hello` → its `Hello` verified → `Welcome`
+both ways → member (its records, adverts and requests count) → `Disconnected` → everything it
+said about itself is forgotten. Also routes adverts and records to their books and asks the
+dispatcher on behalf of the gateway.
+"""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from enum import Enum, auto
+
+from meshnode.credentials import Membership, MeshDescriptor, verify_chain
+from meshnode.errors import NotAuthorizedError
+from meshnode.identity import KeyPair, PeerId, open_envelope, seal
+from meshnode.messages import (
+    ADDRS_MAX,
+    Advert,
+    Advertise,
+    GetPeers,
+    Hello,
+    Leaving,
+    Message,
+    NodeRecord,
+    Offer,
+    Peers,
+    Refused,
+    Role,
+    Welcome,
+    decode,
+    encode,
+)
+from meshnode.protocol import (
+    Disconnect,
+    Effect,
+    Emit,
+    Input,
+    MemberJoined,
+    MemberLost,
+    Publish,
+    PublishRecord,
+    Send,
+)
+from meshnode.protocol.adverts import AdvertBook, Node, Verdict
+from meshnode.protocol.discovery import Discovery
+from meshnode.protocol.dispatch import Dispatcher, Ranked, Resolved, resolve
+from meshnode.protocol.records import KnownRecord, RecordBook
+
+PROTOCOL_VERSION = 1
+HELLO_TIMEOUT_S = 5.0
+"""A connected peer has this long to show its certificate; a handshake takes two round trips."""
+RECORD_TTL_S = 30 * 60
+RECORD_REFRESH_S = 10 * 60
+"""Three chances to refresh a record before anybody forgets it."""
+_DOMAIN = "meshnode-record"
+_RECORD = b"/meshnode/node-record/1"
+_ADVERT = b"/meshnode/advert/1"
+
+
+# --- commands: what the node itself tells the stack, by the same inbox as the peers --------------
+
+
+@dataclass(frozen=True, slots=True)
+class Connected:
+    """The first connection to `sender` is up (authenticated, not yet a member)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Disconnected:
+    """The last connection to `sender` is gone."""
+
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class DialFailed:
+    """`Connect(sender)` did not succeed."""
+
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Learn:
+    """`sender` may be reachable at `addrs`: from flags, the disk, mDNS."""
+
+    addrs: tuple[str, ...]
+    permanent: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class RecordFound:
+    """Somebody's node record, from the DHT."""
+
+    envelope: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class SetOffers:
+    """What our engines have now."""
+
+    offers: tuple[Offer, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class SetAddrs:
+    """Where we can be reached now."""
+
+    addrs: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class CountDemand:
+    """A client asked this gateway for a model."""
+
+    model: str
+
+
+@dataclass(frozen=True, slots=True)
+class Stop:
+    """Shut down in good order: say goodbye."""
+
+
+# --- the stack -----------------------------------------------------------------------------------
+
+
+class _Stage(Enum):
+    """How far a connected peer has come. Only MEMBERs are listened to."""
+
+    GREETED = auto()
+    ACCEPTED = auto()
+    MEMBER = auto()
+
+
+@dataclass(slots=True)
+class _Link:
+    stage: _Stage
+    hello_by: float
+    welcomed: bool = False
+    membership: Membership | None = None
+    clock_ahead_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Member:
+    """A connected member, as `status` shows it."""
+
+    peer: PeerId
+    roles: tuple[Role, ...]
+    addrs: tuple[str, ...]
+    clock_ahead_s: float
+    advert: Advert | None
+
+
+class Stack:
+    """All cores of one node. See `protocol.Core` for the contract."""
+
+    def __init__(
+        self,
+        key: KeyPair,
+        mesh: MeshDescriptor,
+        chain: tuple[bytes, ...],
+        roles: tuple[Role, ...],
+        node: Node,
+        *,
+        unix_of: Callable[[float], float],
+        rng: random.Random,
+        first_sequence: int,
+    ) -> None:
+        """`chain` proves our own membership; `unix_of` maps the monotonic clock to wall time;
+        `first_sequence` exceeds all numbers this identity has used.
+        """
+        self.own = key.peer_id
+        self._mesh = mesh
+        self._chain = chain
+        self._roles = roles
+        self._unix_of = unix_of
+        self._sequence = first_sequence
+        self._key = key
+        self.records = RecordBook(mesh.mesh_id, lambda data: open_envelope(data, _DOMAIN, _RECORD))
+        self.adverts = AdvertBook(
+            mesh.mesh_id,
+            self.own,
+            node,
+            lambda data: open_envelope(data, _DOMAIN, _ADVERT),
+            rng,
+            first_sequence,
+        )
+        self.discovery = Discovery(self.own, rng)
+        self.dispatcher = Dispatcher()
+        self.refused: Counter[str] = Counter()
+        self._links: dict[PeerId, _Link] = {}
+        self._addrs: tuple[str, ...] = ()
+        self._offers: tuple[Offer, ...] = ()
+        self._models: tuple[str, ...] = ()
+        self._record: bytes | None = None
+        self._recorded: tuple[tuple[str, ...], tuple[str, ...]] = ((), ())
+        self._refresh_at: float | None = None
+        self._rng = rng
+
+    # --- the contract ---------------------------------------------------------------------------
+
+    def receive(self, sender: PeerId, message: Input, now: float) -> list[Effect]:
+        match message:
+            case Connected():
+                return self._on_connected(sender, now)
+            case Disconnected(reason):
+                return self._on_disconnected(sender, reason, now)
+            case DialFailed():
+                self.discovery.dial_failed(sender, now)
+            case Learn(addrs, permanent):
+                self.discovery.learn(sender, addrs, now, permanent=permanent)
+            case RecordFound(envelope):
+                self._on_record(envelope, now)
+            case SetOffers(offers):
+                return self._on_offers(offers, now)
+            case SetAddrs(addrs):
+                return self._on_addrs(addrs, now)
+            case CountDemand(model):
+                self.adverts.count_demand(model, now)
+            case Stop():
+                return [Send(peer, Leaving()) for peer in self._members()]
+            case Message():
+                return self._on_message(sender, message, now)
+        return self.tick(now) if isinstance(message, Learn | DialFailed | RecordFound) else []
+
+    def tick(self, now: float) -> list[Effect]:
+        effects: list[Effect] = []
+        for peer, link in tuple(self._links.items()):
+            if link.stage is not _Stage.MEMBER and link.hello_by <= now:
+                effects.append(Disconnect(peer, "no valid hello in time"))
+                link.hello_by = now + HELLO_TIMEOUT_S
+        self.records.tick(now)
+        if self._refresh_at is not None and self._refresh_at <= now:
+            effects.append(self._publish_record(now))
+        advert = self.adverts.tick(now)
+        if advert is not None:
+            effects.append(Publish(self._seal(_ADVERT, advert)))
+        effects.extend(self.discovery.tick(now))
+        return effects
+
+    def deadline(self) -> float | None:
+        waits = [
+            self.records.deadline(),
+            self.adverts.deadline(),
+            self.discovery.deadline(),
+            self._refresh_at,
+            *(link.hello_by for link in self._links.values() if link.stage is not _Stage.MEMBER),
+        ]
+        return min((at for at in waits if at is not None), default=None)
+
+    # --- what the node asks ---------------------------------------------------------------------
+
+    def gossip(self, envelope: bytes, now: float) -> bool:
+        """Take an advert from pubsub; returns whether it may spread further."""
+        return self.adverts.receive(envelope, now) is not Verdict.REFUSED
+
+    def check_record(self, envelope: bytes, now: float) -> PeerId | None:
+        """The author of a valid node record of this mesh; None (and counted) for any other."""
+        known = self.records.check(envelope, now, self._unix_of(now))
+        return None if known is None else known.peer
+
+    def newest_record(self, envelopes: list[bytes]) -> int:
+        """Index of the newest of several valid records of one author."""
+
+        def sequence(index: int) -> int:
+            signed = open_envelope(envelopes[index], _DOMAIN, _RECORD)
+            return decode(signed.payload, NodeRecord).sequence
+
+        return max(range(len(envelopes)), key=sequence)
+
+    def is_member(self, peer: str) -> bool:
+        link = self._links.get(PeerId(peer))
+        return link is not None and link.stage is _Stage.MEMBER
+
+    def members(self) -> tuple[Member, ...]:
+        view = self.adverts.view()
+        return tuple(
+            Member(
+                peer,
+                link.membership.roles,
+                known.record.addrs if (known := self.records.get(peer)) else (),
+                link.clock_ahead_s,
+                view.get(peer),
+            )
+            for peer, link in self._links.items()
+            if link.stage is _Stage.MEMBER and link.membership is not None
+        )
+
+    def offers(self) -> dict[str, tuple[Offer, ...]]:
+        """Every live offer of the mesh by peer, our own included."""
+        view = {str(peer): advert.offers for peer, advert in self.adverts.view().items()}
+        if self._offers:
+            view[self.own] = self._offers
+        return view
+
+    def route(
+        self,
+        model: str,
+        session: bytes,
+        prompt_bytes: int,
+        rtts_s: Mapping[str, float],
+        now: float,
+    ) -> tuple[Resolved, tuple[Ranked, ...]]:
+        """Rank the replicas of `model`. Raises `UnknownModelError` or `NoReplicaError`."""
+        resolved = resolve(model, self.offers())
+        return resolved, self.dispatcher.rank(
+            resolved, session, prompt_bytes, self.own, rtts_s, now
+        )
+
+    # --- a peer's life --------------------------------------------------------------------------
+
+    def _on_connected(self, peer: PeerId, now: float) -> list[Effect]:
+        self.discovery.connected(peer)
+        self._links[peer] = _Link(_Stage.GREETED, now + HELLO_TIMEOUT_S)
+        return [Send(peer, self._hello(now))]
+
+    def _on_disconnected(self, peer: PeerId, reason: str, now: float) -> list[Effect]:
+        link = self._links.pop(peer, None)
+        self.discovery.disconnected(peer, now)
+        if link is None or link.stage is not _Stage.MEMBER:
+            return self.tick(now)
+        return [*self._forget(peer, reason), *self.tick(now)]
+
+    def _on_message(self, peer: PeerId, message: Message, now: float) -> list[Effect]:
+        link = self._links.get(peer)
+        if link is None:
+            return []  # a last frame of a connection that is already gone
+        match message:
+            case Hello() if link.membership is None:
+                return self._on_hello(peer, link, message, now)
+            case Welcome():
+                link.welcomed = True
+                return self._become_member(peer, link, now)
+            case Refused(reason):
+                self.refused[f"by a peer: {reason}"] += 1
+                return [Disconnect(peer, f"the peer refused us: {reason}")]
+        if link.stage is not _Stage.MEMBER:
+            return [Disconnect(peer, f"{type(message).__name__} before the handshake was over")]
+        match message:
+            case GetPeers(count):
+                return [Send(peer, Peers(self._records_for(peer, count)))]
+            case Peers(records):
+                for envelope in records:
+                    self._on_record(envelope, now)
+                return self.tick(now)
+            case Advertise(advert):
+                self.adverts.receive(advert, now)
+                return []
+            case Leaving():
+                self.discovery.left(peer)
+                link.stage = _Stage.GREETED
+                return [*self._forget(peer, "it left"), Disconnect(peer, "it left")]
+        return [Disconnect(peer, f"unexpected {type(message).__name__}")]
+
+    def _on_hello(self, peer: PeerId, link: _Link, hello: Hello, now: float) -> list[Effect]:
+        unix_s = self._unix_of(now)
+        link.clock_ahead_s = hello.unix_ms / 1000 - unix_s
+        try:
+            if hello.mesh != self._mesh.mesh_id:
+                raise NotAuthorizedError("this node is of another mesh")
+            link.membership = verify_chain(self._mesh, peer, hello.chain, int(unix_s))
+        except NotAuthorizedError as error:
+            self.refused[str(error)] += 1
+            return [Send(peer, Refused(str(error))), Disconnect(peer, str(error))]
+        self.adverts.connected(peer)
+        self._on_record(hello.record, now)
+        self.adverts.receive(hello.advert, now)
+        link.stage = _Stage.ACCEPTED
+        return [Send(peer, Welcome()), *self._become_member(peer, link, now)]
+
+    def _become_member(self, peer: PeerId, link: _Link, now: float) -> list[Effect]:
+        if link.stage is not _Stage.ACCEPTED or not link.welcomed:
+            return []
+        link.stage = _Stage.MEMBER
+        self.discovery.joined(peer, now)
+        return [Emit(MemberJoined(peer)), *self.tick(now)]
+
+    def _forget(self, peer: PeerId, reason: str) -> list[Effect]:
+        self.adverts.lose(peer)
+        self.dispatcher.lose(peer)
+        return [Emit(MemberLost(peer, reason))]
+
+    # --- records and adverts --------------------------------------------------------------------
+
+    def _on_record(self, envelope: bytes, now: float) -> None:
+        known = self.records.receive(envelope, now, self._unix_of(now))
+        if known is not None:
+            self.discovery.learn(known.peer, known.record.addrs, now)
+
+    def _records_for(self, asker: PeerId, count: int) -> tuple[bytes, ...]:
+        others = [known for known in self.records if known.peer != asker]
+        chosen = others if len(others) <= count else self._rng.sample(others, count)
+        return tuple(known.envelope for known in chosen)
+
+    def _on_offers(self, offers: tuple[Offer, ...], now: float) -> list[Effect]:
+        self._offers = offers
+        self.adverts.offer(offers, now)
+        models = tuple(sorted({offer.digest for offer in offers if offer.state == "ready"}))
+        if models != self._models:
+            self._models = models
+            self._refresh_at = now
+        return self.tick(now)
+
+    def _on_addrs(self, addrs: tuple[str, ...], now: float) -> list[Effect]:
+        self._addrs = addrs[:ADDRS_MAX]
+        self._refresh_at = now
+        self.adverts.offer(self._offers, now)
+        return self.tick(now)
+
+    def _hello(self, now: float) -> Hello:
+        return Hello(
+            version=PROTOCOL_VERSION,
+            mesh=self._mesh.mesh_id,
+            chain=self._chain,
+            record=self._own_record(now),
+            advert=self._seal(_ADVERT, self.adverts.current(now)),
+            unix_ms=int(self._unix_of(now) * 1000),
+        )
+
+    def _own_record(self, now: float) -> bytes:
+        """Our newest record; made anew when it says something else, or by `_publish_record`."""
+        content = (self._addrs, self._models)
+        if self._record is None or self._recorded != content:
+            self._sequence += 1
+            self._recorded = content
+            record = NodeRecord(
+                mesh=self._mesh.mesh_id,
+                sequence=self._sequence,
+                issued_at=int(self._unix_of(now)),
+                ttl_s=RECORD_TTL_S,
+                addrs=self._addrs,
+                roles=self._roles,
+                models=self._models,
+            )
+            self._record = self._seal(_RECORD, record)
+        return self._record
+
+    def _publish_record(self, now: float) -> PublishRecord:
+        self._refresh_at = now + RECORD_REFRESH_S * self._rng.uniform(0.75, 1.25)
+        self._record = None
+        return PublishRecord(self._own_record(now), self._models)
+
+    def _seal(self, kind: bytes, message: Message) -> bytes:
+        return seal(self._key, _DOMAIN, kind, encode(message))
+
+    def _members(self) -> list[PeerId]:
+        return [peer for peer, link in self._links.items() if link.stage is _Stage.MEMBER]
+
+
+__all__ = [
+    "Connected",
+    "CountDemand",
+    "DialFailed",
+    "Disconnected",
+    "KnownRecord",
+    "Learn",
+    "Member",
+    "RecordFound",
+    "SetAddrs",
+    "SetOffers",
+    "Stack",
+    "Stop",
+]

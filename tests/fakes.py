@@ -1,0 +1,164 @@
+"""Small honest stand-ins for the parts a test does not exercise.
+
+`FakeMesh` implements `gateway.Mesh` with tables; its tunnels are real in-memory streams served by
+the real tunnel app. `WordEngine` implements `engine.Engine` with a deterministic answer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from contextlib import AbstractAsyncContextManager, aclosing, asynccontextmanager
+from dataclasses import dataclass, field
+
+import trio
+import trio.testing
+
+from meshnode.engine import Delta, EngineStats, Finish, ModelCard, Request, Usage
+from meshnode.errors import (
+    EngineBusyError,
+    EngineError,
+    NoReplicaError,
+    PeerUnreachableError,
+    UnknownModelError,
+)
+from meshnode.gateway import Candidate, Route, ServedModel
+from meshnode.transport.http import AsgiApp, serve_asgi
+
+DIGEST = "ab" * 32
+MODEL = "words"
+
+
+def card(name: str = MODEL, digest: str = DIGEST) -> ModelCard:
+    return ModelCard(name, digest, f"/models/{name}.gguf", 1, "llama", "Q4_1", 1, 512)
+
+
+async def no_pace() -> None:
+    await trio.lowlevel.checkpoint()
+
+
+@dataclass
+class WordEngine:
+    """Answers with the words of the last message, again and again, one word per token.
+
+    `pace` is awaited before each token. `die_after` tokens it raises `EngineError`.
+    """
+
+    pace: Callable[[], Awaitable[None]] = no_pace
+    tokens_default: int = 5
+    die_after: int | None = None
+    busy: bool = False
+    running: int = 0
+    produced: int = 0
+    requests: list[Request] = field(default_factory=list)
+
+    def stats(self) -> EngineStats:
+        return EngineStats(
+            card(), "ready", 1.0, None, 512, 1, self.running, 0, 512, 0.0, 0.0, 1, ()
+        )
+
+    def generate(
+        self, request: Request
+    ) -> AbstractAsyncContextManager[AsyncGenerator[Delta | Finish, None]]:
+        return self._generate(request)
+
+    @asynccontextmanager
+    async def _generate(self, request: Request):  # type: ignore[no-untyped-def]
+        if self.busy:
+            raise EngineBusyError("The queue is full.", 3.0)
+        self.requests.append(request)
+        self.running += 1
+        try:
+            async with aclosing(self._tokens(request)) as tokens:
+                yield tokens
+        finally:
+            self.running -= 1
+
+    async def _tokens(self, request: Request) -> AsyncGenerator[Delta | Finish, None]:
+        prompt = request.prompt
+        if isinstance(prompt, str):
+            text = prompt
+        else:
+            last = prompt[-1]
+            text = str(last) if isinstance(last, int) else last.content
+        words = text.split() or [""]
+        total = request.max_tokens if request.max_tokens is not None else self.tokens_default
+        for index in range(total):
+            await self.pace()
+            if index == self.die_after:
+                raise EngineError("The engine process died.")
+            self.produced += 1
+            yield Delta(words[index % len(words)] + " ")
+        await self.pace()
+        yield Finish("length", Usage(len(words), 1, total))
+
+
+@dataclass
+class FakeMesh:
+    """A mesh of tables. `open_stream` maps peers to ways of reaching them."""
+
+    peer_id: str = "peer-a"
+    engines: dict[str, WordEngine] = field(default_factory=dict)
+    candidates: tuple[Candidate, ...] = ()
+    tunnels: dict[str, Callable[[], Awaitable[trio.abc.HalfCloseableStream]]] = field(
+        default_factory=dict
+    )
+    state: str = "ready"
+    calls: list[tuple[str, str]] = field(default_factory=list)
+    sessions: list[bytes] = field(default_factory=list)
+
+    def models(self) -> tuple[ServedModel, ...]:
+        served_by = tuple(c.peer_id for c in self.candidates)
+        return (ServedModel(MODEL, DIGEST, 1700000000, 512, self.state, served_by),)
+
+    def route(self, model: str, session: bytes, prompt_bytes: int) -> Route:
+        self.sessions.append(session)
+        if model != MODEL:
+            raise UnknownModelError(model, (MODEL,))
+        if not self.candidates:
+            raise NoReplicaError(model, "loading", 7.2)
+        return Route(MODEL, DIGEST, self.candidates)
+
+    def routed(self, route: Route, peer_id: str, session: bytes) -> None:
+        self.calls.append(("routed", peer_id))
+
+    def finished(self, route: Route, peer_id: str) -> None:
+        self.calls.append(("finished", peer_id))
+
+    def failed(self, peer_id: str) -> None:
+        self.calls.append(("failed", peer_id))
+
+    def engine(self, digest: str) -> WordEngine | None:
+        return self.engines.get(digest)
+
+    async def open_tunnel(self, peer_id: str) -> trio.abc.HalfCloseableStream:
+        if peer_id not in self.tunnels:
+            raise PeerUnreachableError(f"No address of {peer_id} answered.")
+        return await self.tunnels[peer_id]()
+
+    def ready(self) -> tuple[bool, str]:
+        return self.state == "ready", self.state
+
+
+def local_mesh(engine: WordEngine, peer_id: str = "peer-a") -> FakeMesh:
+    """A mesh of one node that has the engine."""
+    return FakeMesh(peer_id, {DIGEST: engine}, (Candidate(peer_id, True, "only"),))
+
+
+def tunnel_to(
+    app: AsgiApp,
+    nursery: trio.Nursery,
+    streams: list[trio.abc.HalfCloseableStream] | None = None,
+    pair: Callable[[], tuple[trio.StapledStream, trio.StapledStream]] = (
+        trio.testing.memory_stream_pair
+    ),
+) -> Callable[[], Awaitable[trio.abc.HalfCloseableStream]]:
+    """A way to reach `app` over fresh in-memory streams; `streams` collects the near ends."""
+
+    async def open_stream() -> trio.abc.HalfCloseableStream:
+        near, far = pair()
+        if streams is not None:
+            streams.append(near)
+        nursery.start_soon(serve_asgi, far, app, {"client": ("peer-a", 0)})
+        return near
+
+    return open_stream

@@ -1,0 +1,248 @@
+"""OpenAI's JSON: every field works, is harmless, or is refused by name."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from meshnode.engine import ChatMessage, Finish, Sampling, Usage
+from meshnode.errors import RequestError
+from meshnode.gateway.openai import Encoder, decode_chat, decode_text
+from meshnode.gateway.session import SESSION_BYTES, session_key
+
+MESSAGES = [{"role": "user", "content": "hi"}]
+
+
+def chat(**fields):
+    return decode_chat(json.dumps({"model": "m", "messages": MESSAGES, **fields}).encode())
+
+
+def text(**fields):
+    return decode_text(json.dumps({"model": "m", "prompt": "hi", **fields}).encode())
+
+
+def test_defaults():
+    call = chat()
+    assert call.prompt == (ChatMessage("user", "hi"),)
+    assert call.sampling == Sampling()
+    assert (call.max_tokens, call.stop, call.stream, call.include_usage) == (None, (), False, False)
+    assert text().max_tokens == 16
+
+
+def test_every_working_field_arrives():
+    call = chat(
+        temperature=0,
+        top_p=0.5,
+        top_k=7,
+        min_p=0.1,
+        seed=-3,
+        frequency_penalty=1,
+        presence_penalty=-1,
+        logit_bias={"5": 100, "3": -1.5},
+        stop=["a", "b"],
+        max_completion_tokens=9,
+        stream=True,
+        stream_options={"include_usage": True},
+        user="u",
+        prompt_cache_key="k",
+    )
+    assert call.sampling == Sampling(0.0, 7, 0.5, 0.1, -3, 1.0, -1.0, ((3, -1.5), (5, 100.0)))
+    assert (call.stop, call.max_tokens, call.stream, call.include_usage) == (
+        ("a", "b"),
+        9,
+        True,
+        True,
+    )
+    assert (call.user, call.prompt_cache_key) == ("u", "k")
+
+
+def test_content_may_be_text_parts_and_developer_is_system():
+    parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
+    call = chat(messages=[{"role": "developer", "content": parts}, *MESSAGES])
+    assert call.prompt[0] == ChatMessage("system", "a\nb")
+
+
+@pytest.mark.parametrize("prompt", ["hi", ["hi"]])
+def test_text_prompts(prompt):
+    assert text(prompt=prompt).prompt == "hi"
+
+
+@pytest.mark.parametrize("prompt", [[1, 2], [[1, 2]]])
+def test_token_prompts(prompt):
+    assert text(prompt=prompt).prompt == (1, 2)
+
+
+HARMLESS = [
+    {"metadata": {"a": "b"}},
+    {"store": False},
+    {"service_tier": "auto"},
+    {"n": 1},
+    {"logprobs": False},
+    {"tools": []},
+    {"tool_choice": "none"},
+    {"response_format": {"type": "text"}},
+    {"modalities": ["text"]},
+    {"max_tokens": None, "temperature": None, "stop": None, "stream_options": None},
+    {
+        "messages": [
+            *MESSAGES,
+            {"role": "assistant", "content": "x", "refusal": None, "tool_calls": []},
+        ]
+    },
+]
+
+
+@pytest.mark.parametrize("fields", HARMLESS)
+def test_harmless_fields_pass(fields):
+    assert chat(**fields).model == "m"
+
+
+REFUSED = [
+    ({"n": 2}, "n"),
+    ({"n": True}, "n"),
+    ({"logprobs": True}, "logprobs"),
+    ({"top_logprobs": 2}, "top_logprobs"),
+    ({"tools": [{"type": "function"}]}, "tools"),
+    ({"tool_choice": "required"}, "tool_choice"),
+    ({"parallel_tool_calls": True}, "parallel_tool_calls"),
+    ({"response_format": {"type": "json_object"}}, "response_format"),
+    ({"audio": {}}, "audio"),
+    ({"modalities": ["text", "audio"]}, "modalities"),
+    ({"store": True}, "store"),
+    ({"service_tier": "priority"}, "service_tier"),
+    ({"reasoning_effort": "high"}, "reasoning_effort"),
+    ({"max_tokens": 0}, "max_tokens"),
+    ({"max_tokens": "3"}, "max_tokens"),
+    ({"max_tokens": 3, "max_completion_tokens": 3}, "max_completion_tokens"),
+    ({"temperature": 2.5}, "temperature"),
+    ({"top_p": 1.5}, "top_p"),
+    ({"top_k": -1}, "top_k"),
+    ({"frequency_penalty": 3}, "frequency_penalty"),
+    ({"seed": 2**64}, "seed"),
+    ({"logit_bias": {"x": 1}}, "logit_bias"),
+    ({"logit_bias": {"1": 101}}, "logit_bias"),
+    ({"logit_bias": {"²": 1}}, "logit_bias"),
+    ({"stop": ["a"] * 5}, "stop"),
+    ({"stop": ""}, "stop"),
+    ({"stream_options": {"include_usage": True}}, "stream_options"),
+    ({"stream": True, "stream_options": {"other": 1}}, "stream_options.other"),
+    ({"best_of": 2}, "best_of"),
+    ({"unheard_of": None}, "unheard_of"),
+    ({"model": ""}, "model"),
+    ({"messages": []}, "messages"),
+    ({"messages": [{"role": "tool", "content": "x"}]}, "messages[0].role"),
+    ({"messages": [{"role": "wizard", "content": "x"}]}, "messages[0].role"),
+    ({"messages": [{"role": "user"}]}, "messages[0].content"),
+    ({"messages": [{"content": "x"}]}, "messages[0].role"),
+    ({"messages": [{"role": "user", "content": "x", "name": "n"}]}, "messages[0].name"),
+    ({"messages": [{"role": "user", "content": "x", "zz": 1}]}, "messages[0].zz"),
+    (
+        {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]},
+        "messages[0].content[0].type",
+    ),
+    (
+        {"messages": [{"role": "user", "content": [{"type": "text", "text": "x", "zz": 1}]}]},
+        "messages[0].content[0].zz",
+    ),
+    (
+        {"messages": [{"role": "user", "content": [{"type": "text"}]}]},
+        "messages[0].content[0].text",
+    ),
+]
+
+
+@pytest.mark.parametrize(("fields", "param"), REFUSED)
+def test_what_does_not_work_is_refused_by_name(fields, param):
+    with pytest.raises(RequestError) as caught:
+        chat(**fields)
+    assert caught.value.param == param
+    assert caught.value.code
+    assert param.rpartition(".")[2] in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"prompt": ["a", "b"]}, "prompt"),
+        ({"prompt": [1, "b"]}, "prompt"),
+        ({"prompt": [1.5]}, "prompt"),
+        ({"prompt": [-1]}, "prompt"),
+        ({"prompt": [True]}, "prompt"),
+        ({"echo": True}, "echo"),
+        ({"suffix": "x"}, "suffix"),
+        ({"best_of": 2}, "best_of"),
+        ({"logprobs": 0}, "logprobs"),
+        ({"messages": MESSAGES}, "messages"),
+    ],
+)
+def test_text_refuses_by_name(fields, param):
+    with pytest.raises(RequestError) as caught:
+        text(**fields)
+    assert caught.value.param == param
+
+
+FIELD = st.sampled_from(
+    [
+        "model",
+        "messages",
+        "prompt",
+        "stop",
+        "seed",
+        "logit_bias",
+        "n",
+        "stream",
+        "metadata",
+        "tools",
+    ]
+)
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(), inner, max_size=4),
+    max_leaves=8,
+)
+MESSAGE = st.fixed_dictionaries(
+    {"role": st.sampled_from(["user", "system", "assistant", "tool"]), "content": JSON}
+)
+BODY = st.dictionaries(FIELD | st.text(), JSON, max_size=5) | st.fixed_dictionaries(
+    {"model": st.text(), "messages": st.lists(MESSAGE, max_size=3), "prompt": JSON}
+)
+RAW = st.binary() | BODY.map(lambda body: json.dumps(body).encode()) | st.just(b"[" * 100_000)
+
+
+@settings(max_examples=300, deadline=None)
+@given(RAW, st.integers(0, 200), st.binary(max_size=3))
+def test_no_body_raises_anything_but_request_error(body, at, noise):
+    for decode in (decode_chat, decode_text):
+        for raw in (body, body[:at] + noise + body[at:]):
+            try:
+                call = decode(raw)
+            except RequestError as error:
+                str(error).encode()
+            else:
+                assert len(session_key(call, header=None, tenant=b"")) == SESSION_BYTES
+
+
+@pytest.mark.parametrize("escape", ["\\ud800", "\\udc00 trailing text", "\\ud800\\u0041 trailing"])
+def test_lone_surrogates_are_refused(escape):
+    body = b'{"model":"m","messages":[{"role":"user","content":"%s and some more"}]}'
+    with pytest.raises(RequestError):
+        decode_chat(body % escape.encode())
+
+
+@settings(deadline=None)
+@given(st.text(), st.booleans())
+def test_chunks_are_json_whatever_the_text(content, include_usage):
+    call = chat(stream=True, stream_options={"include_usage": include_usage})
+    encoder = Encoder(call, "id", "ab" * 32, 1)
+    finish = Finish("stop", Usage(1, 0, 1))
+    wire = encoder.opening() + encoder.delta(content) + encoder.closing(finish)
+    *events, done, empty = wire.decode().split("\n\n")
+    assert (done, empty) == ("data: [DONE]", "")
+    chunks = [json.loads(event.removeprefix("data: ")) for event in events]
+    assert chunks[1]["choices"][0]["delta"] == {"content": content}
+    assert chunks[2]["choices"][0]["finish_reason"] == "stop"
+    assert len(chunks) == 3 + include_usage
+    assert json.loads(encoder.whole(content, finish))["choices"][0]["message"]["content"] == content
