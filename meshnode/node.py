@@ -23,7 +23,7 @@ import psutil
 import trio
 
 from meshnode import __version__
-from meshnode.config import Config, split_host_port
+from meshnode.config import P2P_PORT, Config, split_host_port
 from meshnode.console.routes import Console, InviteOrder, InviteTicket, mount
 from meshnode.console.snapshot import (
     MeshModelSnapshot,
@@ -50,7 +50,7 @@ from meshnode.protocol.dispatch import resolve
 from meshnode.protocol.stack import CountDemand, Learn, SetAddrs, SetOffers, Stack
 from meshnode.store import DataDir, Membership
 from meshnode.transport import Stream
-from meshnode.transport.addresses import advertised
+from meshnode.transport.addresses import advertised, with_free_ports
 from meshnode.transport.http import serve_asgi
 from meshnode.transport.libp2p import HostEvents, Libp2pHost, split_peer
 from meshnode.transport.mdns import announced
@@ -120,8 +120,11 @@ class Node:
             rng=random.Random(),
             first_sequence=data.first_sequence(int(time.time() * 1000)),
         )
+        listen = with_free_ports(config.listen) if config.listen_is_default else config.listen
+        if listen != config.listen:
+            logger.warning("port %s is taken; listening on a free one", P2P_PORT)
         self._host = Libp2pHost(
-            key.seed, config.listen, HostEvents(self._on_connected, self._on_disconnected)
+            key.seed, listen, HostEvents(self._on_connected, self._on_disconnected)
         )
         self._driver = Driver(self._stack, self._host, self._mesh.mesh_id, self._on_event)
 
@@ -193,7 +196,8 @@ class Node:
     async def _serve_clients(self, *, task_status: trio.TaskStatus[None]) -> None:
         console = Console(self.snapshot, self._invite)
         app = create_api_app(self, mount=lambda quart: mount(quart, console))
-        serve = partial(serve_api, app, split_host_port(self._config.api), shutdown=self._stopping.wait)
+        bind = split_host_port(self._config.api)
+        serve = partial(serve_api, app, bind, shutdown=self._stopping.wait)
         async with trio.open_nursery() as nursery:
             bound_host, bound_port = await nursery.start(serve)
             shown = f"[{bound_host}]" if ":" in bound_host else bound_host

@@ -43,6 +43,7 @@ from multiaddr.exceptions import Error as MultiaddrError
 from meshnode.errors import ConfigError, PeerUnreachableError
 from meshnode.identity import PeerId
 from meshnode.transport import Stream
+from meshnode.transport.addresses import resolved
 from meshnode.transport.quic.libp2p import QuicTransport
 
 logger = logging.getLogger(__name__)
@@ -251,7 +252,8 @@ class Libp2pHost:
         """Connect by whichever address answers first. Raises `PeerUnreachableError`."""
         if peer in self._peers:
             return
-        usable = [address for text in addrs if (address := try_parse(text)) is not None]
+        texts = [each for text in addrs for each in await resolved(text)]
+        usable = [address for text in texts if (address := try_parse(text)) is not None]
         # QUIC first: it is one round trip shorter, and its death is noticed sooner.
         usable.sort(key=lambda address: "quic-v1" not in str(address))
         target = ID.from_string(peer)
