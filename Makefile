@@ -72,10 +72,12 @@ $(VENV_DONE): scripts/check_prerequisites.py
 	@touch $@
 
 # One after the other (pip must not run twice in one .venv), packages first: their
-# errors come in seconds, the engine takes minutes.
+# errors come in seconds, the engine takes minutes. libp2p needs trio-typing, whose stubs
+# of an old trio would hide trio's own types from mypy.
 $(PACKAGES_DONE): pyproject.toml setup.py requirements.lock | $(VENV_DONE)
 	@echo "Installing pinned packages into .venv (about a minute)"
 	@$(INSTALL) --constraint requirements.lock --editable '.[dev]'
+	@rm -rf $(BIN)/../lib/python*/site-packages/trio-stubs
 	@touch $@
 
 $(ENGINE_DONE): $(FLAGS_FILE) requirements.lock scripts/build_llama_wheel.py scripts/llama_without_common.cmake | $(PACKAGES_DONE)

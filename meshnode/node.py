@@ -39,7 +39,7 @@ from meshnode.errors import ConfigError
 from meshnode.gateway import Candidate, Route, ServedModel
 from meshnode.gateway.app import create_api_app, create_tunnel_app
 from meshnode.gateway.server import serve_api
-from meshnode.hosted import find_models, run_models
+from meshnode.hosted import HostedModel, find_models, run_models
 from meshnode.identity import KeyPair, PeerId
 from meshnode.joining import JOIN_PROTOCOL, Issuer
 from meshnode.membership import find_membership
@@ -89,21 +89,30 @@ async def run_node(
     with data.locked():
         key = data.key()
         membership = await find_membership(config, data, key)
-        await Node(config, data, key, membership).run(task_status=task_status)
+        node = Node(config, data, key, membership, find_models(config))
+        await node.run(task_status=task_status)
 
 
 class Node:
     """Everything one node runs. Implements `gateway.Mesh`."""
 
-    def __init__(self, config: Config, data: DataDir, key: KeyPair, membership: Membership) -> None:
+    def __init__(
+        self,
+        config: Config,
+        data: DataDir,
+        key: KeyPair,
+        membership: Membership,
+        models: tuple[HostedModel, ...],
+    ) -> None:
         self._config = config
         self._data = data
         self._key = key
         self._mesh = membership.mesh
-        self._models = find_models(config)
+        self._models = models
         self._started_at = time.monotonic()
         self._started_unix = int(time.time())
         self._stopping = trio.Event()
+        self._told: tuple[Offer, ...] = ()
         self._api_url = ""
         self._addrs: tuple[str, ...] = ()
         roles: tuple[Role, ...] = (config.role,)
@@ -153,7 +162,7 @@ class Node:
                     lan = announced(self._mesh.mesh_id, self.own, self._addrs, self._learn)
                     await stack.enter_async_context(lan)
                 nursery.start_soon(run_models, self._models)
-                nursery.start_soon(self._tell_offers)
+                nursery.start_soon(self._keep_telling_offers)
                 nursery.start_soon(self._save_peers)
                 async with trio.open_nursery() as api:
                     if self._config.api:
@@ -206,15 +215,17 @@ class Node:
             task_status.started()
         self._data.withdraw_api()
 
-    async def _tell_offers(self) -> None:
+    async def _keep_telling_offers(self) -> None:
         """Let the mesh know what our engines have, whenever that changes."""
-        told: tuple[Offer, ...] | None = None
         while not self._stopping.is_set():
-            offers = tuple(offer for model in self._models if (offer := model.offer()) is not None)
-            if offers != told:
-                told = offers
-                self._driver.submit(self.own, SetOffers(offers))
+            self._tell_offers()
             await trio.sleep(OFFERS_EVERY_S)
+
+    def _tell_offers(self) -> None:
+        offers = tuple(offer for model in self._models if (offer := model.offer()) is not None)
+        if offers != self._told and not self._stopping.is_set():
+            self._told = offers
+            self._driver.submit(self.own, SetOffers(offers))
 
     async def _save_peers(self) -> None:
         """Keep the members' addresses, so that a restart needs no bootstrap peer."""
@@ -292,6 +303,7 @@ class Node:
         return tuple(served)
 
     def route(self, model: str, session: bytes, prompt_bytes: int) -> Route:
+        self._tell_offers()  # whoever saw `ready` turn true may ask in the same instant
         self._driver.submit(self.own, CountDemand(model))
         resolved, ranked = self._stack.route(
             model, session, prompt_bytes, self._rtts_s(), trio.current_time()

@@ -147,9 +147,9 @@ def test_a_wrong_file_is_refused_with_the_way_out(
 
 
 def test_wrong_flags_and_variables_are_named_as_the_operator_wrote_them() -> None:
-    with pytest.raises(ConfigError, match="^--slots must be a number"):
+    with pytest.raises(ConfigError, match=r"^--slots must be a number"):
         load({"slots": 1000}, {}, None)
-    with pytest.raises(ConfigError, match="^MESHNODE_NO_MDNS must be true or false, not 'maybe'"):
+    with pytest.raises(ConfigError, match=r"^MESHNODE_NO_MDNS must be true or false, not 'maybe'"):
         load({}, {"MESHNODE_NO_MDNS": "maybe"}, None)
     with pytest.raises(ConfigError, match=r"^cannot read /nonexistent\.toml: No such file"):
         load({}, {}, Path("/nonexistent.toml"))

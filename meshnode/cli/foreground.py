@@ -51,7 +51,7 @@ async def _run(run_node: RunNode, config: Config, *, as_json: bool) -> None:
         async with trio.open_nursery() as watch:
             with trio.CancelScope() as life:
                 # Outside of what it cancels, so that a second signal is heard during the stop.
-                watch.start_soon(_stop_on_signal, signals, life)
+                watch.start_soon(_stop_on_signal, signals, life, as_json)
                 async with trio.open_nursery() as nursery:
                     info: NodeInfo = await nursery.start(partial(run_node, config))
                     click.echo(started_line(info) if as_json else banner(info, config))
@@ -61,11 +61,14 @@ async def _run(run_node: RunNode, config: Config, *, as_json: bool) -> None:
             watch.cancel_scope.cancel()
 
 
-async def _stop_on_signal(signals: AsyncIterator[int], life: trio.CancelScope) -> None:
+async def _stop_on_signal(
+    signals: AsyncIterator[int], life: trio.CancelScope, as_json: bool
+) -> None:
     async for number in signals:
         if life.cancel_called:
             os._exit(128 + number)  # the second one means: now
-        click.echo("\nstopping (once more to stop at once)", err=True)
+        if not as_json:
+            click.echo("\nstopping (once more to stop at once)", err=True)
         life.cancel()
 
 

@@ -138,8 +138,8 @@ def _model_row(model: ModelSnapshot) -> tuple[str, ...]:
         f"{model.slots_busy}/{model.slots}",
         str(model.queue_depth),
         str(model.context_tokens),
-        f"{model.prefill_tokens_per_s:.0f}",
-        f"{model.decode_tokens_per_s:.1f}",
+        f"{model.prefill_tokens_per_s:.0f}" if model.prefill_tokens_per_s else "–",
+        f"{model.decode_tokens_per_s:.1f}" if model.decode_tokens_per_s else "–",
         size(model.memory_bytes),
     )
 
@@ -149,7 +149,7 @@ def _peer_row(peer: PeerSnapshot) -> tuple[str, ...]:
         short_peer(peer.peer_id),
         ", ".join(peer.roles),
         "–" if peer.rtt_ms is None else f"{peer.rtt_ms:.1f} ms",
-        f"{peer.clock_ahead_s:+.0f} s",
+        f"{round(peer.clock_ahead_s):+d} s",
         ", ".join(f"{m.name} ({m.state})" if m.state != "ready" else m.name for m in peer.models),
         f"{size(peer.memory_bytes)} {peer.accelerator}".strip(),
         str(peer.cores),

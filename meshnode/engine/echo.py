@@ -14,6 +14,7 @@ from contextlib import asynccontextmanager
 import trio
 
 from meshnode.engine import ChatMessage, Delta, EngineStats, Finish, ModelCard, Request, Usage
+from meshnode.engine.scheduler import common_prefix
 from meshnode.engine.text import AnswerText
 from meshnode.errors import ContextLengthError, EngineBusyError, EngineError, RequestError
 
@@ -93,7 +94,7 @@ class EchoEngine:
         self, request: Request, prompt: list[str], answer: list[str]
     ) -> AsyncIterator[Delta | Finish]:
         kept = self._sessions.pop(request.session, [])
-        cached_tokens = min(_common_prefix(kept, prompt), len(prompt) - 1)
+        cached_tokens = min(common_prefix(kept, prompt), len(prompt) - 1)
         text, completion_tokens, unsent = AnswerText(request.stop), 0, 0
         tokens_max = request.max_tokens or CONTEXT_TOKENS - len(prompt)
         for word in answer[:tokens_max]:
@@ -133,12 +134,3 @@ def _words(request: Request) -> tuple[list[str], list[str]]:
 
 def _split(text: str) -> list[str]:
     return re.findall(r"\s*\S+|\s+$", text)
-
-
-def _common_prefix(left: list[str], right: list[str]) -> int:
-    count = 0
-    for a, b in zip(left, right, strict=False):
-        if a != b:
-            break
-        count += 1
-    return count

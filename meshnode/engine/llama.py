@@ -28,10 +28,10 @@ from meshnode.engine.chat import ChatTemplate, Segment
 from meshnode.engine.scheduler import PREFILL_TOKENS_MAX, Batch, Trim
 from meshnode.errors import ModelLoadError, RequestError
 
-# Beyond this a default context costs more memory than most conversations use.
-CONTEXT_TOKENS_DEFAULT = 8192
 # OpenAI's penalties look at the whole answer; this is longer than almost all of them.
 PENALTY_TOKENS = 2048
+# Below it the likeliest token is drawn anyway, and dividing by it would soon overflow.
+TEMPERATURE_MIN = 1e-3
 # llama.cpp reads this seed as "choose one at random", so it cannot be a client's seed.
 _SEED_RANDOM = 0xFFFF_FFFF
 # A piece is seldom longer than 16 bytes; a longer one reports its length and is read again.
@@ -97,7 +97,7 @@ class Sampler:
                     sampling.presence_penalty,
                 )
             )
-        if sampling.temperature <= 0:
+        if sampling.temperature < TEMPERATURE_MIN:
             self._add(_llama.llama_sampler_init_greedy())
             return
         self._add(_llama.llama_sampler_init_top_k(sampling.top_k))
@@ -141,15 +141,14 @@ class LlamaModel:
         threads: int,
         on_progress: Callable[[float], None],
     ) -> None:
-        """Load; blocks. `context_tokens` 0 means the default. Raises `ModelLoadError`."""
+        """Load; blocks. Raises `ModelLoadError`."""
         _llama.llama_log_set(_log.callback, ctypes.c_void_p(0))
         _llama.llama_backend_init()
         self._context = None
         self._model = self._load_model(path, on_progress)
         try:
             self._vocabulary = _checked(_llama.llama_model_get_vocab(self._model), path, "vocab")
-            trained = int(_llama.llama_model_n_ctx_train(self._model))
-            self.context_tokens = context_tokens or min(trained, CONTEXT_TOKENS_DEFAULT)
+            self.context_tokens = context_tokens
             self._context = self._make_context(path, slots, threads)
             self._memory = _checked(_llama.llama_get_memory(self._context), path, "KV cache")
             self.vocabulary_size = int(_llama.llama_vocab_n_tokens(self._vocabulary))
@@ -327,8 +326,21 @@ class LlamaModel:
         raise DecodeError(f"token {token} has no piece")
 
     def sampler(self, sampling: Sampling) -> Sampler:
-        """A new chain; the caller closes it. Raises `RequestError` for tokens of no vocabulary."""
+        """A new chain; the caller closes it.
+
+        Raises `RequestError` for tokens of no vocabulary and for numbers that are none.
+        """
         self._check_tokens([token for token, _ in sampling.logit_bias], "logit_bias")
+        numbers = [
+            sampling.temperature,
+            sampling.top_p,
+            sampling.min_p,
+            sampling.frequency_penalty,
+            sampling.presence_penalty,
+            *(bias for _, bias in sampling.logit_bias),
+        ]
+        if not all(map(math.isfinite, numbers)):
+            raise RequestError("Sampling settings must be finite numbers.")
         return Sampler(self.vocabulary_size, sampling)
 
     def _check_tokens(self, tokens: list[int], param: str) -> None:

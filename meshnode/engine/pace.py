@@ -9,8 +9,11 @@ are tried again now and then, and less often each time that it did not pay.
 
 from __future__ import annotations
 
-# Below this share of the possible CPU time, a thread was waiting rather than computing.
+# A step that used less than this share of its threads' time had too many of them...
 UTILISATION_MIN = 0.8
+# ...provided that one less could have used almost as much: with two threads, a small model spends
+# a third of the time at barriers and is still faster than with one.
+SPARE_CORES_MIN = 0.95
 # Steps under one count are judged together over this much time; a single step is too noisy.
 JUDGE_AFTER_S = 1.0
 # First pause before another thread is tried again, and its bound as it doubles.
@@ -45,11 +48,12 @@ class ThreadPolicy:
             return self.threads
         utilisation = self._cpu_s / (self._wall_s * self.threads)
         self._cpu_s = self._wall_s = 0.0
-        if utilisation < UTILISATION_MIN:
-            if self.threads > 1:
-                self._lower()
-        elif self.threads < self.threads_max and self._since_change_s >= self._retry_after_s:
-            self._change(+1)
+        spare_cores = self.threads * (1 - utilisation)
+        if utilisation >= UTILISATION_MIN:
+            if self.threads < self.threads_max and self._since_change_s >= self._retry_after_s:
+                self._change(+1)
+        elif self.threads > 1 and spare_cores >= SPARE_CORES_MIN:
+            self._lower()
         return self.threads
 
     def _lower(self) -> None:

@@ -21,6 +21,7 @@ import trio
 
 from meshnode.engine import Delta, EngineStats, Finish, ModelCard, Request, wire
 from meshnode.engine.memory import available_bytes, check_fits, memory_need
+from meshnode.engine.scheduler import BUSY_RETRY_AFTER_S
 from meshnode.errors import (
     ContextLengthError,
     EngineBusyError,
@@ -48,7 +49,6 @@ READ_BYTES = 64 * 1024
 # What is kept of the child's log for the error message.
 LOG_LINES_MAX = 20
 LOG_LINE_CHARS_MAX = 300
-BUSY_RETRY_AFTER_S = 2.0
 
 # libgomp's threads spin at barriers by default; on a busy machine that is three times slower
 # than sleeping. ggml would start a debugger for a backtrace when it aborts.

@@ -402,7 +402,7 @@ def _choose_slot(entry: _Sequence, idle: list[_Slot]) -> tuple[_Slot, int]:
     half of what the slot keeps (another conversation should not lose its history to a shared
     system prompt); else the least recently used.
     """
-    common = {slot.number: _common_prefix(slot.tokens, entry.tokens) for slot in idle}
+    common = {slot.number: common_prefix(slot.tokens, entry.tokens) for slot in idle}
     own = [slot for slot in idle if slot.session == entry.session and entry.session]
     similar = [slot for slot in idle if 2 * common[slot.number] >= len(slot.tokens) > 0]
     candidates = own or similar
@@ -414,7 +414,8 @@ def _choose_slot(entry: _Sequence, idle: list[_Slot]) -> tuple[_Slot, int]:
     return best, common[best.number]
 
 
-def _common_prefix(left: list[int], right: list[int]) -> int:
+def common_prefix(left: Sequence[object], right: Sequence[object]) -> int:
+    """With how many equal items both begin."""
     count = 0
     for a, b in zip(left, right, strict=False):
         if a != b:

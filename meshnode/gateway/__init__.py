@@ -66,7 +66,7 @@ class Mesh(Protocol):
         ...
 
     def routed(self, route: Route, peer_id: str, session: bytes) -> None:
-        """Tell the dispatcher who really took the request (it now holds the session)."""
+        """Tell the dispatcher whom the request is sent to now (it will hold the session)."""
         ...
 
     def finished(self, route: Route, peer_id: str) -> None:

@@ -160,6 +160,9 @@ async def _begin(
     stack: AsyncExitStack,
 ) -> Answer:
     """One candidate's answer, once its first bytes are here. Raises one of `_Lost`."""
+    # Counted before it is sent: the next request of a burst must see this one.
+    mesh.routed(route, candidate.peer_id, ask.session)
+    stack.callback(mesh.finished, route, candidate.peer_id)
     if candidate.local:
         engine = mesh.engine(route.digest)
         if engine is None:
@@ -167,8 +170,6 @@ async def _begin(
         accepted = await answer_locally(engine, ask, route.digest, mesh.peer_id, stack)
     else:
         accepted = await _answer_remotely(pool, ask, route.digest, candidate.peer_id, stack)
-    mesh.routed(route, candidate.peer_id, ask.session)
-    stack.callback(mesh.finished, route, candidate.peer_id)
     if accepted.content_type.startswith("text/event-stream"):
         first = await _first_bytes(accepted.body)
         body = _explained(first, accepted.body, mesh, candidate.peer_id)

@@ -31,6 +31,9 @@ BYTES_PER_TOKEN = 4
 OVERLOAD = 1.25
 """The holder of a session keeps it below this multiple of the mean load (bounded-load hashing,
 Mirrokni et al. 2016, with the factor measured best on the Mooncake trace)."""
+MISPLACED_S = 0.25
+"""At least this much a placement off the hash must save: else the round-trip times, which differ
+between gateways, would decide where short prompts go, and gateways would disagree."""
 RETRY_AFTER_LOADING_S = 2.0
 RETRY_AFTER_NOBODY_S = 10.0
 
@@ -90,8 +93,8 @@ def rank(session: bytes, prompt_tokens: int, replicas: tuple[Replica, ...]) -> t
 
     cost = queue + uncached prefill + RTT, for the holder of the session, the top of the hash
     order, and no one else; the rest follow in hash order, those that just failed come last.
-    A placement off the hash pays one prefill extra: the next turn through another gateway would
-    look for the session at the top of the order and compute it again.
+    A placement off the hash pays one prefill extra (`MISPLACED_S` at least): the next turn through
+    another gateway would look for the session at the top of the order and compute it again.
     """
     ordered = hash_order(session, replicas)
     loads = [_load(replica) for replica in ordered]
@@ -109,7 +112,8 @@ def rank(session: bytes, prompt_tokens: int, replicas: tuple[Replica, ...]) -> t
         elif place == 0:
             cost_s, reason = queue_s + prefill_s + replica.rtt_s, "first by hash"
         elif place < CANDIDATES_SCORED:
-            cost_s, reason = queue_s + 2 * prefill_s + replica.rtt_s, "less loaded"
+            misplaced_s = max(prefill_s, MISPLACED_S)
+            cost_s, reason = queue_s + prefill_s + misplaced_s + replica.rtt_s, "less loaded"
         else:
             cost_s, reason = math.inf, "spare"
         if replica.cooling:

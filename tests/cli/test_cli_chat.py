@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import signal
+import subprocess
+import sys
 from collections.abc import Callable
 
 import msgspec
 from click.testing import Result
-
-from tests.cli.conftest import PEER, FakeNode
+from fake_node import PEER, FakeNode
 
 Run = Callable[..., Result]
 
@@ -37,6 +39,39 @@ def test_a_conversation_remembers_its_turns_until_ctrl_d(meshnode: Run, node: Fa
     assert [message["content"] for message in node.asked[1]["messages"]] == [
         "first",
         "Hello \x1b[2Jthere",
+        "second",
+    ]
+
+
+def test_ctrl_c_stops_the_answer_and_not_the_conversation(node: FakeNode) -> None:
+    node.pieces, node.ends_with = ("half an answer\n",), (b"data: [DONE]",)
+    node.go_on.clear()
+    chat = subprocess.Popen(
+        [sys.executable, "-m", "meshnode", "chat"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        assert chat.stdin is not None
+        assert chat.stdout is not None
+        chat.stdin.write("first\n")
+        chat.stdin.flush()
+        assert chat.stdout.readline() == "half an answer\n"
+        chat.send_signal(signal.SIGINT)
+        # The stop is seen where it is said: only then may the next answer end by itself.
+        assert chat.stdout.readline() == "\n"
+        node.pieces = ()
+        node.go_on.set()
+        _, said = chat.communicate("second\n", timeout=60)
+    finally:
+        chat.kill()
+        chat.communicate()
+    assert (chat.returncode, "(stopped)" in said, "Traceback" in said) == (0, True, False)
+    assert [message["content"] for message in node.asked[1]["messages"]] == [
+        "first",
+        "half an answer\n",
         "second",
     ]
 

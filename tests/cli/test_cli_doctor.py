@@ -10,11 +10,11 @@ from pathlib import Path
 import msgspec
 import pytest
 from click.testing import Result
+from fake_node import FakeNode, snapshot_of
 
 from meshnode import doctor
 from meshnode.config import load
 from meshnode.doctor import Check, examine
-from tests.cli.conftest import FakeNode, snapshot_of
 
 Run = Callable[..., Result]
 NAMES = {

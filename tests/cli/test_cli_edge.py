@@ -37,7 +37,7 @@ def ending_with(error: BaseException, *arguments: str) -> Result:
 )
 def test_an_error_becomes_words_and_a_code(error: BaseException, code: int, said: str) -> None:
     result = ending_with(error)
-    assert (result.exit_code, result.stderr, result.stdout) == (code, said, "")
+    assert (result.exit_code, result.stderr.lstrip(), result.stdout) == (code, said, "")
 
 
 def test_with_json_an_error_is_the_one_document() -> None:

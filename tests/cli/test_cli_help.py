@@ -13,7 +13,7 @@ import click
 import pytest
 from click.testing import Result
 
-import meshnode
+from meshnode import __version__
 from meshnode.cli import cli
 
 Run = Callable[..., Result]
@@ -89,16 +89,12 @@ def test_help_imports_nothing_slow() -> None:
 
 def test_version_is_the_packages(meshnode: Run) -> None:
     project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())
-    assert json.loads(meshnode("version", "--json").stdout)["meshnode"] == globals_version()
-    assert project["project"]["version"] == globals_version()
-
-
-def globals_version() -> str:
-    return meshnode.__version__
+    assert json.loads(meshnode("version", "--json").stdout)["meshnode"] == __version__
+    assert project["project"]["version"] == __version__
 
 
 def test_python_dash_m_is_the_command() -> None:
     done = subprocess.run(
         [sys.executable, "-m", "meshnode", "version"], capture_output=True, text=True, check=True
     )
-    assert done.stdout.startswith(f"meshnode {meshnode.__version__} (Python 3.")
+    assert done.stdout.startswith(f"meshnode {__version__} (Python 3.")

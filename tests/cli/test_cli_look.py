@@ -9,9 +9,9 @@ from pathlib import Path
 import msgspec
 import pytest
 from click.testing import Result
+from fake_node import OWN, PEER, FakeNode
 
 from meshnode.console.snapshot import ModelSnapshot
-from tests.cli.conftest import OWN, PEER, FakeNode
 
 Run = Callable[..., Result]
 
@@ -31,7 +31,7 @@ def test_status_shows_the_node_and_its_models(meshnode: Run, node: FakeNode) -> 
 
 def test_status_as_json_is_what_the_node_said(meshnode: Run, node: FakeNode) -> None:
     result = meshnode("status", "--json")
-    assert json.loads(result.stdout) == msgspec.to_builtins(node.snapshot)
+    assert json.loads(result.stdout) == json.loads(msgspec.json.encode(node.snapshot))
     assert result.stderr == ""
 
 

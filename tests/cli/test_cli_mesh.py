@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 from click.testing import Result
+from fake_node import FakeNode
 
 from meshnode.cli.mesh import seconds_of
 from meshnode.credentials import check_join, parse_invite, verify_chain
 from meshnode.errors import ConfigError
 from meshnode.identity import KeyPair
 from meshnode.store import DataDir
-from tests.cli.conftest import FakeNode
 
 Run = Callable[..., Result]
 ADDR = "/ip4/203.0.113.5/udp/9338/quic-v1"

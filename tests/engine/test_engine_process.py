@@ -111,14 +111,22 @@ async def test_the_shape_of_answers(engine: EngineProcess) -> None:
     assert stopped.text == natural.text.partition(stop)[0]
     plain = Request("r", b"", "The sun rises in the", GREEDY, 3)
     assert "sky" in (await collect(engine, plain)).text
-    # Characters of several tokens come out whole.
-    llama = "🦙"
-    bias = Sampling(temperature=0, presence_penalty=0)
-    emoji = Request("r", b"", f"{llama} {llama} {llama} {llama} {llama} {llama}", bias, 24)
-    async with engine.generate(emoji) as events:
-        texts = [event.text async for event in events if isinstance(event, Delta)]
-    assert llama in "".join(texts)
-    assert all("\ufffd" not in text for text in texts[:-1])
+
+
+async def test_a_character_of_three_tokens_comes_out_whole(engine: EngineProcess) -> None:
+    # The bytes F0 9F, A6 and 99 in this vocabulary; each may be drawn once, in this order.
+    pieces = ((10813, 100.0), (116, 90.0), (243, 80.0))
+    forced = Sampling(temperature=0, presence_penalty=50.0, logit_bias=pieces)
+
+    async def draw(tokens: int) -> list[Delta | Finish]:
+        request = Request("r", b"", "An animal:", forced, tokens)
+        async with engine.generate(request) as events:
+            return [event async for event in events]
+
+    whole, _ = await draw(3)
+    assert whole == Delta("🦙", tokens=3)
+    half, _ = await draw(2)
+    assert half == Delta("\ufffd", tokens=2)
 
 
 async def test_four_sessions_interleave(engine: EngineProcess) -> None:
@@ -146,6 +154,23 @@ async def test_four_sessions_interleave(engine: EngineProcess) -> None:
     # The batch's shape may flip a late greedy token, but not what the answer is about.
     alone = await collect(engine, ask(questions[1], session=b"x" * 16, max_tokens=24))
     assert alone.text[:4] == answers[1][:4]
+
+
+async def test_more_conversations_than_the_cache_can_hold(q4_0_card: ModelCard) -> None:
+    # Four of up to 100 tokens each in 128 cells: some are preempted and computed again.
+    options = replace(OPTIONS, context_tokens=128)
+    # Without its end tokens the model has to go on.
+    endless = Sampling(temperature=0, logit_bias=((0, -100.0), (2, -100.0), (4, -100.0)))
+    usages = []
+
+    async def one(engine: EngineProcess, number: int) -> None:
+        request = ask("Go on.", session=bytes([number]) * 16, max_tokens=60, sampling=endless)
+        usages.append((await collect(engine, request)).finish.usage.completion_tokens)
+
+    async with started(q4_0_card, options) as engine, trio.open_nursery() as nursery:
+        for number in range(4):
+            nursery.start_soon(one, engine, number)
+    assert usages == [60] * 4
 
 
 async def test_leaving_early_frees_the_slot(engine: EngineProcess) -> None:
@@ -238,6 +263,23 @@ async def test_stopping_ends_the_child_and_its_requests(q4_0_card: ModelCard) ->
         os.kill(pid, 0)
 
 
+async def test_a_file_that_is_cut_while_in_use(
+    q4_0_card: ModelCard, q4_0_path: Path, tmp_path: Path
+) -> None:
+    path = tmp_path / "cut.gguf"
+    await trio.to_thread.run_sync(damage, q4_0_path, path, "not at all")
+    with trio.fail_after(HANG_S):
+        async with trio.open_nursery() as nursery:
+            engine = EngineProcess(replace(q4_0_card, path=str(path)), OPTIONS)
+            await nursery.start(engine.run)
+            await engine.wait_ready()
+            os.truncate(path, 1000)
+            with pytest.raises(EngineError, match=r"cut\.gguf was ended by SIGBUS.*truncated"):
+                await collect(engine, ask("Hello?"))
+    assert engine.stats().state == "failed"
+    assert "ends within its header" in (engine.stats().error or "")
+
+
 # A node that says which process its engine is in.
 NODE = """
 import sys, trio
@@ -259,7 +301,9 @@ trio.run(main)
 async def test_the_child_ends_when_its_parent_is_killed(q4_0_path: Path) -> None:
     with trio.fail_after(HANG_S):
         node = await trio.lowlevel.open_process(
-            [sys.executable, "-c", NODE, str(q4_0_path)], stdout=subprocess.PIPE
+            [sys.executable, "-c", NODE, str(q4_0_path)],
+            stdout=subprocess.PIPE,
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
         )
         assert node.stdout is not None
         engine_pidfd = os.pidfd_open(int(await node.stdout.receive_some()))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -140,6 +141,14 @@ def test_a_bias_for_a_token_that_does_not_exist(model: LlamaModel) -> None:
         model.sampler(Sampling(logit_bias=((model.vocabulary_size, 1.0),)))
 
 
+@pytest.mark.parametrize("number", [math.nan, math.inf])
+def test_sampling_settings_that_are_no_numbers(model: LlamaModel, number: float) -> None:
+    with pytest.raises(RequestError, match="finite"):
+        model.sampler(Sampling(temperature=number))
+    with pytest.raises(RequestError, match="finite"):
+        model.sampler(Sampling(logit_bias=((5, number),)))
+
+
 def test_sampling_settings_do_what_they_say(model: LlamaModel) -> None:
     prompt = tuple(model.prompt_tokens(user("Write a word.")))
     model.trim(Trim(0, 0))
@@ -175,4 +184,4 @@ def test_a_file_that_is_no_model(tmp_path: Path) -> None:
     path = tmp_path / "x.gguf"
     path.write_bytes(b"GGUF" + bytes(100))
     with pytest.raises(ModelLoadError, match=r"x\.gguf"):
-        LlamaModel(str(path), context_tokens=0, slots=1, threads=1, on_progress=ignore_progress)
+        LlamaModel(str(path), context_tokens=64, slots=1, threads=1, on_progress=ignore_progress)

@@ -25,6 +25,10 @@ def test_a_busy_machine_gets_down_to_what_is_free_and_not_below_one() -> None:
     assert policy.threads == 1
 
 
+def test_two_threads_that_wait_for_each_other_now_and_then_stay_two() -> None:
+    assert set(settle(ThreadPolicy(2), free_cores=1.3, wall_s=30)) == {2}
+
+
 def test_threads_come_back_when_the_machine_is_free_again() -> None:
     policy = ThreadPolicy(2)
     settle(policy, free_cores=1, wall_s=2 * JUDGE_AFTER_S)

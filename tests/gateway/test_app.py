@@ -185,7 +185,10 @@ async def test_all_failed_is_503_with_every_attempt():
         {"peer": "peer-a", "reason": "busy"},
         {"peer": "peer-x", "reason": "unreachable"},
     ]
-    assert mesh.calls == [("failed", "peer-a"), ("failed", "peer-x")]
+    # Every attempt is counted before it is made, and uncounted when it has failed.
+    assert mesh.calls == [
+        (said, peer) for peer in ("peer-a", "peer-x") for said in ("routed", "finished", "failed")
+    ]
 
 
 async def test_a_bug_is_500_and_says_nothing(caplog):

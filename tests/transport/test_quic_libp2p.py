@@ -199,6 +199,19 @@ async def test_dialing_without_listening_and_unfit_addresses() -> None:
         await transport.close()
 
 
+async def test_punching_leaves_from_the_listening_port() -> None:
+    key_pair = create_new_key_pair()
+    transport = QuicTransport(key_pair)
+    host = new_host(key_pair=key_pair, transports=[transport])
+    async with running(host):
+        target = trio.socket.socket(trio.socket.AF_INET, trio.socket.SOCK_DGRAM)
+        await target.bind(("127.0.0.1", 0))
+        await transport.punch(Multiaddr(f"/ip4/127.0.0.1/udp/{target.getsockname()[1]}/quic-v1"))
+        _, sender = await target.recvfrom(1500)
+        assert str(sender[1]) == host.get_addrs()[0].value_for_protocol("udp")
+        target.close()
+
+
 @pytest.mark.parametrize(("dialer", "listener"), [(ours, stock), (stock, ours)])
 async def test_interoperates_with_the_stock_transport(dialer: object, listener: object) -> None:
     here: IHost = dialer()  # type: ignore[operator]

@@ -742,9 +742,6 @@ class _Engine(QuicConnection):
         buffer.push_bytes(bytes(builder.remaining_buffer_space))
         assert builder._packet is not None
         builder._packet.in_flight = False
-        # Not being in flight it would not restart the probe timeout, which would then
-        # declare it lost at once.
-        self._loss._time_of_last_sent_ack_eliciting_packet = now
         return self._flush_builder(
             builder=builder, network_path=path, peer_cid=self._peer_cid.cid, now=now
         )
