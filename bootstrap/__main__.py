@@ -67,14 +67,14 @@ def bootstrap(create: bool, public: bool, as_json: bool, **options: object) -> N
 
 
 def _create(config: Config) -> None:
-    from meshnode.membership import PUBLIC_MESH, create_mesh
+    from meshnode.membership import create_mesh
     from meshnode.store import DataDir
 
-    if config.mesh is None or config.mesh == PUBLIC_MESH:
+    if config.mesh is None:
         raise click.UsageError("--create needs --mesh NAME, the name of a mesh of your own")
     data = DataDir(config.data_dir)
     if data.membership(config.mesh) is None:
-        create_mesh(config.mesh, data, data.key())
+        create_mesh(config.mesh, data, data.key(), "bootstrap")
 
 
 def _require_a_mesh(config: Config) -> None:

@@ -38,6 +38,8 @@ logger = logging.getLogger(__name__)
 
 JOIN_PROTOCOL = "/meshnode/join/1"
 JOIN_TIMEOUT_S = 10.0
+RENEW_BEFORE_S = 30 * 24 * 3600
+"""A token given to a member whose certificate ends within a month gets it a new one."""
 JOINS_AT_ONCE = 4
 """Signature checks and an fsync each; more strangers at once wait in line, bounded by time."""
 
@@ -86,9 +88,10 @@ async def join_mesh(key: KeyPair, invite: Invite, data: DataDir) -> Membership:
 
     Raises `ConfigError` that says whether the token or the network is at fault.
     """
-    known = data.membership(invite.mesh.name)
-    if known is not None and known.mesh.mesh_id == invite.mesh.mesh_id:
-        # Joined before with this or another token: the newest addresses are worth keeping.
+    name = data.name_of(invite.mesh)
+    known = None if name is None else data.membership(name)
+    if known is not None and _is_good(known.chain, key, invite):
+        # A member already: only the newest addresses are worth keeping.
         known = Membership(invite.mesh, known.chain)
         data.save_membership(known)
         return known
@@ -109,6 +112,16 @@ async def join_mesh(key: KeyPair, invite: Invite, data: DataDir) -> Membership:
     membership = Membership(invite.mesh, reply.chain)
     data.save_membership(membership)
     return membership
+
+
+def _is_good(chain: tuple[bytes, ...], key: KeyPair, invite: Invite) -> bool:
+    """Whether a certificate is valid and will be for a while."""
+    soon = int(time.time()) + RENEW_BEFORE_S
+    try:
+        verify_chain(invite.mesh, key.peer_id, chain, soon)
+    except NotAuthorizedError:
+        return False
+    return True
 
 
 async def _ask(

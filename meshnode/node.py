@@ -116,7 +116,8 @@ class Node:
         self._api_url = ""
         self._addrs: tuple[str, ...] = ()
         roles: tuple[Role, ...] = (config.role,)
-        root = data.root_key(self._mesh.name)
+        name = data.name_of(self._mesh)
+        root = None if name is None else data.root_key(name)
         self._issuer = None if root is None else Issuer(root, key.peer_id, self._mesh, data)
         self._root = root
         self._stack = Stack(

@@ -70,6 +70,7 @@ class DataDir:
     # --- meshes ---------------------------------------------------------------------------------
 
     def mesh_names(self) -> tuple[str, ...]:
+        """The meshes of this node, by the names they have here."""
         folder = self.path / "meshes"
         if not folder.is_dir():
             return ()
@@ -79,12 +80,37 @@ class DataDir:
         data = self._read(self._mesh_file(name, "json"))
         return None if data is None else _decode_json(data, Membership, name)
 
-    def save_membership(self, membership: Membership) -> None:
-        path = self._mesh_file(membership.mesh.name, "json")
+    def name_of(self, mesh: MeshDescriptor) -> str | None:
+        """What a mesh is called here: its own name, or that with a bit of its id, because
+        another mesh had the name first. None if this node is not in it.
+        """
+        for name in (mesh.name, f"{mesh.name}-{mesh.mesh_id[:6]}"):
+            found = self.membership(name)
+            if found is not None and found.mesh.mesh_id == mesh.mesh_id:
+                return name
+        return None
+
+    def save_membership(self, membership: Membership) -> str:
+        """Keep it, without losing another mesh of the same name; returns its name here."""
+        mesh = membership.mesh
+        name = self.name_of(mesh)
+        if name is None:
+            taken = self.membership(mesh.name) is not None
+            name = f"{mesh.name}-{mesh.mesh_id[:6]}" if taken else mesh.name
+        path = self._mesh_file(name, "json")
         self._write(path, msgspec.json.format(msgspec.json.encode(membership)))
+        return name
+
+    def last_used(self) -> str | None:
+        """The mesh of the last run, by its name here."""
+        data = self._read(self.path / "meshes" / "last-used")
+        return None if data is None else data.decode("utf-8", "replace")
+
+    def save_last_used(self, name: str) -> None:
+        self._write(self.path / "meshes" / "last-used", name.encode())
 
     def root_key(self, name: str) -> KeyPair | None:
-        """The mesh's root key, if this node made the mesh."""
+        """The root key of the mesh called `name` here, if this node made the mesh."""
         path = self._mesh_file(name, "root.key")
         return load_or_create_key(path) if path.exists() else None
 

@@ -64,14 +64,12 @@ def create(name: str, data_dir: str | None, as_json: bool) -> None:
     if not is_mesh_name(name):
         raise ConfigError(f"{name!r} cannot be a name: use up to 64 letters, digits, '_', '.', '-'")
     config = config_from({"data_dir": data_dir})
-    from meshnode.membership import PUBLIC_MESH, create_mesh
+    from meshnode.membership import create_mesh
 
-    if name == PUBLIC_MESH:
-        raise ConfigError(f'"{name}" is the name of the public mesh: choose another')
     data = _open(config)
     membership = create_mesh(name, data, data.key())
     if as_json:
-        print_json(_described(data, membership))
+        print_json(_described(data, name))
         return
     click.echo(f"Made the mesh {name} (id {membership.mesh.mesh_id}).")
     click.echo(f"Its root key is in {config.data_dir / 'meshes'}: keep a copy, show it to nobody.")
@@ -91,7 +89,7 @@ def list_(data_dir: str | None, as_json: bool) -> None:
       meshnode mesh list --json
     """
     data = _open(config_from({"data_dir": data_dir}))
-    described = [_described(data, _membership(data, name)) for name in data.mesh_names()]
+    described = [_described(data, name) for name in data.mesh_names()]
     if as_json:
         print_json(described)
     elif not described:
@@ -116,7 +114,7 @@ def show(name: str | None, data_dir: str | None, as_json: bool) -> None:
       meshnode mesh show home
     """
     data = _open(config_from({"data_dir": data_dir, "mesh": name}))
-    described = _described(data, _membership(data, name or _only(data.mesh_names())))
+    described = _described(data, name or _only(data.mesh_names()))
     if as_json:
         print_json(described)
     else:
@@ -272,17 +270,18 @@ def _only(names: tuple[str, ...]) -> str:
     raise ConfigError(f"there are several meshes here: name one of {', '.join(names)}")
 
 
-def _described(data: DataDir, membership: Membership) -> dict[str, object]:
-    """A mesh and this node's place in it, as shown to people and as JSON."""
+def _described(data: DataDir, name: str) -> dict[str, object]:
+    """A mesh, by its name here, and this node's place in it, for people and as JSON."""
     from meshnode.credentials import verify_chain
 
+    membership = _membership(data, name)
     mesh = membership.mesh
     described: dict[str, object] = {
-        "name": mesh.name,
+        "name": name,
         "id": mesh.mesh_id,
         "admission": mesh.admission,
         "root": mesh.root,
-        "root_key": data.root_key(mesh.name) is not None,
+        "root_key": data.root_key(name) is not None,
         "bootstrap": list(mesh.bootstrap),
     }
     peer_id = data.key().peer_id

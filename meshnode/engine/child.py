@@ -24,7 +24,7 @@ from typing import NoReturn
 from meshnode.engine import wire
 from meshnode.engine.cores import usable_cores
 from meshnode.engine.llama import LlamaModel, Sampler, quantize_q4_0
-from meshnode.engine.pace import Rates, ThreadPolicy
+from meshnode.engine.pace import Rates, Threads
 from meshnode.engine.scheduler import Batch, Limits, Sampled, Scheduler
 from meshnode.engine.text import AnswerText
 from meshnode.errors import MeshnodeError, RequestError
@@ -91,7 +91,7 @@ class _Pipe:
 class Child:
     """A loaded model being stepped."""
 
-    def __init__(self, pipe: _Pipe, model: LlamaModel, limits: Limits, threads: ThreadPolicy):
+    def __init__(self, pipe: _Pipe, model: LlamaModel, limits: Limits, threads: Threads):
         self._pipe = pipe
         self._model = model
         self._limits = limits
@@ -185,6 +185,8 @@ class Child:
             return
         decoding = [chunk for chunk in batch.chunks if len(chunk.tokens) == 1]
         prefill_tokens = batch.tokens - len(decoding)
+        threads = self._threads.policy(batch.tokens)
+        self._model.set_threads(threads.threads)
         self._model.allow()
         if not decoding:
             self._abortable = frozenset(chunk.sequence for chunk in batch.chunks)
@@ -195,7 +197,7 @@ class Child:
         if not decoded:
             self._rewind(batch)
             return
-        self._adapt_threads(cpu_s, wall_s)
+        threads.observe(cpu_s, wall_s)
         self._rates.observe(prefill_tokens, len(decoding), wall_s)
         frames: list[wire.FromChild] = []
         for sampled in self._scheduler.commit(batch, self._draw(batch)):
@@ -215,11 +217,6 @@ class Child:
         for chunk in batch.chunks:
             if not self._model.trim(chunk.undo):
                 self._scheduler.forget(chunk.slot)
-
-    def _adapt_threads(self, cpu_s: float, wall_s: float) -> None:
-        before = self._threads.threads
-        if self._threads.observe(cpu_s, wall_s) != before:
-            self._model.set_threads(self._threads.threads)
 
     def _draw(self, batch: Batch) -> list[int]:
         tokens, row = [], -1
@@ -263,7 +260,6 @@ class Child:
                 prefill_tokens_per_s=self._rates.prefill_tokens_per_s,
                 decode_tokens_per_s=self._rates.decode_tokens_per_s,
                 memory_bytes=_resident_bytes(),
-                threads=self._threads.threads,
                 sessions=load.sessions,
             )
         )
@@ -278,14 +274,14 @@ def serve() -> None:
     load = next(frames, None)
     if not isinstance(load, wire.Load):
         return
-    cores = usable_cores()
-    threads = ThreadPolicy(load.threads or cores, adaptive=load.threads is None)
+    threads_max = load.threads or usable_cores()
+    threads = Threads(threads_max, adaptive=load.threads is None)
     try:
         model = LlamaModel(
             load.path,
             context_tokens=load.context_tokens,
             slots=load.slots,
-            threads=threads.threads,
+            threads=threads_max,
             on_progress=_Progress(pipe),
         )
     except MeshnodeError as error:

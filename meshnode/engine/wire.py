@@ -139,7 +139,6 @@ class Status(msgspec.Struct, frozen=True, tag="status"):
     prefill_tokens_per_s: float
     decode_tokens_per_s: float
     memory_bytes: int
-    threads: int
     sessions: tuple[bytes, ...]
 
 

@@ -281,8 +281,8 @@ class Stack:
         return tuple(
             Member(
                 peer,
-                link.membership.roles,
-                known.record.addrs if (known := self.records.get(peer)) else (),
+                known.record.roles if (known := self.records.get(peer)) else link.membership.roles,
+                known.record.addrs if known else (),
                 link.clock_ahead_s,
                 view.get(peer),
             )

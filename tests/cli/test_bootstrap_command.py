@@ -32,7 +32,7 @@ def test_help_teaches() -> None:
     [
         ([], "which mesh?"),
         (["--create"], "--create needs --mesh NAME"),
-        (["--public", "--create"], "--create needs --mesh NAME"),
+        (["--public", "--create"], "cannot be called 'public'"),
         (["--public", "--mesh", "home"], "--public names a mesh already"),
     ],
 )

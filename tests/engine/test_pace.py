@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from meshnode.engine.cores import usable_cores
-from meshnode.engine.pace import JUDGE_AFTER_S, RETRY_AFTER_S, Rates, ThreadPolicy
+from meshnode.engine.pace import JUDGE_AFTER_S, RETRY_AFTER_S, Rates, ThreadPolicy, Threads
 
 
 def settle(policy: ThreadPolicy, free_cores: float, wall_s: float) -> list[int]:
@@ -25,8 +25,12 @@ def test_a_busy_machine_gets_down_to_what_is_free_and_not_below_one() -> None:
     assert policy.threads == 1
 
 
-def test_two_threads_that_wait_for_each_other_now_and_then_stay_two() -> None:
-    assert set(settle(ThreadPolicy(2), free_cores=1.3, wall_s=30)) == {2}
+def test_prefill_and_decode_are_judged_apart() -> None:
+    threads = Threads(2)
+    settle(threads.policy(1), free_cores=1.1, wall_s=2 * JUDGE_AFTER_S)
+    settle(threads.policy(512), free_cores=1.8, wall_s=2 * JUDGE_AFTER_S)
+    assert threads.policy(8).threads == 1
+    assert threads.policy(128).threads == 2
 
 
 def test_threads_come_back_when_the_machine_is_free_again() -> None:

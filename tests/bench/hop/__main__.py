@@ -1,0 +1,21 @@
+"""python -m tests.bench.hop [--rounds N] [--json]"""
+
+from __future__ import annotations
+
+import argparse
+import json
+
+from tests.bench.hop.measure import ROUNDS_DEFAULT, as_json, as_text, measure
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m tests.bench.hop", description=measure.__doc__)
+    parser.add_argument("--rounds", type=int, default=ROUNDS_DEFAULT)
+    parser.add_argument("--json", action="store_true")
+    options = parser.parse_args()
+    report = measure(options.rounds)
+    print(json.dumps(as_json(report), indent=1) if options.json else as_text(report))
+
+
+if __name__ == "__main__":
+    main()
