@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import trio
@@ -24,6 +25,9 @@ from meshnode.models.quantize import requantized
 from meshnode.protocol.dispatch import session_hash
 
 logger = logging.getLogger(__name__)
+
+PREPARED = 0.4
+"""The part of the progress bar for hashing (and requantising); the engine's load is the rest."""
 
 
 class HostedModel:
@@ -53,15 +57,20 @@ class HostedModel:
 
     async def _prepare(self) -> ModelCard:
         cache = self._data_dir / "cache"
-        card = await load_card(self._source, cache, self._on_progress)
+        first = 0.1 if self._source.packaged else PREPARED
+        card = await load_card(self._source, cache, self._progress_between(0.0, first))
         if not self._source.packaged:
             return card
         # The packaged default is small and slow to prefill as shipped: make it Q4_0, once.
         faster = await requantized(Path(card.path), card.digest, self._data_dir)
-        return await load_card(ModelSource(self.name, faster), cache, self._on_progress)
+        again = self._progress_between(PREPARED - first, PREPARED)
+        return await load_card(ModelSource(self.name, faster), cache, again)
 
-    def _on_progress(self, fraction: float) -> None:
-        self._progress = fraction
+    def _progress_between(self, start: float, end: float) -> Callable[[float], None]:
+        def on_progress(fraction: float) -> None:
+            self._progress = start + fraction * (end - start)
+
+        return on_progress
 
     def stats(self) -> EngineStats | None:
         """The engine's; None until the file is identified."""
@@ -102,7 +111,7 @@ class HostedModel:
             name=stats.card.name,
             digest=stats.card.digest,
             state=stats.state,
-            progress=stats.progress,
+            progress=PREPARED + stats.progress * (1.0 - PREPARED),
             error=stats.error,
             slots=stats.slots,
             slots_busy=stats.slots_busy,

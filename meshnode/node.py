@@ -60,7 +60,8 @@ logger = logging.getLogger(__name__)
 HTTP_PROTOCOL = "/http/1.1"
 OFFERS_EVERY_S = 0.5
 """How often the engines are looked at for news; how often it is told is the core's to decide."""
-PEERS_SAVED_EVERY_S = 30.0
+PEERS_SAVED_EVERY_S = 5.0
+"""Written only when they have changed."""
 DRAIN_S = 10.0
 """As long as the API lets its own clients finish."""
 DRAIN_LOOK_S = 0.05

@@ -368,6 +368,9 @@ class Libp2pHost:
         """
         peer = PeerId(str(connection.muxed_conn.peer_id))
         known = self._peers.get(peer)
+        if known is None and len(self._peers) >= CONNECTIONS_MAX:
+            await connection.close()
+            return
         if known is None:
             self._use(peer, connection)
             return

@@ -31,11 +31,11 @@ async def collect(engine: Engine, request: Request) -> tuple[str, Finish]:
 
 async def test_it_says_the_last_message_and_counts() -> None:
     engine = EchoEngine()
-    assert await collect(engine, ask("be brief", "hello big world")) == (
+    assert await collect(engine, ask("be short", "hello big world")) == (
         "hello big world",
         Finish("stop", Usage(prompt_tokens=5, cached_tokens=0, completion_tokens=3)),
     )
-    _, finish = await collect(engine, ask("be brief", "hello big world", "x"))
+    _, finish = await collect(engine, ask("be short", "hello big world", "x"))
     assert finish.usage.cached_tokens == 5
     assert engine.stats().sessions == (b"s",)
 

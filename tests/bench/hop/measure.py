@@ -29,7 +29,7 @@ from tests.bench.hop.routers import ROUTER, installed_router, running_router
 from tests.e2e.mesh import Mesh, Models, NodeProcess, serves
 
 ROUNDS_DEFAULT = 5
-REAL_MODEL = "default"
+REAL_MODEL = "smollm2-135m-instruct"
 QUESTION = "Write two sentences about the sea."
 
 
