@@ -59,6 +59,8 @@ CONNECTIONS_MAX = 512
 """Members plus strangers knocking; about 64 MiB of QUIC state at the measured 0.12 MiB each."""
 RTT_UNKNOWN_S = 0.02
 """Assumed for TCP connections, which do not measure it; a metropolitan round trip."""
+END_TIMEOUT_S = 1.0
+"""Ending a stream only queues a frame; a peer that does not take even that is left."""
 READ_BYTES = 64 * 1024
 _MULTISTREAM = b"\x13/multistream/1.0.0\n"
 
@@ -145,23 +147,22 @@ class Libp2pStream(Stream):
 
     async def reset(self) -> None:
         self._closed = True
-        try:
-            await (self._owner or self._raw).reset()
-        except STREAM_ERRORS as error:
-            logger.debug("reset of a broken stream to %s: %s", self._peer_id, error)
+        await self._end("reset")
 
     async def aclose(self) -> None:
         if self._closed:
             await trio.lowlevel.checkpoint()
             return
-        if not (self._sent_eof and self._received_eof):
-            await self.reset()
-            return
         self._closed = True
-        try:
-            await (self._owner or self._raw).close()
-        except STREAM_ERRORS as error:
-            logger.debug("close of a broken stream to %s: %s", self._peer_id, error)
+        await self._end("close" if self._sent_eof and self._received_eof else "reset")
+
+    async def _end(self, how: str) -> None:
+        """Shielded: whoever closes because it was cancelled must still reach the peer."""
+        with trio.CancelScope(shield=True, deadline=trio.current_time() + END_TIMEOUT_S):
+            try:
+                await getattr(self._owner or self._raw, how)()
+            except STREAM_ERRORS as error:
+                logger.debug("%s of a broken stream to %s: %s", how, self._peer_id, error)
 
     async def _read(self, bytes_max: int) -> bytes:
         if self._received_eof:
@@ -317,8 +318,7 @@ class Libp2pHost:
             try:
                 await handler(stream)
             finally:
-                with trio.CancelScope(shield=True, deadline=trio.current_time() + 1.0):
-                    await stream.aclose()
+                await stream.aclose()
 
         self.handle_raw(protocol, serve, members_only=members_only)
 
