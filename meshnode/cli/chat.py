@@ -15,6 +15,8 @@ from meshnode.cli.api import ApiError, NodeApi, find_node
 from meshnode.cli.edge import api_option, config_from, data_dir_option, json_option
 from meshnode.cli.output import print_json, printable, short_peer
 
+ANSWER_TOKENS_DEFAULT = 1024
+"""A page of text. Small models left alone go in circles until their context is full."""
 LINE_BYTES_MAX = 1024 * 1024
 """One event of a stream; a token's is a few hundred bytes."""
 
@@ -43,12 +45,24 @@ class Answer:
 
 @click.command()
 @click.option("--model", metavar="NAME", help="Which model. [default: the first that is ready]")
+@click.option(
+    "--max-tokens",
+    type=click.IntRange(min=1),
+    default=ANSWER_TOKENS_DEFAULT,
+    show_default=True,
+    help="Where an answer is cut off.",
+)
 @click.option("--once", metavar="TEXT", help="Ask this one thing, print the answer, and end.")
 @api_option
 @data_dir_option
 @json_option
 def chat(
-    model: str | None, once: str | None, api: str | None, data_dir: str | None, as_json: bool
+    model: str | None,
+    max_tokens: int,
+    once: str | None,
+    api: str | None,
+    data_dir: str | None,
+    as_json: bool,
 ) -> None:
     """Talk to a model in the terminal, wherever in the mesh it runs.
 
@@ -65,10 +79,10 @@ def chat(
     node = find_node(api, config_from({"data_dir": data_dir}).data_dir)
     model = model or _first_ready(node)
     if once is None:
-        _converse(node, model)
+        _converse(node, model, max_tokens)
         return
     answer = Answer()
-    for piece in ask(node, model, [{"role": "user", "content": once}], answer):
+    for piece in ask(node, model, [{"role": "user", "content": once}], answer, max_tokens):
         if not as_json:
             _show(piece)
     if as_json:
@@ -86,7 +100,9 @@ def chat(
         click.secho(answer.credit(), dim=True, err=True)
 
 
-def ask(node: NodeApi, model: str, messages: list[dict[str, str]], answer: Answer) -> Iterator[str]:
+def ask(
+    node: NodeApi, model: str, messages: list[dict[str, str]], answer: Answer, max_tokens: int
+) -> Iterator[str]:
     """Stream an answer: fills `answer`, and yields each piece of text as it comes.
 
     Leaving the loop hangs up, which stops the generation. Raises `ApiError`, `NoNodeError`.
@@ -94,6 +110,7 @@ def ask(node: NodeApi, model: str, messages: list[dict[str, str]], answer: Answe
     body = {
         "model": model,
         "messages": messages,
+        "max_tokens": max_tokens,
         "stream": True,
         "stream_options": {"include_usage": True},
     }
@@ -144,7 +161,7 @@ def _first_ready(node: NodeApi) -> str:
     raise ApiError(503, f"no model in the mesh can answer now; {hint}")
 
 
-def _converse(node: NodeApi, model: str) -> None:
+def _converse(node: NodeApi, model: str, max_tokens: int) -> None:
     import readline  # noqa: F401  (importing it gives input() editing and history)
 
     click.secho(f"{printable(model)}: Ctrl-C stops an answer, Ctrl-D ends.", dim=True, err=True)
@@ -159,15 +176,17 @@ def _converse(node: NodeApi, model: str) -> None:
             click.secho("\n(Ctrl-D ends)", dim=True, err=True)
             continue
         if text.strip():
-            _exchange(node, model, messages, text)
+            _exchange(node, model, messages, text, max_tokens)
 
 
-def _exchange(node: NodeApi, model: str, messages: list[dict[str, str]], text: str) -> None:
+def _exchange(
+    node: NodeApi, model: str, messages: list[dict[str, str]], text: str, max_tokens: int
+) -> None:
     """One turn; `messages` grows by it only if there was an answer, whole or stopped."""
     question = {"role": "user", "content": text}
     answer = Answer()
     try:
-        for piece in ask(node, model, [*messages, question], answer):
+        for piece in ask(node, model, [*messages, question], answer, max_tokens):
             _show(piece)
     except KeyboardInterrupt:
         click.secho(" (stopped)", dim=True, nl=False, err=True)

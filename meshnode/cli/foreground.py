@@ -107,6 +107,7 @@ def _curl(info: NodeInfo) -> str:
     body = {
         "model": info.models[0],
         "messages": [{"role": "user", "content": "What is a mesh, in one sentence?"}],
+        "max_tokens": 100,
     }
     return (
         f"curl {info.api_url}/v1/chat/completions -H 'content-type: application/json' \\\n"
