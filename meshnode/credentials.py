@@ -51,8 +51,8 @@ class MeshDescriptor(Struct, frozen=True, forbid_unknown_fields=True):
     `bootstrap` are multiaddrs with `/p2p/<peer id>`; they may change without changing the mesh.
     """
 
-    name: Annotated[str, Meta(min_length=1, max_length=64, pattern=r"^[\w.-]+$")]
-    root: Annotated[str, Meta(min_length=64, max_length=64, pattern="^[0-9a-f]{64}$")]
+    name: Annotated[str, Meta(min_length=1, max_length=64, pattern=r"^[\w.-]+\Z")]
+    root: Annotated[str, Meta(min_length=64, max_length=64, pattern=r"^[0-9a-f]{64}\Z")]
     admission: Literal["invite", "open"]
     bootstrap: Annotated[tuple[Address, ...], Meta(max_length=BOOTSTRAP_ADDRS_MAX)] = ()
 

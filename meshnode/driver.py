@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import cast
 
@@ -58,12 +59,16 @@ LOOKUP_EVERY_S = 120.0
 """DHT look-ups cost about a CPU second each (measured), and gossip usually knows already."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True, eq=False)
 class _Outbox:
-    """Control messages on their way to one peer; `flushed` when it has read them all."""
+    """Control messages on their way over one connection; `flushed` when all have been read."""
 
     send: trio.MemorySendChannel[Control | None]
+    receive: trio.MemoryReceiveChannel[Control | None]
     flushed: trio.Event
+    writing: trio.CancelScope
+    is_answered: bool = False
+    """The peer has opened its own half; it may do so once."""
 
 
 class Driver:
@@ -85,6 +90,7 @@ class Driver:
         self._outboxes: dict[PeerId, _Outbox] = {}
         self._deadline_moved = trio.Event()
         self._nursery: trio.Nursery | None = None
+        self._started = trio.Event()
         self._publishing_record = trio.CapacityLimiter(1)
         host.handle(CONTROL_PROTOCOL, self._serve_control, members_only=False)
 
@@ -98,14 +104,16 @@ class Driver:
         if self._nursery is None:
             return
         send, receive = trio.open_memory_channel[Control | None](OUTBOX_MAX)
-        outbox = self._outboxes[peer] = _Outbox(send, trio.Event())
-        self._nursery.start_soon(self._write_control, peer, receive, outbox.flushed)
+        outbox = _Outbox(send, receive, trio.Event(), trio.CancelScope())
+        self._outboxes[peer] = outbox
+        self._nursery.start_soon(self._write_control, peer, outbox)
         self.submit(peer, Connected())
 
     def disconnected(self, peer: PeerId, reason: str) -> None:
         outbox = self._outboxes.pop(peer, None)
         if outbox is not None:
-            outbox.send.close()
+            # What was meant for this connection must not be said on the next.
+            outbox.writing.cancel()
         self._dht.remove_member(peer)
         self.submit(peer, Disconnected(reason))
 
@@ -127,6 +135,7 @@ class Driver:
             nursery.start_soon(self._look_up_peers)
             for peer in self._host.peers():
                 self.connected(peer)
+            self._started.set()
             task_status.started()
             try:
                 await self._keep_time()
@@ -148,8 +157,9 @@ class Driver:
             deadline = self.stack.deadline()
             with trio.move_on_at(math.inf if deadline is None else deadline):
                 await self._deadline_moved.wait()
-            self._deadline_moved = trio.Event()
             self._perform(self.stack.tick(trio.current_time()))
+            # After the effects, which set it: the deadline is looked at next in any case.
+            self._deadline_moved = trio.Event()
 
     async def _look_up_peers(self) -> None:
         """Find members that nobody we know has told us of, through the DHT."""
@@ -231,39 +241,46 @@ class Driver:
 
     # --- control streams ------------------------------------------------------------------------
 
-    async def _write_control(
-        self,
-        peer: PeerId,
-        messages: trio.MemoryReceiveChannel[Control | None],
-        flushed: trio.Event,
-    ) -> None:
+    async def _write_control(self, peer: PeerId, outbox: _Outbox) -> None:
         """Our half of the conversation with one connected peer; ends with the connection."""
         try:
-            async with messages, await self._host.open_stream(peer, CONTROL_PROTOCOL) as stream:
-                async for message in messages:
-                    if message is None:
-                        break
-                    await send_frame(stream, encode(message))
-                await stream.send_eof()
-                with trio.move_on_after(GOODBYE_S):
-                    await stream.receive_some()  # its end shows that everything was read
+            with outbox.writing, outbox.receive:
+                await self._write_messages(peer, outbox.receive)
         except (PeerUnreachableError, trio.BrokenResourceError) as error:
             logger.debug("control stream to %s: %s", peer, error)
             if not self._host.is_admitted(peer):
                 return  # it may be here only to join; the hello deadline decides
         finally:
-            flushed.set()
-        if peer in self._outboxes:
+            outbox.flushed.set()
+        if self._outboxes.get(peer) is outbox:
             await self._host.disconnect(peer)
+
+    async def _write_messages(
+        self, peer: PeerId, messages: trio.MemoryReceiveChannel[Control | None]
+    ) -> None:
+        async with await self._host.open_stream(peer, CONTROL_PROTOCOL) as stream:
+            async for message in messages:
+                if message is None:
+                    break
+                await send_frame(stream, encode(message))
+            with trio.move_on_after(GOODBYE_S), suppress(trio.BrokenResourceError):
+                await stream.send_eof()
+                await stream.receive_some()  # its end shows that everything was read
 
     async def _serve_control(self, stream: Stream) -> None:
         """The peer's half. A peer that sends nonsense is hung up on."""
         peer = PeerId(stream.peer_id)
-        pace = 1.0 / FRAMES_PER_S_MAX
+        await self._started.wait()  # the host listens a moment before we know its peers
+        outbox = self._outboxes.get(peer)
         try:
+            if outbox is None or outbox.is_answered:
+                raise RemoteProtocolError("a control stream too many")
+            outbox.is_answered = True
             while (frame := await receive_frame(stream, MESSAGE_BYTES_MAX)) is not None:
+                if self._outboxes.get(peer) is not outbox:
+                    return  # said on a connection that has been replaced
                 self.submit(peer, decode(frame, cast(type[Control], Control)))
-                await trio.sleep(pace)
+                await trio.sleep(1.0 / FRAMES_PER_S_MAX)
             await stream.send_eof()
         except RemoteProtocolError as error:
             logger.warning("hanging up on %s: %s", peer, error)

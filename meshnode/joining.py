@@ -28,6 +28,7 @@ from meshnode.messages import (
     JoinRequest,
     decode,
     encode,
+    reason_of,
 )
 from meshnode.store import DataDir, Membership
 from meshnode.transport import Stream
@@ -40,8 +41,6 @@ JOIN_PROTOCOL = "/meshnode/join/1"
 JOIN_TIMEOUT_S = 10.0
 RENEW_BEFORE_S = 30 * 24 * 3600
 """A token given to a member whose certificate ends within a month gets it a new one."""
-JOINS_AT_ONCE = 4
-"""Signature checks and an fsync each; more strangers at once wait in line, bounded by time."""
 
 
 class Issuer:
@@ -52,21 +51,19 @@ class Issuer:
         self._own = own
         self._mesh = mesh
         self._data = data
-        self._turn = trio.CapacityLimiter(JOINS_AT_ONCE)
 
     async def serve(self, stream: Stream) -> None:
         """One conversation; a handler for `JOIN_PROTOCOL`."""
         with trio.move_on_after(JOIN_TIMEOUT_S):
-            async with self._turn:
-                try:
-                    frame = await receive_frame(stream, MESSAGE_BYTES_MAX)
-                    request = decode(frame or b"", JoinRequest)
-                    reply: JoinGranted | JoinDenied = self._decide(stream.peer_id, request)
-                except RemoteProtocolError as error:
-                    reply = JoinDenied(str(error)[:256])
-                await send_frame(stream, encode(reply))
-                await stream.send_eof()
-                await stream.receive_some()
+            try:
+                frame = await receive_frame(stream, MESSAGE_BYTES_MAX)
+                request = decode(frame or b"", JoinRequest)
+                reply: JoinGranted | JoinDenied = self._decide(stream.peer_id, request)
+            except RemoteProtocolError as error:
+                reply = JoinDenied(reason_of(error))
+            await send_frame(stream, encode(reply))
+            await stream.send_eof()
+            await stream.receive_some()
 
     def _decide(self, peer: str, request: JoinRequest) -> JoinGranted | JoinDenied:
         unix_s = int(time.time())
@@ -76,7 +73,10 @@ class Issuer:
                 raise NotAuthorizedError("invitation has been used up: ask for a new one")
         except NotAuthorizedError as error:
             logger.warning("refused to admit %s: %s", peer, error)
-            return JoinDenied(str(error)[:256])
+            return JoinDenied(reason_of(error))
+        except ConfigError as error:
+            logger.error("cannot admit %s: %s", peer, error)
+            return JoinDenied("the node that honours this invitation cannot write to its disk")
         logger.info("admitted %s as %s", peer, ", ".join(admission.roles))
         return JoinGranted(
             (issue_certificate(self._root, self._mesh, peer, admission.roles, unix_s),)

@@ -7,6 +7,7 @@ fields, so a decoded message is legal. Whether it is *true* is not decided here:
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Literal, TypeVar
 
 import msgspec
@@ -27,11 +28,17 @@ SESSION_HASH_BYTES = 4
 held once in 8 million, and then costs one prefill on a peer that could serve it anyway."""
 CHAIN_MAX = 3
 
-MeshId = Annotated[str, Meta(min_length=32, max_length=32, pattern="^[0-9a-f]{32}$")]
-PeerIdText = Annotated[str, Meta(min_length=40, max_length=64, pattern="^[1-9A-HJ-NP-Za-km-z]+$")]
-Address = Annotated[str, Meta(max_length=256, pattern="^/")]
-Digest = Annotated[str, Meta(min_length=64, max_length=64, pattern="^[0-9a-f]{64}$")]
-ModelName = Annotated[str, Meta(min_length=1, max_length=128, pattern=r"^[\w.:/@+-]+$")]
+# Patterns end in \Z: a $ would let a line break through, into logs, headers and terminals.
+_MODEL_NAME = r"^[A-Za-z0-9][A-Za-z0-9._:-]*\Z"
+_PRINTABLE = r"^[ -~]*\Z"
+
+MeshId = Annotated[str, Meta(min_length=32, max_length=32, pattern=r"^[0-9a-f]{32}\Z")]
+PeerIdText = Annotated[str, Meta(min_length=40, max_length=64, pattern=r"^[1-9A-HJ-NP-Za-km-z]+\Z")]
+Address = Annotated[str, Meta(max_length=256, pattern=r"^/[!-~]*\Z")]
+Digest = Annotated[str, Meta(min_length=64, max_length=64, pattern=r"^[0-9a-f]{64}\Z")]
+ModelName = Annotated[str, Meta(min_length=1, max_length=128, pattern=_MODEL_NAME)]
+"""Without `@`, which stands between a name and a digest when a client asks."""
+Reason = Annotated[str, Meta(max_length=256, pattern=_PRINTABLE)]
 Sequence = Annotated[int, Meta(ge=0, lt=2**62)]
 Count = Annotated[int, Meta(ge=0, lt=2**40)]
 UnixSeconds = Annotated[int, Meta(ge=0, lt=2**40)]
@@ -116,7 +123,7 @@ class Advert(Message, frozen=True):
     demand: Annotated[tuple[Demand, ...], Meta(max_length=MODELS_MAX)]
     memory_bytes: Count
     cores: Count
-    accelerator: Annotated[str, Meta(max_length=64)]
+    accelerator: Annotated[str, Meta(max_length=64, pattern=_PRINTABLE)]
 
 
 # --- the control stream between two connected peers ----------------------------------------------
@@ -143,7 +150,7 @@ class Welcome(Message, frozen=True):
 class Refused(Message, frozen=True):
     """Instead of `Welcome`: why not. The stream ends after it."""
 
-    reason: Annotated[str, Meta(max_length=256)]
+    reason: Reason
 
 
 class GetPeers(Message, frozen=True):
@@ -194,7 +201,7 @@ class JoinGranted(Message, frozen=True):
 class JoinDenied(Message, frozen=True):
     """Why the issuer refused; nothing about the mesh is told beside it."""
 
-    reason: Annotated[str, Meta(max_length=256)]
+    reason: Reason
 
 
 Control = Hello | Welcome | Refused | GetPeers | Peers | Advertise | Leaving
@@ -202,6 +209,16 @@ Join = JoinRequest | JoinGranted | JoinDenied
 Record = Certificate | Invitation | NodeRecord | Advert | JoinProof
 
 M = TypeVar("M")
+
+
+def is_model_name(text: str) -> bool:
+    """Whether a message may hold `text` as a model's name; clients may ask for anything."""
+    return len(text) <= 128 and re.search(_MODEL_NAME, text) is not None
+
+
+def reason_of(error: Exception) -> str:
+    """The error's text as a `Refused` or `JoinDenied` may hold it."""
+    return "".join(char if " " <= char <= "~" else "?" for char in str(error))[:256]
 
 
 def encode(message: Message) -> bytes:

@@ -287,9 +287,11 @@ class Node:
         for peer, offers in sorted(offered_by.items()):
             for offer in offers:
                 rows.setdefault((offer.name, offer.digest), []).append((peer, offer))
+        reached = {self.own, *self._rtts_s()}
         served: list[ServedModel] = []
         for (name, digest), offered in sorted(rows.items()):
-            ready = tuple(peer for peer, offer in offered if offer.state == "ready")
+            # A peer's offer arrives with its hello; only after the handshake can it be asked.
+            ready = tuple(p for p, offer in offered if offer.state == "ready" and p in reached)
             states = {offer.state for _, offer in offered}
             is_meant = resolve(name, offered_by).digest == digest
             served.append(
@@ -298,7 +300,7 @@ class Node:
                     digest=digest,
                     created=self._started_unix,
                     context_tokens=max(offer.context_tokens for _, offer in offered),
-                    state="ready" if ready else ("loading" if "loading" in states else "failed"),
+                    state="ready" if ready else ("failed" if states == {"failed"} else "loading"),
                     served_by=ready,
                 )
             )
@@ -406,7 +408,10 @@ class Node:
 
     def _warnings(self) -> tuple[str, ...]:
         ahead_s = [member.clock_ahead_s for member in self._stack.members()]
-        if ahead_s and abs(behind_s := statistics.median(ahead_s)) > CLOCK_WARNING_S:
+        # Of an even number the median nearer to us: one wrong clock among two is not ours.
+        medians = (statistics.median_low, statistics.median_high)
+        behind_s = min((of(ahead_s) for of in medians), key=abs) if ahead_s else 0.0
+        if abs(behind_s) > CLOCK_WARNING_S:
             way = "behind" if behind_s > 0 else "ahead of"
             return (
                 f"this machine's clock is {abs(behind_s):.0f} s {way} its peers': "

@@ -50,7 +50,11 @@ class DataDir:
     @contextmanager
     def locked(self) -> Iterator[None]:
         """Hold the directory for one running node."""
-        with (self.path / "lock").open("w") as file:
+        try:
+            file = (self.path / "lock").open("w")
+        except OSError as error:
+            raise ConfigError(f"cannot write to {self.path}: {error.strerror}") from error
+        with file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:
@@ -122,7 +126,7 @@ class DataDir:
     def count_use(self, invitation: str, uses_max: int) -> bool:
         """Durably count one use of an invitation; False if it was used up before."""
         path = self.path / "invitations" / invitation
-        used = int(self._read(path) or b"0")
+        used = self._read_number(path)
         if used >= uses_max:
             return False
         self._write(path, str(used + 1).encode())
@@ -133,7 +137,7 @@ class DataDir:
     def first_sequence(self, unix_ms: int) -> int:
         """A sequence number above all that this identity has ever used, clock or no clock."""
         path = self.path / "sequence"
-        first = max(unix_ms, int(self._read(path) or b"0") + SEQUENCES_PER_RUN)
+        first = max(unix_ms, self._read_number(path) + SEQUENCES_PER_RUN)
         self._write(path, str(first).encode())
         return first
 
@@ -172,6 +176,15 @@ class DataDir:
             return None
         except OSError as error:
             raise ConfigError(f"cannot read {path}: {error.strerror}") from error
+
+    def _read_number(self, path: Path) -> int:
+        """A decimal number; 0 if there is no file yet."""
+        data = self._read(path)
+        if data is None:
+            return 0
+        if not data.isdigit():
+            raise ConfigError(f"{path} is damaged (not a number): restore it from a backup")
+        return int(data)
 
     def _write(self, path: Path, data: bytes) -> None:
         """Atomic and durable: whoever reads sees the old bytes or all of the new ones."""

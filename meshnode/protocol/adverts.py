@@ -14,15 +14,20 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
 
+from msgspec.structs import replace
+
 from meshnode.errors import RemoteProtocolError
 from meshnode.identity import PeerId, Signed
 from meshnode.messages import (
     ADVERT_BYTES_MAX,
     MODELS_MAX,
+    SESSION_HASH_BYTES,
+    SESSIONS_MAX,
     Advert,
     Demand,
     Offer,
     decode,
+    is_model_name,
 )
 
 ADVERT_TTL_S = 150
@@ -34,6 +39,8 @@ CHANGE_RATIO = 0.2
 """A load figure that moved by less than a fifth is not news."""
 DEMAND_HALF_LIFE_S = 120.0
 DEMAND_FLOOR_PER_S = 1e-4
+SESSIONS_TOLD_MAX = 4 * SESSIONS_MAX
+"""Of all models together, 8 KiB; the fullest legal advert is then half as long as the bound."""
 PEERS_MAX = 4096
 
 
@@ -84,7 +91,6 @@ class AdvertBook:
         self._lost: dict[PeerId, None] = {}
         self._offers: tuple[Offer, ...] = ()
         self._said: tuple[Offer, ...] | None = None
-        self._newest: Advert | None = None
         self._spoke_at = -math.inf
         self._speak_at: float | None = None
         self._demand: dict[str, tuple[float, float]] = {}
@@ -142,12 +148,18 @@ class AdvertBook:
 
     def offer(self, offers: tuple[Offer, ...], now: float) -> None:
         """What we have now; said at once if it is news, else with the next period."""
-        self._offers = offers[:MODELS_MAX]
+        self._offers = _bounded(offers[:MODELS_MAX])
         if self._said is None or _is_news(self._said, self._offers):
             self._speak_by(max(now, self._spoke_at + CHANGE_MIN_INTERVAL_S))
 
     def count_demand(self, model: str, now: float) -> None:
-        """A client asked this gateway for `model`, whether or not anybody serves it."""
+        """A client asked this gateway for `model`, whether or not anybody serves it.
+
+        A name that no model can have is nobody's demand, and peers would refuse to hear it.
+        """
+        model = model.partition("@")[0]
+        if not is_model_name(model):
+            return
         if model not in self._demand and len(self._demand) >= MODELS_MAX:
             weakest = min(self._demand, key=lambda name: self._demand_rate(name, now))
             del self._demand[weakest]
@@ -159,16 +171,14 @@ class AdvertBook:
         rates = ((name, self._demand_rate(name, now)) for name in self._demand)
         return tuple(Demand(name, rate) for name, rate in rates if rate >= DEMAND_FLOOR_PER_S)
 
-    def current(self, now: float) -> Advert:
-        """Our newest advert, for a peer that has just come."""
-        if self._newest is not None and self._newest.offers == self._offers:
-            return self._newest
-        return self._renew(now)
+    def fresh(self, now: float) -> Advert:
+        """Our advert under a number of its own, for gossip or for a peer that has just come.
 
-    def _renew(self, now: float) -> Advert:
-        """The same under a fresh sequence number, which is what refreshes it everywhere."""
+        Even if nothing has changed: whoever lost us has let go of the last one, and takes no
+        number twice.
+        """
         self._sequence += 1
-        self._newest = Advert(
+        return Advert(
             mesh=self._mesh_id,
             sequence=self._sequence,
             ttl_s=ADVERT_TTL_S,
@@ -178,7 +188,6 @@ class AdvertBook:
             cores=self._node.cores,
             accelerator=self._node.accelerator,
         )
-        return self._newest
 
     def tick(self, now: float) -> Advert | None:
         """Our advert, if it is time to gossip it; also lets expired ones go."""
@@ -189,7 +198,7 @@ class AdvertBook:
         self._said = self._offers
         self._spoke_at = now
         self._speak_at = now + PERIOD_S * self._rng.uniform(0.75, 1.25)
-        return self._renew(now)
+        return self.fresh(now)
 
     def deadline(self) -> float | None:
         times = [held.expires_at for held in self._held.values()]
@@ -207,6 +216,12 @@ class AdvertBook:
     def _demand_rate(self, model: str, now: float) -> float:
         rate, since = self._demand.get(model, (0.0, now))
         return rate * math.exp2(-(now - since) / DEMAND_HALF_LIFE_S)
+
+
+def _bounded(offers: tuple[Offer, ...]) -> tuple[Offer, ...]:
+    """With the most recent sessions of each, as many as one advert can tell."""
+    share = SESSION_HASH_BYTES * min(SESSIONS_MAX, SESSIONS_TOLD_MAX // max(len(offers), 1))
+    return tuple(replace(offer, sessions=offer.sessions[-share:]) for offer in offers)
 
 
 def _is_news(said: tuple[Offer, ...], offers: tuple[Offer, ...]) -> bool:

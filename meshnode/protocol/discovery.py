@@ -9,7 +9,7 @@ that a node keeps a random sample. Knows peers and addresses; not what is said o
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum, auto
 
 from meshnode.identity import PeerId
@@ -34,6 +34,14 @@ ASK_YOUNG_COUNT = 6
 PEERS_KNOWN_MAX = 4096
 
 
+class Source(Enum):
+    """Who says where a peer is; in the order in which we believe them."""
+
+    OPERATOR = auto()
+    RECORD = auto()
+    HINT = auto()
+
+
 class _State(Enum):
     IDLE = auto()
     DIALLING = auto()
@@ -42,11 +50,21 @@ class _State(Enum):
 
 @dataclass(slots=True)
 class _Peer:
-    addrs: tuple[str, ...]
-    permanent: bool
+    told: dict[Source, tuple[str, ...]] = field(default_factory=dict)
     state: _State = _State.IDLE
     failures: int = 0
     dial_at: float = 0.0
+
+    @property
+    def permanent(self) -> bool:
+        """The operator named it: dialled for ever."""
+        return Source.OPERATOR in self.told
+
+    @property
+    def addrs(self) -> tuple[str, ...]:
+        """Where to dial, the most credible first: no hint can hide what the peer has signed."""
+        believed = (address for source in Source for address in self.told.get(source, ()))
+        return tuple(dict.fromkeys(believed))[:ADDRS_MAX]
 
 
 class Discovery:
@@ -61,35 +79,35 @@ class Discovery:
         self._ask_at = 0.0
 
     def learn(
-        self, peer: PeerId, addrs: tuple[str, ...], now: float, *, permanent: bool = False
+        self, peer: PeerId, addrs: tuple[str, ...], now: float, source: Source = Source.HINT
     ) -> None:
-        """Remember where a peer is. `permanent` ones (bootstrap) are dialled for ever."""
+        """Remember where a peer is. What a source says replaces what it said before, but an
+        operator's addresses come one at a time and all count.
+        """
         if peer == self._own or not addrs:
             return
         known = self._peers.get(peer)
         if known is None:
-            if len(self._peers) >= PEERS_KNOWN_MAX and not permanent:
+            if len(self._peers) >= PEERS_KNOWN_MAX and source is not Source.OPERATOR:
                 return
-            contended = not permanent and self._own > peer
-            self._peers[peer] = _Peer(
-                addrs[:ADDRS_MAX],
-                permanent,
-                dial_at=now + (CONTENDED_DIAL_DELAY_S if contended else 0.0),
+            contended = source is not Source.OPERATOR and self._own > peer
+            known = self._peers[peer] = _Peer(
+                dial_at=now + (CONTENDED_DIAL_DELAY_S if contended else 0.0)
             )
-            return
-        known.permanent = known.permanent or permanent
-        if known.addrs != addrs[:ADDRS_MAX]:
-            known.addrs = addrs[:ADDRS_MAX]
+        before = known.addrs
+        earlier = known.told.get(source, ()) if source is Source.OPERATOR else ()
+        known.told[source] = (*earlier, *addrs)[:ADDRS_MAX]
+        if before and known.addrs != before:
             known.failures = 0
             known.dial_at = min(known.dial_at, now)
 
     def connected(self, peer: PeerId) -> None:
-        known = self._peers.setdefault(peer, _Peer((), permanent=False))
+        known = self._peers.setdefault(peer, _Peer())
         known.state = _State.CONNECTED
 
     def joined(self, peer: PeerId, now: float) -> None:
         """The connected peer is a member: it may be asked for others."""
-        known = self._peers.setdefault(peer, _Peer((), permanent=False))
+        known = self._peers.setdefault(peer, _Peer())
         known.state = _State.CONNECTED
         known.failures = 0
         self._members[peer] = None

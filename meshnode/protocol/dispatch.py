@@ -82,8 +82,9 @@ def hash_order(session: bytes, replicas: tuple[Replica, ...]) -> tuple[Replica, 
 
     def score(replica: Replica) -> float:
         seed = session + replica.peer.encode()
-        drawn = int.from_bytes(hashlib.blake2b(seed, digest_size=8).digest(), "big")
-        return -max(replica.offer.slots, 1) / math.log((drawn + 0.5) / 2.0**64)
+        # 52 bits, because a float holds them and the half exactly: u is never 0 or 1.
+        drawn = int.from_bytes(hashlib.blake2b(seed, digest_size=8).digest(), "big") >> 12
+        return -max(replica.offer.slots, 1) / math.log((drawn + 0.5) / 2.0**52)
 
     return tuple(sorted(replicas, key=lambda replica: (-score(replica), replica.peer)))
 
@@ -159,17 +160,22 @@ def resolve(model: str, offers: Mapping[str, tuple[Offer, ...]]) -> Resolved:
     the smaller digest), so that every gateway resolves alike. Raises `UnknownModelError`.
     """
     name, _, prefix = model.partition("@")
-    matches: dict[str, list[tuple[str, Offer]]] = {}
-    for peer in sorted(offers):
-        for offer in offers[peer]:
-            if model == offer.digest or (name == offer.name and offer.digest.startswith(prefix)):
-                matches.setdefault(offer.digest, []).append((peer, offer))
-    if not matches:
-        names = sorted({offer.name for each in offers.values() for offer in each})
-        raise UnknownModelError(model, tuple(names))
-    digest = min(matches, key=lambda found: (-len(matches[found]), found))
-    chosen = tuple(matches[digest])
-    return Resolved(chosen[0][1].name, digest, chosen)
+    all_offers = [(peer, offer) for peer in sorted(offers) for offer in offers[peer]]
+    meant = [
+        (peer, offer)
+        for peer, offer in all_offers
+        if model == offer.digest or (name == offer.name and offer.digest.startswith(prefix))
+    ]
+    if not meant:
+        raise UnknownModelError(model, tuple(sorted({offer.name for _, offer in all_offers})))
+    peers: dict[str, set[str]] = {}
+    for peer, offer in meant:
+        peers.setdefault(offer.digest, set()).add(peer)
+    digest = min(peers, key=lambda found: (-len(peers[found]), found))
+    # The same bytes under another name answer just as well; one offer a peer is enough.
+    chosen = {peer: offer for peer, offer in reversed(all_offers) if offer.digest == digest}
+    called = next(offer.name for _, offer in meant if offer.digest == digest)
+    return Resolved(called, digest, tuple(sorted(chosen.items())))
 
 
 class Dispatcher:

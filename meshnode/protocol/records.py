@@ -15,6 +15,8 @@ from meshnode.errors import RemoteProtocolError
 from meshnode.identity import PeerId, Signed
 from meshnode.messages import NodeRecord, decode
 
+RECORD_BYTES_MAX = 8 * 1024
+"""The longest legal record, 16 addresses and 32 models, has 6.5 KiB with its signature."""
 RECORDS_MAX = 4096
 """About 2 MiB of records; a mesh beyond that finds the rest through the DHT when needed."""
 CLOCK_SKEW_S = 15 * 60
@@ -51,16 +53,19 @@ class RecordBook:
         if known.record.sequence < last:
             self.refused["rolled back"] += 1
             return None
-        if known.record.sequence == last and known.peer in self._known:
+        if known.record.sequence == last:
             return None
         if known.peer not in self._known and len(self._known) >= RECORDS_MAX:
-            self._forget(min(self._known.values(), key=lambda other: other.expires_at).peer)
+            self._make_room()
         self._known[known.peer] = known
         self._sequences[known.peer] = known.record.sequence
         return known
 
     def check(self, envelope: bytes, now: float, unix_s: float) -> KnownRecord | None:
         """Verify without keeping: what a DHT node does with records that pass through it."""
+        if len(envelope) > RECORD_BYTES_MAX:
+            self.refused["too large"] += 1
+            return None
         try:
             signed = self._open(envelope)
         except RemoteProtocolError:
@@ -105,5 +110,8 @@ class RecordBook:
     def deadline(self) -> float | None:
         return min((known.expires_at for known in self._known.values()), default=None)
 
-    def _forget(self, peer: PeerId) -> None:
-        del self._known[peer]
+    def _make_room(self) -> None:
+        """Let go of the record that would go next; its author may tell it to us again."""
+        known = min(self._known.values(), key=lambda other: other.expires_at)
+        del self._known[known.peer]
+        self._sequences[known.peer] = known.record.sequence - 1

@@ -13,12 +13,14 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from enum import Enum, auto
+from itertools import accumulate
 
 from meshnode.credentials import Membership, MeshDescriptor, verify_chain
 from meshnode.errors import NotAuthorizedError
 from meshnode.identity import KeyPair, PeerId, open_envelope, seal
 from meshnode.messages import (
     ADDRS_MAX,
+    MESSAGE_BYTES_MAX,
     Advert,
     Advertise,
     GetPeers,
@@ -33,6 +35,7 @@ from meshnode.messages import (
     Welcome,
     decode,
     encode,
+    reason_of,
 )
 from meshnode.protocol import (
     Disconnect,
@@ -46,7 +49,7 @@ from meshnode.protocol import (
     Send,
 )
 from meshnode.protocol.adverts import AdvertBook, Node, Verdict
-from meshnode.protocol.discovery import Discovery
+from meshnode.protocol.discovery import Discovery, Source
 from meshnode.protocol.dispatch import Dispatcher, Ranked, Resolved, resolve
 from meshnode.protocol.records import KnownRecord, RecordBook
 
@@ -56,6 +59,8 @@ HELLO_TIMEOUT_S = 5.0
 RECORD_TTL_S = 30 * 60
 RECORD_REFRESH_S = 10 * 60
 """Three chances to refresh a record before anybody forgets it."""
+PEERS_REPLY_BYTES_MAX = MESSAGE_BYTES_MAX // 2
+"""64 ordinary records have 32 KiB; 64 of the longest legal ones would be no legal message."""
 _DOMAIN = "meshnode-record"
 _RECORD = b"/meshnode/node-record/1"
 _ADVERT = b"/meshnode/advert/1"
@@ -212,7 +217,8 @@ class Stack:
             case DialFailed():
                 self.discovery.dial_failed(sender, now)
             case Learn(addrs, permanent):
-                self.discovery.learn(sender, addrs, now, permanent=permanent)
+                source = Source.OPERATOR if permanent else Source.HINT
+                self.discovery.learn(sender, addrs, now, source)
             case RecordFound(envelope):
                 self._on_record(envelope, now)
             case SetOffers(offers):
@@ -235,7 +241,7 @@ class Stack:
                 link.hello_by = now + HELLO_TIMEOUT_S
         self.records.tick(now)
         if self._refresh_at is not None and self._refresh_at <= now:
-            effects.append(self._publish_record(now))
+            effects.extend(self._publish_record(now))
         advert = self.adverts.tick(now)
         if advert is not None:
             effects.append(Publish(self._seal(_ADVERT, advert)))
@@ -321,9 +327,11 @@ class Stack:
     def _on_disconnected(self, peer: PeerId, reason: str, now: float) -> list[Effect]:
         link = self._links.pop(peer, None)
         self.discovery.disconnected(peer, now)
-        if link is None or link.stage is not _Stage.MEMBER:
+        if link is None or link.membership is None:
             return self.tick(now)
-        return [*self._forget(peer, reason), *self.tick(now)]
+        effects = self._forget(peer, reason)
+        # Who had shown its certificate but was no member yet was never announced as one.
+        return [*(effects if link.stage is _Stage.MEMBER else []), *self.tick(now)]
 
     def _on_message(self, peer: PeerId, message: Message, now: float) -> list[Effect]:
         link = self._links.get(peer)
@@ -336,7 +344,7 @@ class Stack:
                 link.welcomed = True
                 return self._become_member(peer, link, now)
             case Refused(reason):
-                self.refused[f"by a peer: {reason}"] += 1
+                self.refused["by a peer"] += 1
                 return [Disconnect(peer, f"the peer refused us: {reason}")]
         if link.stage is not _Stage.MEMBER:
             return [Disconnect(peer, f"{type(message).__name__} before the handshake was over")]
@@ -364,8 +372,10 @@ class Stack:
                 raise NotAuthorizedError("this node is of another mesh")
             link.membership = verify_chain(self._mesh, peer, hello.chain, int(unix_s))
         except NotAuthorizedError as error:
-            self.refused[str(error)] += 1
-            return [Send(peer, Refused(str(error))), Disconnect(peer, str(error))]
+            # Without what the peer wrote, or strangers could make up names to count for ever.
+            self.refused[str(error).partition(":")[0]] += 1
+            reason = reason_of(error)
+            return [Send(peer, Refused(reason)), Disconnect(peer, reason)]
         self.adverts.connected(peer)
         self._on_record(hello.record, now)
         self.adverts.receive(hello.advert, now)
@@ -389,12 +399,17 @@ class Stack:
     def _on_record(self, envelope: bytes, now: float) -> None:
         known = self.records.receive(envelope, now, self._unix_of(now))
         if known is not None:
-            self.discovery.learn(known.peer, known.record.addrs, now)
+            self.discovery.learn(known.peer, known.record.addrs, now, Source.RECORD)
 
     def _records_for(self, asker: PeerId, count: int) -> tuple[bytes, ...]:
-        others = [known for known in self.records if known.peer != asker]
-        chosen = others if len(others) <= count else self._rng.sample(others, count)
-        return tuple(known.envelope for known in chosen)
+        others = [known.envelope for known in self.records if known.peer != asker]
+        chosen = self._rng.sample(others, min(count, len(others)))
+        ends = accumulate(len(envelope) for envelope in chosen)
+        return tuple(
+            envelope
+            for envelope, end in zip(chosen, ends, strict=True)
+            if end <= PEERS_REPLY_BYTES_MAX
+        )
 
     def _on_offers(self, offers: tuple[Offer, ...], now: float) -> list[Effect]:
         self._offers = offers
@@ -417,7 +432,7 @@ class Stack:
             mesh=self._mesh.mesh_id,
             chain=self._chain,
             record=self._own_record(now),
-            advert=self._seal(_ADVERT, self.adverts.current(now)),
+            advert=self._seal(_ADVERT, self.adverts.fresh(now)),
             unix_ms=int(self._unix_of(now) * 1000),
         )
 
@@ -439,10 +454,13 @@ class Stack:
             self._record = self._seal(_RECORD, record)
         return self._record
 
-    def _publish_record(self, now: float) -> PublishRecord:
+    def _publish_record(self, now: float) -> list[Effect]:
+        """Refresh our record everywhere: in the DHT, and with the members before theirs expires."""
         self._refresh_at = now + RECORD_REFRESH_S * self._rng.uniform(0.75, 1.25)
         self._record = None
-        return PublishRecord(self._own_record(now), self._models)
+        record = self._own_record(now)
+        told = [Send(peer, Peers((record,))) for peer in self._members()]
+        return [PublishRecord(record, self._models), *told]
 
     def _seal(self, kind: bytes, message: Message) -> bytes:
         return seal(self._key, _DOMAIN, kind, encode(message))

@@ -51,17 +51,18 @@ def with_free_ports(listen: tuple[str, ...]) -> tuple[str, ...]:
 async def resolved(address: str) -> tuple[str, ...]:
     """A multiaddr with a DNS name as those with its IP addresses; any other as it is.
 
-    A name that does not resolve gives none.
+    A name that does not resolve, or that cannot be one, gives none.
     """
-    _, kind, name, *rest = address.split("/")
     families = {"dns": 0, "dns4": socket.AF_INET, "dns6": socket.AF_INET6}
-    if kind not in families:
+    parts = address.split("/")
+    if len(parts) < 3 or parts[1] not in families:
         return (address,)
+    _, kind, name, *rest = parts
     try:
         found = await trio.socket.getaddrinfo(
             name, None, family=families[kind], type=socket.SOCK_DGRAM
         )
-    except OSError:
+    except (OSError, UnicodeError):  # Unicode: the name has an empty or too long label
         return ()
     hosts = dict.fromkeys((entry[0], str(entry[4][0])) for entry in found)
     return tuple(

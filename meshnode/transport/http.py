@@ -164,13 +164,10 @@ class HttpConnection:
         self, method: str, target: str, headers: Headers, body: bytes = b""
     ) -> AsyncIterator[HttpResponse]:
         """`begin`, then on leaving: ready for the next request, or closed if that cannot be."""
-        reusable = False
         try:
-            response = await self.begin(method, target, headers, body)
-            yield response
-            reusable = self.recycle()
+            yield await self.begin(method, target, headers, body)
         finally:
-            if not reusable:
+            if not self.recycle():
                 await _abandon(self.stream)
 
     def recycle(self) -> bool:
@@ -219,12 +216,12 @@ class TunnelPool:
         Raises what `open_stream` and `HttpConnection.begin` raise.
         """
         connection, response = await self._begin(peer_id, method, target, headers, body)
-        reusable = False
         try:
             yield response
-            reusable = connection.recycle()
         finally:
-            if reusable:
+            # What ended the block does not matter, only whether the answer was read to its end:
+            # servers cancel the task of a request as soon as its answer is complete.
+            if connection.recycle():
                 self._idle.append(_Idle(peer_id, connection, trio.current_time() + CLIENT_IDLE_S))
                 await self._drop_surplus(peer_id)
             else:

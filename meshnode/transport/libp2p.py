@@ -28,6 +28,7 @@ import trio
 from libp2p import new_host
 from libp2p.abc import IMuxedStream, INetConn, INetStream, INetwork, INotifee
 from libp2p.crypto.ed25519 import create_new_key_pair
+from libp2p.crypto.x25519 import create_new_key_pair as create_new_x25519_key_pair
 from libp2p.custom_types import TProtocol
 from libp2p.io.exceptions import IOException
 from libp2p.network.config import ConnectionConfig
@@ -35,16 +36,21 @@ from libp2p.network.exceptions import SwarmException
 from libp2p.network.stream.exceptions import StreamError
 from libp2p.peer.id import ID
 from libp2p.rcmgr import Direction
+from libp2p.security.noise.transport import PROTOCOL_ID as NOISE_PROTOCOL_ID
+from libp2p.security.noise.transport import Transport as NoiseTransport
+from libp2p.stream_muxer import muxer_multistream
 from libp2p.stream_muxer.exceptions import MuxedConnError, MuxedStreamEOF, MuxedStreamError
+from libp2p.stream_muxer.yamux.yamux import PROTOCOL_ID as YAMUX_PROTOCOL_ID
 from libp2p.transport.tcp.tcp import TCP
 from multiaddr import Multiaddr
 from multiaddr.exceptions import Error as MultiaddrError
 
-from meshnode.errors import ConfigError, PeerUnreachableError
-from meshnode.identity import PeerId
+from meshnode.errors import ConfigError, PeerUnreachableError, RemoteProtocolError
+from meshnode.identity import PeerId, public_key_of
 from meshnode.transport import Stream
 from meshnode.transport.addresses import resolved
 from meshnode.transport.quic.libp2p import QuicTransport
+from meshnode.transport.yamux import WatchedYamux
 
 logger = logging.getLogger(__name__)
 
@@ -65,6 +71,8 @@ READ_BYTES = 64 * 1024
 _MULTISTREAM = b"\x13/multistream/1.0.0\n"
 
 Handler = Callable[[Stream], Awaitable[None]]
+# It makes its own Yamux, whatever class the options say.
+muxer_multistream.Yamux = WatchedYamux  # type: ignore[attr-defined]
 STREAM_ERRORS = (StreamError, MuxedStreamError, MuxedConnError, IOException, SwarmException)
 
 
@@ -141,7 +149,8 @@ class Libp2pStream(Stream):
             await self.send_all(b"")
         self._sent_eof = True
         try:
-            await self._raw.close_write()  # type: ignore[attr-defined]
+            # QUIC's and Yamux's names for the same; Yamux's `close` ends one direction only.
+            await getattr(self._raw, "close_write", self._raw.close)()
         except STREAM_ERRORS as error:
             raise trio.BrokenResourceError(f"stream to {self._peer_id} broke: {error}") from error
 
@@ -195,9 +204,13 @@ class Libp2pHost:
         self._events = events
         self._listen = tuple(_parse(address) for address in listen)
         self._quic = QuicTransport(keys)
+        noise = NoiseTransport(keys, create_new_x25519_key_pair().private_key)
         self.raw = new_host(
             key_pair=keys,
             transports=[self._quic, TCP()],
+            # Left alone it would also take "plaintext", in which a peer is who it says it is.
+            sec_opt={NOISE_PROTOCOL_ID: noise},
+            muxer_opt={TProtocol(YAMUX_PROTOCOL_ID): WatchedYamux},
             negotiate_timeout=NEGOTIATION_TIMEOUT_S,
             connection_config=ConnectionConfig(
                 max_connections=CONNECTIONS_MAX,
@@ -211,6 +224,7 @@ class Libp2pHost:
         network: Any = self.raw.get_network()
         network.set_resource_manager(None)
         network._inbound_limiter.total_tokens = math.inf
+        network.auto_connector.maybe_connect = _connect_to_nobody
         network.register_notifee(_Notifee(self))
         self._network = network
         self._peers: dict[PeerId, _Peer] = {}
@@ -253,7 +267,10 @@ class Libp2pHost:
         """Connect by whichever address answers first. Raises `PeerUnreachableError`."""
         if peer in self._peers:
             return
-        texts = [each for text in addrs for each in await resolved(text)]
+        texts: list[str] = []
+        with trio.move_on_after(DIAL_TIMEOUT_S):
+            for text in addrs:
+                texts.extend(await resolved(text))
         usable = [address for text in texts if (address := try_parse(text)) is not None]
         # QUIC first: it is one round trip shorter, and its death is noticed sooner.
         usable.sort(key=lambda address: "quic-v1" not in str(address))
@@ -333,8 +350,11 @@ class Libp2pHost:
 
         async def guarded(net_stream: INetStream) -> None:
             peer = PeerId(str(net_stream.muxed_conn.peer_id))
-            # A stream can be here before py-libp2p has told us of its connection.
-            await self._adopt(net_stream.swarm_conn)  # type: ignore[attr-defined]
+            # A stream can be here before py-libp2p has told us of its connection; and one of a
+            # connection that was given up must not speak for the peer beside its successor.
+            if not self._adopt(net_stream.swarm_conn):  # type: ignore[attr-defined]
+                await net_stream.reset()
+                return
             if members_only and not await self._wait_admitted(peer):
                 logger.debug("refused %s to %s: not a member", protocol, peer)
                 await net_stream.reset()
@@ -359,32 +379,51 @@ class Libp2pHost:
 
     # --- one connection per peer ----------------------------------------------------------------
 
-    async def _adopt(self, connection: INetConn) -> None:
+    def _adopt(self, connection: INetConn) -> bool:
         """Use a new connection, or close it if the one we have is to be kept.
 
-        A second one in the same direction means that the peer has restarted or changed its
-        address: the new one is right. In opposite directions both dialled at once: both ends
-        keep the one that the smaller peer id made.
+        Returns whether it is in use. Closing takes a moment and happens in a task of its own:
+        py-libp2p runs this inside the task that it cancels when the connection closes.
         """
         peer = PeerId(str(connection.muxed_conn.peer_id))
         known = self._peers.get(peer)
+        if known is not None and known.connection is connection:
+            return True
+        if connection.is_closed:
+            return False
         if known is None and len(self._peers) >= CONNECTIONS_MAX:
-            await connection.close()
-            return
-        if known is None:
-            self._use(peer, connection)
-            return
-        current = known.connection
-        if current is connection:
-            return
-        if not current.is_closed and _direction(current) != _direction(connection):
-            made_by_us = _direction(connection) is Direction.OUTBOUND
-            if made_by_us != (self.peer_id < peer):
-                await connection.close()
-                return
-        self._drop(peer, "replaced by a new connection")
+            self._close_soon(connection)
+            return False
+        if known is not None:
+            if not self._is_better(peer, connection, known.connection):
+                self._close_soon(connection)
+                return False
+            self._drop(peer, "replaced by a new connection")
+            self._close_soon(known.connection)
         self._use(peer, connection)
-        await current.close()
+        return True
+
+    def _is_better(self, peer: PeerId, connection: INetConn, current: INetConn) -> bool:
+        """Whether a second connection to the peer is the one to keep.
+
+        In the same direction it means that the peer has restarted or changed its address: the
+        new one is right. In opposite directions both dialled at once: both ends keep the one
+        that the smaller peer id made.
+        """
+        if current.is_closed or _direction(current) == _direction(connection):
+            return True
+        made_by_us = _direction(connection) is Direction.OUTBOUND
+        return made_by_us == (self.peer_id < peer)
+
+    def _close_soon(self, connection: INetConn) -> None:
+        if not self._network._closing:
+            self._network.manager.run_task(self._close, connection)
+
+    async def _close(self, connection: INetConn) -> None:
+        try:
+            await connection.close()
+        except STREAM_ERRORS as error:
+            logger.debug("closing a connection: %s", error)
 
     def _use(self, peer: PeerId, connection: INetConn) -> None:
         self._peers[peer] = _Peer(connection, trio.Event())
@@ -399,6 +438,12 @@ class Libp2pHost:
         known = self._peers.get(peer)
         if known is not None and known.connection is connection:
             self._drop(peer, "connection lost")
+
+
+async def _connect_to_nobody() -> None:
+    """In place of py-libp2p's auto-connector, which no watermark switches off: below half of
+    `high_watermark` it dials whatever addresses strangers have told it of.
+    """
 
 
 def _direction(connection: INetConn) -> Direction:
@@ -423,8 +468,9 @@ class _Running:
                 "this machine's; choose another with --listen"
             )
 
-    async def __aexit__(self, *exc_info: Any) -> bool | None:
-        return await self._life.__aexit__(*exc_info)
+    async def __aexit__(self, *exc_info: Any) -> None:
+        # Told of an error, py-libp2p's nurseries would wrap it into groups.
+        await self._life.__aexit__(None, None, None)
 
 
 class _Notifee(INotifee):
@@ -434,7 +480,7 @@ class _Notifee(INotifee):
         self._host = host
 
     async def connected(self, network: INetwork, conn: INetConn) -> None:
-        await self._host._adopt(conn)
+        self._host._adopt(conn)
 
     async def disconnected(self, network: INetwork, conn: INetConn) -> None:
         self._host._on_closed(conn)
@@ -469,6 +515,8 @@ def split_peer(address: str) -> tuple[PeerId, str]:
     """`/…/p2p/<id>` to (peer id, address without it). Raises `ConfigError`."""
     _parse(address)
     head, marker, peer = address.rpartition("/p2p/")
-    if not marker or "/" in peer:
-        raise ConfigError(f"{address!r} must end in /p2p/<peer id>")
+    try:
+        public_key_of(peer if marker else "")
+    except RemoteProtocolError as error:
+        raise ConfigError(f"{address!r} must end in /p2p/<peer id>") from error
     return PeerId(peer), head

@@ -13,9 +13,11 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
 import trio
+from zeroconf import Error as ZeroconfError
 from zeroconf import IPVersion, ServiceBrowser, ServiceInfo, ServiceStateChange, Zeroconf
 
-from meshnode.identity import PeerId
+from meshnode.errors import RemoteProtocolError
+from meshnode.identity import PeerId, public_key_of
 
 logger = logging.getLogger(__name__)
 
@@ -33,9 +35,10 @@ async def announced(
 ) -> AsyncIterator[None]:
     """Announce ourselves and report others of the same mesh, while the block runs.
 
-    `found` is called in the Trio thread. A machine without multicast gets a warning, no error.
+    `found` is called in the Trio thread. A machine without multicast, or whose name somebody on
+    the LAN contests, gets a warning, no error.
     """
-    tag = hashlib.sha256(f"mdns/{mesh_id}".encode()).hexdigest()[:16]
+    tag = _tag(mesh_id)
     token = trio.lowlevel.current_trio_token()
 
     def on_change(
@@ -56,7 +59,7 @@ async def announced(
     info = _service_info(tag, own, addrs)
     try:
         zeroconf = await trio.to_thread.run_sync(_start, info)
-    except OSError as error:
+    except (OSError, ZeroconfError) as error:
         logger.warning("no LAN discovery: %s", error)
         yield
         return
@@ -69,9 +72,20 @@ async def announced(
             await trio.to_thread.run_sync(zeroconf.close)
 
 
+def _tag(mesh_id: str) -> str:
+    return hashlib.sha256(f"mdns/{mesh_id}".encode()).hexdigest()[:16]
+
+
 def _start(info: ServiceInfo) -> Zeroconf:
-    zeroconf = Zeroconf(ip_version=IPVersion.V4Only)
-    zeroconf.register_service(info)
+    try:
+        zeroconf = Zeroconf(ip_version=IPVersion.V4Only)
+    except RuntimeError as error:  # how zeroconf says that no interface has an IPv4 address
+        raise OSError(str(error)) from error
+    try:
+        zeroconf.register_service(info)
+    except ZeroconfError:
+        zeroconf.close()
+        raise
     return zeroconf
 
 
@@ -98,7 +112,16 @@ def _read(info: ServiceInfo) -> tuple[PeerId | None, tuple[str, ...]]:
     for key, value in info.properties.items():
         if key.startswith(b"dnsaddr") and value:
             head, marker, tail = value.decode("ascii", "replace").rpartition("/p2p/")
-            if marker:
+            if marker and peer in (None, tail) and _is_peer_id(tail):
                 peer = PeerId(tail)
                 addrs.append(head)
     return peer, tuple(addrs)
+
+
+def _is_peer_id(text: str) -> bool:
+    """Anybody on the LAN may announce anything."""
+    try:
+        public_key_of(text)
+    except RemoteProtocolError:
+        return False
+    return True

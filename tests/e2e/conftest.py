@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Protocol
 
 import pytest
 import trio
@@ -44,6 +45,29 @@ def module_mesh(tmp_path_factory: pytest.TempPathFactory, models: Models) -> Ite
     """Processes that the tests of a module share; none of them may leave it worse."""
     with Mesh(tmp_path_factory.mktemp("mesh"), models) as mesh:
         yield mesh
+
+
+class Figure(Protocol):
+    """Keeps a measured number for the summary at the end of the run."""
+
+    def __call__(self, name: str, value: float) -> None: ...
+
+
+_figures = pytest.StashKey[dict[str, float]]()
+
+
+@pytest.fixture
+def figure(pytestconfig: pytest.Config) -> Figure:
+    return pytestconfig.stash.setdefault(_figures, {}).__setitem__
+
+
+def pytest_terminal_summary(
+    terminalreporter: pytest.TerminalReporter, config: pytest.Config
+) -> None:
+    if figures := config.stash.get(_figures, {}):
+        terminalreporter.section("figures of this run")
+        for name, value in figures.items():
+            terminalreporter.line(f"{name} = {value:.3g}")
 
 
 @pytest.hookimpl(wrapper=True)

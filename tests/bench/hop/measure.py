@@ -2,10 +2,11 @@
 
     direct   HTTP to the serving node's own API
     tunnel   HTTP to another node's API, one QUIC tunnel to the serving node
-    router   HTTP to a Rust router in front of the serving node's API
     bare     HTTP to a bare hypercorn and quart-trio app that streams the same bytes
+    router   HTTP to a Rust router in front of the bare app
 
-A figure is the median over rounds; "added" is the median of the rounds' differences to direct.
+A figure is the median over rounds. "Added" and "ratio" compare within each round: the tunnel with
+direct, the router with bare, and bare with direct.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from meshnode import __version__
 from tests.bench.hop.client import Clients, Load, Seen
 from tests.bench.hop.engine import MODEL
 from tests.bench.hop.routers import ROUTER, installed_router, running_router
@@ -48,11 +50,16 @@ WARM_UP = Load(32, 1, 5, "5", MODEL)
 
 @dataclass(frozen=True)
 class Way:
-    """One row: where to ask, and whose CPU time it costs."""
+    """One row: where to ask, what to compare it with, and whose CPU time it costs."""
 
     name: str
+    base: str
     clients: Clients
     pids: dict[str, int]
+
+    @property
+    def has_real_model(self) -> bool:
+        return "S" in self.pids
 
 
 @dataclass(frozen=True)
@@ -93,13 +100,13 @@ def measure(rounds: int = ROUNDS_DEFAULT) -> Report:
                     # The order turns, so that no way always follows the same other.
                     for turn in range(len(ways)):
                         way = ways[(number + turn) % len(ways)]
-                        if kind == "real" and way.name == "bare":
-                            continue
-                        taken[kind, load.clients, way.name].append(_Round.of(way, load))
+                        if kind != "real" or way.has_real_model:
+                            taken[kind, load.clients, way.name].append(_Round.of(way, load))
         rtt_ms = float(gateway.status()["peers"][0]["rtt_ms"])
+    bases = {way.name: way.base for way in ways}
     rows = tuple(
-        _row(kind, clients, way, rounds_, taken[kind, clients, "direct"])
-        for (kind, clients, way), rounds_ in taken.items()
+        _row(kind, clients, name, rounds_, taken[kind, clients, bases[name]])
+        for (kind, clients, name), rounds_ in taken.items()
     )
     return Report(_machine(rounds, load_before), rtt_ms, rows)
 
@@ -116,16 +123,16 @@ def running() -> Iterator[tuple[NodeProcess, list[Way]]]:
         bare.wait_started()
         for model in (MODEL, REAL_MODEL):
             gateway.wait_until(lambda status, model=model: server.peer_id in serves(status, model))
-        places = {
-            "direct": (server.url, {"S": server.process.pid}),
-            "tunnel": (gateway.url, {"S": server.process.pid, "G": gateway.process.pid}),
-        }
+        s, g, b = (each.process.pid for each in (server, gateway, bare))
+        ways = [
+            Way("direct", "direct", Clients(server.url), {"S": s}),
+            Way("tunnel", "direct", Clients(gateway.url), {"S": s, "G": g}),
+            Way("bare", "direct", Clients(bare.url), {"B": b}),
+        ]
         if (program := installed_router()) is not None:
-            router = running_router(program, server.url, folder / "router.log")
-            url, pid = stack.enter_context(router)
-            places["router"] = (url, {"S": server.process.pid, "R": pid})
-        places["bare"] = (bare.url, {"B": bare.process.pid})
-        ways = [Way(name, Clients(url), pids) for name, (url, pids) in places.items()]
+            router = running_router(program, bare.url, folder / "router.log")
+            url, r = stack.enter_context(router)
+            ways.append(Way("router", "bare", Clients(url), {"B": b, "R": r}))
         for way in ways:
             stack.callback(way.clients.close)
         yield gateway, ways
@@ -158,14 +165,12 @@ def _cpu_s(pid: int) -> float:
     return time.clock_gettime((~pid << 3) | 2)
 
 
-def _row(
-    kind: str, clients: int, way: str, rounds: list[_Round], direct: list[_Round]
-) -> Row:
+def _row(kind: str, clients: int, way: str, rounds: list[_Round], base: list[_Round]) -> Row:
     def median(figure: Callable[[_Round], float]) -> float:
         return statistics.median(map(figure, rounds))
 
     def added(samples: Callable[[_Round], list[float]]) -> float:
-        pairs = zip(rounds, direct, strict=True)
+        pairs = zip(rounds, base, strict=True)
         middle = statistics.median
         return 1e3 * middle(middle(samples(a)) - middle(samples(b)) for a, b in pairs)
 
@@ -183,7 +188,7 @@ def _row(
         later_added=added(lambda each: each.later_s),
         tokens_per_s=median(lambda each: each.seen.tokens_per_s),
         ratio=statistics.median(
-            a.seen.tokens_per_s / b.seen.tokens_per_s for a, b in zip(rounds, direct, strict=True)
+            a.seen.tokens_per_s / b.seen.tokens_per_s for a, b in zip(rounds, base, strict=True)
         ),
         cpu_s={
             name: median(lambda each, name=name: 1e3 * each.cpu_s[name] / each.seen.tokens)
@@ -208,13 +213,15 @@ def _machine(rounds: int, load_before: tuple[float, float, float]) -> dict[str, 
         ),
         "unknown CPU",
     )
-    packages = ("meshnode", "libp2p", "aioquic", "trio", "hypercorn", "quart-trio", "h11")
+    packages = ("libp2p", "aioquic", "trio", "hypercorn", "quart-trio", "h11")
     return {
         "platform": platform.platform(),
         "cpu": cpu,
         "cpus": os.cpu_count(),
         "python": platform.python_version(),
-        "packages": {name: version(name) for name in packages} | dict([ROUTER.split("==")]),
+        "packages": {"meshnode": __version__}
+        | {name: version(name) for name in packages}
+        | dict([ROUTER.split("==")]),
         "load_before": load_before[0],
         "load_after": os.getloadavg()[0],
         "rounds": rounds,
@@ -229,11 +236,10 @@ def as_text(report: Report) -> str:
     machine = report.machine
     versions = ", ".join(f"{name} {number}" for name, number in machine["packages"].items())
     lines = [
-        f"{machine['platform']}, {machine['cpus']} × {machine['cpu']}, "
-        f"Python {machine['python']}",
+        f"{machine['platform']}, {machine['cpus']} × {machine['cpu']}, Python {machine['python']}",
         versions,
         f"load {machine['load_before']:.1f} before, {machine['load_after']:.1f} after; "
-        f"{machine['rounds']} rounds; RTT of the tunnel {report.rtt_ms:.2f} ms",
+        f"{machine['rounds']} rounds; smoothed RTT of the tunnel {report.rtt_ms:.2f} ms",
         "times in ms; CPU in seconds per 1000 tokens: S serving node, G gateway, R router, B bare",
     ]
     for kind, title in (

@@ -1,4 +1,4 @@
-"""A router of others in front of the same node: what a hop costs in Rust over plain HTTP.
+"""A router of others in front of a bare app: what a hop costs in Rust over plain HTTP.
 
 Installed from PyPI into an environment of its own under `.cache/bench`, once.
 """
@@ -52,7 +52,6 @@ def running_router(program: Path, backend: str, log: Path) -> Iterator[tuple[str
         *("--host", "127.0.0.1", "--port", str(port)),
         *("--prometheus-port", str(metrics_port), "--log-level", "error"),
         *("--worker-urls", backend, "--policy", "round_robin"),
-        *("--health-check-endpoint", "/healthz"),
     ]
     with log.open("wb") as out:
         process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT)

@@ -29,7 +29,7 @@ from meshnode.hosted import find_models
 from meshnode.membership import find_membership
 from meshnode.node import Node, NodeInfo
 from meshnode.store import DataDir
-from tests.bench.hop.engine import PacedEngine, PacedModel
+from tests.bench.hop.engine import MODEL, PacedEngine, PacedModel
 
 NODE_FLAGS = {
     "api": "127.0.0.1:0",
@@ -38,6 +38,7 @@ NODE_FLAGS = {
     "context": 2048,
     "log-level": "warning",
 }
+FIELDS = ("model", "messages", "stream", "max_tokens")
 
 
 async def run_node(
@@ -59,7 +60,9 @@ def bare_app() -> QuartTrio:
 
     @app.post("/v1/chat/completions")
     async def chat() -> tuple[AsyncIterator[bytes], int, dict[str, str]]:
-        call = decode_chat(await request.get_data(as_text=False))
+        # Routers add fields of their own.
+        asked = json.loads(await request.get_data(as_text=False))
+        call = decode_chat(json.dumps({name: asked[name] for name in FIELDS}).encode())
         encoder = Encoder(call, "0" * 24, "", int(time.time()))
 
         async def body() -> AsyncIterator[bytes]:
@@ -73,6 +76,12 @@ def bare_app() -> QuartTrio:
                         opening = b""
 
         return body(), 200, {"content-type": "text/event-stream"}
+
+    @app.get("/health")
+    @app.get("/v1/models")
+    async def alive() -> dict[str, object]:
+        """What a router asks before it sends anything."""
+        return {"object": "list", "data": [{"id": MODEL, "object": "model"}]}
 
     return app
 
