@@ -69,7 +69,7 @@ class Issuer:
         unix_s = int(time.time())
         try:
             admission = check_join(self._mesh, self._own, peer, request, unix_s)
-            if not self._data.count_use(admission.use_key, admission.uses_max):
+            if not self._data.count_use(admission.use_key, admission.subject, admission.uses_max):
                 raise NotAuthorizedError("invitation has been used up: ask for a new one")
         except NotAuthorizedError as error:
             logger.warning("refused to admit %s: %s", peer, error)

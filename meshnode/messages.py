@@ -84,7 +84,7 @@ class NodeRecord(Message, frozen=True):
     mesh: MeshId
     sequence: Sequence
     issued_at: UnixSeconds
-    ttl_s: Annotated[int, Meta(ge=1, le=24 * 3600)]
+    ttl_s: Annotated[int, Meta(ge=1, le=3600)]
     addrs: Annotated[tuple[Address, ...], Meta(max_length=ADDRS_MAX)]
     roles: Annotated[tuple[Role, ...], Meta(min_length=1, max_length=4)]
     models: Annotated[tuple[Digest, ...], Meta(max_length=MODELS_MAX)]
@@ -130,7 +130,7 @@ class Advert(Message, frozen=True):
 
 
 class Hello(Message, frozen=True):
-    """First frame both ways: who I am, by what right, where, and what I have.
+    """First frame both ways: by what right I am here; all that a stranger gets to read.
 
     `chain` is leaf certificate first; `unix_ms` shows a wrong clock, nothing is decided by it.
     """
@@ -138,13 +138,14 @@ class Hello(Message, frozen=True):
     version: Annotated[int, Meta(ge=1, le=1_000)]
     mesh: MeshId
     chain: Annotated[tuple[Envelope, ...], Meta(max_length=CHAIN_MAX)]
-    record: Envelope
-    advert: Envelope
     unix_ms: Annotated[int, Meta(ge=0, lt=2**53)]
 
 
 class Welcome(Message, frozen=True):
-    """Second frame both ways: the other's Hello was accepted, it is a member here."""
+    """Second frame both ways: your Hello was accepted; here is where I am and what I have."""
+
+    record: Envelope
+    advert: Envelope
 
 
 class Refused(Message, frozen=True):
@@ -163,12 +164,6 @@ class Peers(Message, frozen=True):
     """Node records as their authors signed them; the sender can omit, not forge."""
 
     records: Annotated[tuple[Envelope, ...], Meta(max_length=PEERS_MAX)]
-
-
-class Advertise(Message, frozen=True):
-    """The sender's own newest advert, outside gossip."""
-
-    advert: Envelope
 
 
 class Leaving(Message, frozen=True):
@@ -204,7 +199,7 @@ class JoinDenied(Message, frozen=True):
     reason: Reason
 
 
-Control = Hello | Welcome | Refused | GetPeers | Peers | Advertise | Leaving
+Control = Hello | Welcome | Refused | GetPeers | Peers | Leaving
 Join = JoinRequest | JoinGranted | JoinDenied
 Record = Certificate | Invitation | NodeRecord | Advert | JoinProof
 

@@ -123,13 +123,18 @@ class DataDir:
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         return load_or_create_key(path)
 
-    def count_use(self, invitation: str, uses_max: int) -> bool:
-        """Durably count one use of an invitation; False if it was used up before."""
+    def count_use(self, invitation: str, subject: str, uses_max: int) -> bool:
+        """Durably count a peer that an invitation admits; False if it was used up before.
+
+        The same peer is counted once, so that an answer lost on the way can be asked for again.
+        """
         path = self.path / "invitations" / invitation
-        used = self._read_number(path)
-        if used >= uses_max:
+        admitted = (self._read(path) or b"").decode("ascii", "replace").split()
+        if subject in admitted:
+            return True
+        if len(admitted) >= uses_max:
             return False
-        self._write(path, str(used + 1).encode())
+        self._write(path, "\n".join([*admitted, subject]).encode())
         return True
 
     # --- what a restart starts from -------------------------------------------------------------

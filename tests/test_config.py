@@ -6,7 +6,15 @@ from pathlib import Path
 
 import pytest
 
-from meshnode.config import API_DEFAULT, LISTEN_DEFAULT, SETTINGS, Config, load, split_host_port
+from meshnode.config import (
+    API_DEFAULT,
+    LISTEN_DEFAULT,
+    SETTINGS,
+    Config,
+    is_loopback,
+    load,
+    split_host_port,
+)
 from meshnode.errors import ConfigError
 
 PEER = "12D3KooWGzxzKZYveHXtpG6AsrUJBcWxHBFS2HsEoGTxrMLvKXtf"
@@ -28,6 +36,15 @@ def write(path: Path, text: str) -> Path:
 PRECEDENCE = [
     ("api", "h:1", "h:2", '"h:3"', "api", ("h:1", "h:2", "h:3", API_DEFAULT)),
     ("model", ("a",), "b, c", '["d"]', "models", (("a",), ("b", "c"), ("d",), ("default",))),
+    (
+        "api-key-file",
+        "/a",
+        "/b",
+        '"/c"',
+        "api_key_file",
+        (Path("/a"), Path("/b"), Path("/c"), None),
+    ),
+    ("no-api-key", True, "yes", "true", "ask_for_keys", (False, False, False, True)),
     ("mesh", "a", "b", '"c"', "mesh", ("a", "b", "c", None)),
     ("join", "a", "b", '"c"', "join", ("a", "b", "c", None)),
     ("no-mdns", True, "yes", "true", "mdns", (False, False, False, True)),
@@ -153,6 +170,27 @@ def test_wrong_flags_and_variables_are_named_as_the_operator_wrote_them() -> Non
         load({}, {"MESHNODE_NO_MDNS": "maybe"}, None)
     with pytest.raises(ConfigError, match=r"^cannot read /nonexistent\.toml: No such file"):
         load({}, {}, Path("/nonexistent.toml"))
+
+
+def test_the_key_file_is_in_the_data_directory_unless_it_is_named(data_dir: Path) -> None:
+    flags = {"data-dir": str(data_dir)}
+    assert load(flags, {}, None).key_file == data_dir / "api-keys.toml"
+    named = load(flags, {"MESHNODE_API_KEY_FILE": "~/keys.toml"}, None)
+    assert named.key_file == Path.home() / "keys.toml"
+
+
+def test_keys_cannot_be_asked_for_and_not(data_dir: Path) -> None:
+    flags = {"data-dir": str(data_dir), "api-key-file": "/a"}
+    with pytest.raises(ConfigError, match="api-key-file and no-api-key contradict"):
+        load(flags, {"MESHNODE_NO_API_KEY": "1"}, None)
+    assert load(flags, {"MESHNODE_NO_API_KEY": "0"}, None).ask_for_keys
+
+
+def test_what_is_loopback() -> None:
+    for host in ("127.0.0.1", "127.3.2.1", "::1", "localhost", "a.localhost"):
+        assert is_loopback(host)
+    for host in ("0.0.0.0", "::", "192.0.2.1", "localhost.example.org", "host", ""):
+        assert not is_loopback(host)
 
 
 def test_an_unrelated_variable_with_our_prefix_is_left_alone() -> None:

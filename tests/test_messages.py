@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import cast
 
 import msgspec
@@ -15,7 +16,6 @@ from meshnode.messages import (
     MESSAGE_BYTES_MAX,
     PEERS_MAX,
     Advert,
-    Advertise,
     Certificate,
     Control,
     Demand,
@@ -49,12 +49,11 @@ ADVERT = Advert(MESH, 7, 150, (OFFER,), (Demand("smol", 0.5),), 2**33, 2, "cpu")
 RECORD = NodeRecord(MESH, 7, 1_800_000_000, 1800, ("/ip4/10.0.0.1/tcp/1",), ("node",), (DIGEST,))
 
 EXAMPLES: list[tuple[object, Message]] = [
-    (Control, Hello(1, MESH, (b"chain",), b"record", b"advert", 1_800_000_000_000)),
-    (Control, Welcome()),
+    (Control, Hello(1, MESH, (b"chain",), 1_800_000_000_000)),
+    (Control, Welcome(b"record", b"advert")),
     (Control, Refused("membership certificate has expired")),
     (Control, GetPeers(PEERS_MAX)),
     (Control, Peers((b"one", b"two"))),
-    (Control, Advertise(b"advert")),
     (Control, Leaving()),
     (Join, JoinRequest(b"invitation", b"proof")),
     (Join, JoinGranted((b"chain",))),
@@ -135,8 +134,8 @@ def test_what_is_out_of_bounds_is_refused(data: bytes) -> None:
         GetPeers(0),
         GetPeers(PEERS_MAX + 1),
         Peers((b"",) * (PEERS_MAX + 1)),
-        Hello(1, MESH, (b"",) * (CHAIN_MAX + 1), b"", b"", 0),
-        Hello(0, MESH, (), b"", b"", 0),
+        Hello(1, MESH, (b"",) * (CHAIN_MAX + 1), 0),
+        Hello(0, MESH, (), 0),
         Refused("x" * 257),
         Refused("\x1b[2Jgone"),
     ],
@@ -222,10 +221,8 @@ def test_no_value_in_a_field_does_more_than_be_refused(
     kind, message = example
     fields = msgspec.msgpack.decode(encode(message))
     fields[data.draw(st.sampled_from(sorted(fields)))] = data.draw(json_like)
-    try:
+    with suppress(RemoteProtocolError):
         read(msgspec.msgpack.encode(fields), kind)
-    except RemoteProtocolError as error:
-        assert len(str(error)) < 300
 
 
 @given(st.text(max_size=150))

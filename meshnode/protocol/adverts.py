@@ -225,7 +225,8 @@ def _bounded(offers: tuple[Offer, ...]) -> tuple[Offer, ...]:
 
 
 def _is_news(said: tuple[Offer, ...], offers: tuple[Offer, ...]) -> bool:
-    """Whether a listener would decide differently: another model or state, or > 20 % of load."""
+    """Whether a listener would decide differently: another model, state or chat, or
+    > 20 % of load."""
     if len(said) != len(offers):
         return True
     return any(_offer_is_news(old, new) for old, new in zip(said, offers, strict=True))
@@ -235,6 +236,8 @@ def _offer_is_news(old: Offer, new: Offer) -> bool:
     identity = (old.digest, old.name, old.state, old.context_tokens, old.slots)
     if identity != (new.digest, new.name, new.state, new.context_tokens, new.slots):
         return True
+    if old.sessions != new.sessions:
+        return True  # the next turn of that chat may come through any gateway
     load_old = old.slots_busy + old.queue_depth
     load_new = new.slots_busy + new.queue_depth
     pairs = (

@@ -25,8 +25,8 @@ BACKOFF_MAX_S = 60.0
 CONTENDED_DIAL_DELAY_S = 1.0
 """Of two members that learn of each other at once, the one with the larger id waits this long,
 so that one connection is made and not two."""
-FORGET_AFTER_FAILURES = 12
-"""About six minutes of back-off; a peer that comes back says so itself."""
+FORGET_AFTER_FAILURES = 65
+"""About an hour: two members that a long outage parts find each other without a third."""
 ASK_FIRST_S = 5.0
 ASK_EVERY_S = 30.0
 """Asking one random member for its peers: often while young, then every half minute."""

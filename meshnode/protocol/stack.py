@@ -15,14 +15,13 @@ from dataclasses import dataclass
 from enum import Enum, auto
 from itertools import accumulate
 
-from meshnode.credentials import Membership, MeshDescriptor, verify_chain
+from meshnode.credentials import CLOCK_SKEW_S, Membership, MeshDescriptor, verify_chain
 from meshnode.errors import NotAuthorizedError
 from meshnode.identity import KeyPair, PeerId, open_envelope, seal
 from meshnode.messages import (
     ADDRS_MAX,
     MESSAGE_BYTES_MAX,
     Advert,
-    Advertise,
     GetPeers,
     Hello,
     Leaving,
@@ -144,7 +143,6 @@ class _Stage(Enum):
 class _Link:
     stage: _Stage
     hello_by: float
-    welcomed: bool = False
     membership: Membership | None = None
     clock_ahead_s: float = 0.0
 
@@ -239,6 +237,8 @@ class Stack:
             if link.stage is not _Stage.MEMBER and link.hello_by <= now:
                 effects.append(Disconnect(peer, "no valid hello in time"))
                 link.hello_by = now + HELLO_TIMEOUT_S
+            elif link.membership is not None and self._has_ended(link.membership, now):
+                effects.append(Disconnect(peer, "its membership certificate has expired"))
         self.records.tick(now)
         if self._refresh_at is not None and self._refresh_at <= now:
             effects.extend(self._publish_record(now))
@@ -327,11 +327,9 @@ class Stack:
     def _on_disconnected(self, peer: PeerId, reason: str, now: float) -> list[Effect]:
         link = self._links.pop(peer, None)
         self.discovery.disconnected(peer, now)
-        if link is None or link.membership is None:
+        if link is None or link.stage is not _Stage.MEMBER:
             return self.tick(now)
-        effects = self._forget(peer, reason)
-        # Who had shown its certificate but was no member yet was never announced as one.
-        return [*(effects if link.stage is _Stage.MEMBER else []), *self.tick(now)]
+        return [*self._forget(peer, reason), *self.tick(now)]
 
     def _on_message(self, peer: PeerId, message: Message, now: float) -> list[Effect]:
         link = self._links.get(peer)
@@ -340,9 +338,8 @@ class Stack:
         match message:
             case Hello() if link.membership is None:
                 return self._on_hello(peer, link, message, now)
-            case Welcome():
-                link.welcomed = True
-                return self._become_member(peer, link, now)
+            case Welcome() if link.stage is _Stage.ACCEPTED:
+                return self._on_welcome(peer, link, message, now)
             case Refused(reason):
                 self.refused["by a peer"] += 1
                 return [Disconnect(peer, f"the peer refused us: {reason}")]
@@ -355,9 +352,6 @@ class Stack:
                 for envelope in records:
                     self._on_record(envelope, now)
                 return self.tick(now)
-            case Advertise(advert):
-                self.adverts.receive(advert, now)
-                return []
             case Leaving():
                 self.discovery.left(peer)
                 link.stage = _Stage.GREETED
@@ -376,16 +370,15 @@ class Stack:
             self.refused[str(error).partition(":")[0]] += 1
             reason = reason_of(error)
             return [Send(peer, Refused(reason)), Disconnect(peer, reason)]
-        self.adverts.connected(peer)
-        self._on_record(hello.record, now)
-        self.adverts.receive(hello.advert, now)
         link.stage = _Stage.ACCEPTED
-        return [Send(peer, Welcome()), *self._become_member(peer, link, now)]
+        advert = self._seal(_ADVERT, self.adverts.fresh(now))
+        return [Send(peer, Welcome(self._own_record(now), advert))]
 
-    def _become_member(self, peer: PeerId, link: _Link, now: float) -> list[Effect]:
-        if link.stage is not _Stage.ACCEPTED or not link.welcomed:
-            return []
+    def _on_welcome(self, peer: PeerId, link: _Link, welcome: Welcome, now: float) -> list[Effect]:
         link.stage = _Stage.MEMBER
+        self.adverts.connected(peer)
+        self._on_record(welcome.record, now)
+        self.adverts.receive(welcome.advert, now)
         self.discovery.joined(peer, now)
         return [Emit(MemberJoined(peer)), *self.tick(now)]
 
@@ -431,8 +424,6 @@ class Stack:
             version=PROTOCOL_VERSION,
             mesh=self._mesh.mesh_id,
             chain=self._chain,
-            record=self._own_record(now),
-            advert=self._seal(_ADVERT, self.adverts.fresh(now)),
             unix_ms=int(self._unix_of(now) * 1000),
         )
 
@@ -461,6 +452,9 @@ class Stack:
         record = self._own_record(now)
         told = [Send(peer, Peers((record,))) for peer in self._members()]
         return [PublishRecord(record, self._models), *told]
+
+    def _has_ended(self, membership: Membership, now: float) -> bool:
+        return self._unix_of(now) > membership.not_after + CLOCK_SKEW_S
 
     def _seal(self, kind: bytes, message: Message) -> bytes:
         return seal(self._key, _DOMAIN, kind, encode(message))

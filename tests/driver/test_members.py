@@ -68,7 +68,7 @@ async def test_simultaneous_dials_end_in_one_connection() -> None:
             async with running() as one, running() as other:
                 one.meet(other)
                 other.meet(one)
-                await until(lambda: are_settled(one, other))  # noqa: B023
+                await until(lambda: are_settled(one, other))
                 assert await ask(one, other) == b"ping"
                 assert await ask(other, one) == b"ping"
                 assert not one.stack.refused, "nobody was taken for a liar"

@@ -75,8 +75,17 @@ def advert_of(key: KeyPair, sequence: int = 1) -> bytes:
     return seal(key, "meshnode-record", b"/meshnode/advert/1", encode(advert))
 
 
+def forged(envelope: bytes) -> bytes:
+    """With another last byte of the signature."""
+    return envelope[:-1] + bytes([envelope[-1] ^ 1])
+
+
 def hello_of(key: KeyPair, chain: tuple[bytes, ...], mesh: str = MESH.mesh_id) -> Hello:
-    return Hello(1, mesh, chain, record_of(key), advert_of(key), int(time.time() * 1000))
+    return Hello(1, mesh, chain, int(time.time() * 1000))
+
+
+def welcome_of(key: KeyPair) -> Welcome:
+    return Welcome(record_of(key), advert_of(key))
 
 
 @asynccontextmanager
@@ -130,7 +139,7 @@ async def test_a_member_gets_through_where_strangers_do_not() -> None:
     with trio.fail_after(30):
         key = KeyPair.generate()
         async with running() as node:
-            said = (hello_of(key, chain_for(key.peer_id)), Welcome())
+            said = (hello_of(key, chain_for(key.peer_id)), welcome_of(key))
             async with conversation(node, key, *said) as (host, _, _):
                 assert not await is_refused(host, node.peer_id, HTTP_PROTOCOL)
 
@@ -177,7 +186,7 @@ async def test_a_hello_without_a_right_is_refused_with_the_reason(
     with trio.fail_after(30):
         async with running() as node:
             hello = hello_of(key, proof, mesh)
-            async with conversation(node, key, hello, Welcome()) as (_, _, heard):
+            async with conversation(node, key, hello, welcome_of(key)) as (_, _, heard):
                 await until(lambda: any(isinstance(each, Refused) for each in heard))
                 (refusal,) = (each for each in heard if isinstance(each, Refused))
                 assert reason in refusal.reason
@@ -191,7 +200,7 @@ async def test_a_hello_without_a_right_is_refused_with_the_reason(
 @asynccontextmanager
 async def member(node: LiveNode, key: KeyPair) -> AsyncIterator[tuple[Stream, list[Message]]]:
     """A member with a will of its own."""
-    said = (hello_of(key, chain_for(key.peer_id)), Welcome())
+    said = (hello_of(key, chain_for(key.peer_id)), welcome_of(key))
     async with conversation(node, key, *said) as (_, stream, heard):
         await until(lambda: key.peer_id in node.members())
         yield stream, heard
@@ -200,9 +209,8 @@ async def member(node: LiveNode, key: KeyPair) -> AsyncIterator[tuple[Stream, li
 async def test_lies_about_others_are_refused_and_counted() -> None:
     victim, absent = KeyPair.generate(), KeyPair.generate()
     honest = record_of(victim, 9)
-    forged = honest[:-1] + bytes([honest[-1] ^ 1])
     lies = {
-        "forged": forged,
+        "forged": forged(honest),
         "rolled back": record_of(victim, 8),
         "foreign mesh": record_of(absent, mesh="0" * 32),
         "expired": record_of(absent, issued_at=int(time.time()) - 3600, ttl_s=60),
@@ -223,8 +231,7 @@ async def test_the_dht_is_believed_no_more_than_anybody() -> None:
     key = KeyPair.generate()
     with trio.fail_after(30):
         async with running() as node:
-            forged = record_of(key)[:-1] + b"\x00"
-            node.driver.submit(key.peer_id, RecordFound(forged))
+            node.driver.submit(key.peer_id, RecordFound(forged(record_of(key))))
             assert node.stack.records.refused["forged"] == 1
 
 
@@ -261,7 +268,7 @@ async def test_a_peer_that_never_says_who_it_is_is_hung_up_on() -> None:
         async with (
             running() as node,
             conversation(node, KeyPair.generate()),
-            conversation(node, KeyPair.generate(), Welcome()),
+            conversation(node, (other := KeyPair.generate()), welcome_of(other)),
         ):
             await until(lambda: len(node.host.peers()) == 2)
             await until(lambda: not node.host.peers(), HELLO_TIMEOUT_S + 3.0)
@@ -292,7 +299,7 @@ async def test_a_second_control_stream_is_one_too_many() -> None:
     with trio.fail_after(30):
         async with running() as node:
             key = KeyPair.generate()
-            said = (hello_of(key, chain_for(key.peer_id)), Welcome())
+            said = (hello_of(key, chain_for(key.peer_id)), welcome_of(key))
             async with conversation(node, key, *said) as (host, _, _):
                 await until(lambda: key.peer_id in node.members())
                 async with await host.open_stream(node.peer_id, CONTROL_PROTOCOL) as second:

@@ -90,11 +90,20 @@ class Impostor:
                 version=1,
                 mesh=self.mesh.mesh_id,
                 chain=self.chain,
-                record=self.record(1),
-                advert=seal(self.key, *ADVERT, encode(self._advert())),
                 unix_ms=int(time.time() * 1000),
             )
         )
+
+    def welcome(self) -> bytes:
+        advert = seal(self.key, *ADVERT, encode(self._advert()))
+        return encode(Welcome(self.record(1), advert))
+
+    async def become_member(self, control: Stream) -> None:
+        """The honest handshake."""
+        await send_frame(control, self.hello())
+        await self.heard(Welcome)
+        advert = seal(self.key, *ADVERT, encode(self._advert()))
+        await send_frame(control, encode(Welcome(self.record(1), advert)))
 
     def record(self, sequence: int, *, mesh: str = "", age_s: int = 0) -> bytes:
         return seal(
@@ -261,7 +270,7 @@ async def test_forged_records_are_refused_and_counted(
     async with impostor.connected(node) as control:
         await send_frame(control, impostor.hello())
         await impostor.heard(Welcome)
-        await send_frame(control, encode(Welcome()))
+        await send_frame(control, impostor.welcome())
         await send_frame(control, encode(GetPeers(10)))
         told = await impostor.heard(Peers)
         assert isinstance(told, Peers)
@@ -298,7 +307,7 @@ async def test_members_reach_no_management_through_the_tunnel(
     async with impostor.connected(node) as control:
         await send_frame(control, impostor.hello())
         await impostor.heard(Welcome)
-        await send_frame(control, encode(Welcome()))
+        await send_frame(control, impostor.welcome())
         for method, path in (
             ("GET", "/api/status"),
             ("POST", "/api/invite"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+from itertools import pairwise
 
 import pytest
 from hypothesis import given, settings
@@ -141,7 +142,7 @@ def test_the_first_offer_is_said_at_once_and_then_every_minute_or_so() -> None:
     held.offer((an_offer(),), 0.0)
     times = spoken(held, 3600.0)
     assert times[0] == 0.0
-    gaps = [after - before for before, after in zip(times, times[1:], strict=False)]
+    gaps = [after - before for before, after in pairwise(times)]
     assert all(0.75 * PERIOD_S <= gap <= 1.25 * PERIOD_S for gap in gaps)
     assert len(set(gaps)) > 10, "jitter, or a thousand nodes would speak at once"
     assert 48 <= len(gaps) <= 80
@@ -184,7 +185,7 @@ def test_a_lively_node_speaks_at_most_once_a_second_and_last_says_the_last() -> 
         held.offer((an_offer(slots_busy=step % 5),), now)
         if (told := held.tick(now)) is not None:
             said.append((now, told))
-    gaps = [b[0] - a[0] for a, b in zip(said, said[1:], strict=False)]
+    gaps = [b[0] - a[0] for a, b in pairwise(said)]
     assert len(said) == 5
     assert min(gaps) >= CHANGE_MIN_INTERVAL_S
     final = held.tick(held.deadline() or 0.0)
