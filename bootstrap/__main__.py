@@ -32,6 +32,11 @@ from meshnode.config import LISTEN_DEFAULT, Config
     help="Another introducer of the same mesh, with its /p2p/ id; repeatable.",
 )
 @click.option("--api", metavar="HOST:PORT", help="Answer the API too. [default: no API]")
+@click.option(
+    "--api-key-file",
+    metavar="FILE",
+    help="Whose keys open the API; `meshnode key create` makes it. [default: DIR/api-keys.toml]",
+)
 @data_dir_option
 @click.option("--config", metavar="FILE", help="A TOML file. [default: DIR/config.toml]")
 @click.option(

@@ -7,6 +7,7 @@ nowhere else. Does not know what a setting does: no networks, models or meshes.
 
 from __future__ import annotations
 
+import ipaddress
 import re
 import tomllib
 from collections.abc import Callable, Mapping
@@ -21,7 +22,7 @@ LogFormat = Literal["pretty", "json"]
 LogLevel = Literal["debug", "info", "warning", "error"]
 
 API_DEFAULT = "127.0.0.1:9337"
-"""Loopback: the API asks nobody for a password, so other machines reach it only when told to."""
+"""Loopback: without API keys only this machine may ask, and nothing has to be set up for it."""
 P2P_PORT = 9338
 """Beside the API's 9337; unassigned at IANA."""
 LISTEN_DEFAULT = (f"/ip4/0.0.0.0/udp/{P2P_PORT}/quic-v1", f"/ip4/0.0.0.0/tcp/{P2P_PORT}")
@@ -35,6 +36,7 @@ CONTEXT_TOKENS_MIN = 64
 CONTEXT_TOKENS_MAX = 2**24
 ENV_PREFIX = "MESHNODE_"
 FILE_NAME = "config.toml"
+KEY_FILE_NAME = "api-keys.toml"
 FILE_BYTES_MAX = 1024 * 1024
 """A configuration is a page of text; anything larger is the wrong file."""
 
@@ -64,12 +66,19 @@ class Config:
     context_tokens: int | None = None
     slots: int = SLOTS_DEFAULT
 
-    # Gateway: HOST:PORT, or "" for none.
+    # Gateway: HOST:PORT, or "" for none. Who may use it stands in `key_file`.
     api: str = API_DEFAULT
+    api_key_file: Path | None = None
+    ask_for_keys: bool = True
 
     # What people see.
     log_format: LogFormat = "pretty"
     log_level: LogLevel = "info"
+
+    @property
+    def key_file(self) -> Path:
+        """Where API keys are, if there are any: as configured, or in the data directory."""
+        return self.api_key_file or self.data_dir / KEY_FILE_NAME
 
 
 # --- what may be written ------------------------------------------------------------------------
@@ -107,6 +116,16 @@ def split_host_port(address: str) -> tuple[str, int]:
     return (host[1:-1] if bracketed else host), int(port)
 
 
+def is_loopback(host: str) -> bool:
+    """Whether `host`, a name or an address, is this machine's loopback."""
+    if host == "localhost" or host.endswith(".localhost"):
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
 def is_mesh_name(text: str) -> bool:
     """Names become file names, and parts of addresses that people type."""
     return _MESH_NAME.fullmatch(text) is not None
@@ -129,6 +148,8 @@ def _within(low: int, high: int) -> Callable[[str], bool]:
 SETTINGS: Mapping[str, _Setting] = {
     "model": _Setting(str, "PATH_OR_NAME[=ALIAS]", many=True),
     "api": _Setting(str, f'HOST:PORT such as "{API_DEFAULT}", or "" for none', _is_api),
+    "api-key-file": _Setting(str, "a file of API keys, which `meshnode key create` makes"),
+    "no-api-key": _Setting(bool, "true or false", lambda text: True),
     "listen": _Setting(
         str,
         "a multiaddr such as /ip4/0.0.0.0/udp/9338/quic-v1 or /ip4/0.0.0.0/tcp/9338",
@@ -226,6 +247,11 @@ def _config(role: Role, values: Mapping[str, object]) -> Config:
         fields["api"] = values["api"]
     elif role == "bootstrap":
         fields["api"] = ""  # an introducer answers no requests unless told to
+    fields["ask_for_keys"] = not values.get("no-api-key", False)
+    if "api-key-file" in values:
+        if not fields["ask_for_keys"]:
+            raise ConfigError("api-key-file and no-api-key contradict each other: drop one")
+        fields["api_key_file"] = _path(values["api-key-file"])
     return Config(**fields)  # type: ignore[arg-type]
 
 

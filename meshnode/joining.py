@@ -129,7 +129,7 @@ async def _ask(
 ) -> JoinGranted | JoinDenied:
     """Over a host of its own, because the node's host only starts as a member."""
     events = HostEvents(connected=lambda peer: None, disconnected=lambda peer, reason: None)
-    host = Libp2pHost(key.seed, ("/ip4/0.0.0.0/udp/0/quic-v1",), events)
+    host = Libp2pHost(key.seed, (), events)
     try:
         with trio.fail_after(JOIN_TIMEOUT_S):
             async with host.running():

@@ -38,6 +38,7 @@ from meshnode.engine import Engine
 from meshnode.errors import ConfigError
 from meshnode.gateway import Candidate, Route, ServedModel
 from meshnode.gateway.app import create_api_app, create_tunnel_app
+from meshnode.gateway.door import Door, open_door
 from meshnode.gateway.server import serve_api
 from meshnode.hosted import HostedModel, find_models, run_models
 from meshnode.identity import KeyPair, PeerId
@@ -80,6 +81,7 @@ class NodeInfo:
     addrs: tuple[str, ...]
     mesh: str
     models: tuple[str, ...]
+    asks_for_key: bool = False
 
 
 async def run_node(
@@ -88,9 +90,11 @@ async def run_node(
     """Run a node until cancelled. Raises `ConfigError` if it cannot start."""
     data = DataDir(config.data_dir)
     with data.locked():
+        # First: a node that may not open its API should not have joined a mesh in vain.
+        door = open_door(config)
         key = data.key()
         membership = await find_membership(config, data, key)
-        node = Node(config, data, key, membership, find_models(config))
+        node = Node(config, data, key, membership, find_models(config), door)
         await node.run(task_status=task_status)
 
 
@@ -104,12 +108,14 @@ class Node:
         key: KeyPair,
         membership: Membership,
         models: tuple[HostedModel, ...],
+        door: Door | None,
     ) -> None:
         self._config = config
         self._data = data
         self._key = key
         self._mesh = membership.mesh
         self._models = models
+        self._door = door
         self._started_at = time.monotonic()
         self._started_unix = int(time.time())
         self._stopping = trio.Event()
@@ -206,7 +212,7 @@ class Node:
 
     async def _serve_clients(self, *, task_status: trio.TaskStatus[None]) -> None:
         console = Console(self.snapshot, self._invite)
-        app = create_api_app(self, mount=lambda quart: mount(quart, console))
+        app = create_api_app(self, door=self._door, mount=lambda quart: mount(quart, console))
         bind = split_host_port(self._config.api)
         serve = partial(serve_api, app, bind, shutdown=self._stopping.wait)
         async with trio.open_nursery() as nursery:
@@ -268,6 +274,7 @@ class Node:
             tuple(f"{address}/p2p/{self.own}" for address in self._addrs),
             self._mesh.name,
             tuple(model.name for model in self._models),
+            asks_for_key=self._door is not None and self._door.keys is not None,
         )
 
     # --- gateway.Mesh ---------------------------------------------------------------------------

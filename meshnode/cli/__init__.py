@@ -1,10 +1,10 @@
 """The `meshnode` command: what people type, and what they see.
 
 In the order of a first day: `serve.py` (run a node), `mesh.py` (make a mesh, invite), `look.py`
-(what is there), `chat.py` (use it), `health.py` (doctor). They are thin: a running node is asked
-over its own HTTP API (`api.py`), a stopped one is its data directory. Nothing here is imported
-by anything else, and everything slow is imported inside the command that needs it, so that
-`meshnode --help` answers at once.
+(what is there), `chat.py` (use it), `key.py` (let others use it), `health.py` (doctor). They are
+thin: a running node is asked over its own HTTP API (`api.py`), a stopped one is its data
+directory. Nothing here is imported by anything else, and everything slow is imported inside the
+command that needs it, so that `meshnode --help` answers at once.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from meshnode import __version__
 from meshnode.cli.chat import chat
 from meshnode.cli.edge import EdgeGroup, json_option
 from meshnode.cli.health import doctor
+from meshnode.cli.key import key
 from meshnode.cli.look import models, peers, status
 from meshnode.cli.mesh import invite, mesh
 from meshnode.cli.output import print_json
@@ -44,6 +45,10 @@ def cli(context: click.Context) -> None:
       meshnode invite                    # on the first: prints a token
       meshnode serve --join mesh1.…      # on the second
     \b
+    Programs on other machines:
+      meshnode key create NAME           # prints an API key
+      meshnode serve --api 0.0.0.0:9337
+    \b
     What is going on:
       meshnode status | peers | models | doctor
     """
@@ -66,7 +71,7 @@ def version(as_json: bool) -> None:
         click.echo(f"meshnode {__version__} (Python {platform.python_version()})")
 
 
-for command in (serve, client, mesh, invite, status, peers, models, chat, doctor):
+for command in (serve, client, mesh, invite, status, peers, models, chat, key, doctor):
     cli.add_command(command)
 
 

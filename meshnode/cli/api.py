@@ -9,7 +9,8 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from http import HTTPStatus
 from http.client import HTTPConnection, HTTPException, HTTPResponse
 from pathlib import Path
 from typing import TypeVar
@@ -19,7 +20,7 @@ import msgspec
 
 from meshnode.config import split_host_port
 from meshnode.console.snapshot import Snapshot
-from meshnode.errors import MeshnodeError
+from meshnode.errors import ConfigError, MeshnodeError
 
 T = TypeVar("T")
 
@@ -59,10 +60,14 @@ class Ticket(msgspec.Struct, frozen=True):
 
 @dataclass(frozen=True, slots=True)
 class NodeApi:
-    """The API at `url`. `started_by` is the process that said it is there, if one did."""
+    """The API at `url`. `started_by` is the process that said it is there, if one did.
+
+    `key` is sent with every request; only those for answers need one, where keys are in force.
+    """
 
     url: str
     started_by: int | None = None
+    key: str | None = field(default=None, repr=False)
 
     def status_json(self) -> dict[str, object]:
         """What `/api/status` says, as it is."""
@@ -92,6 +97,11 @@ class NodeApi:
         self, method: str, path: str, body: object, timeout_s: float = ANSWER_TIMEOUT_S
     ) -> Iterator[HTTPResponse]:
         """An open answer with status 200; leaving early hangs up, which cancels the request."""
+        headers = {"content-type": "application/json"}
+        if self.key is not None:
+            if not (self.key.isascii() and self.key.isprintable()):
+                raise ConfigError("the API key has characters that no key has: copy it again")
+            headers["authorization"] = f"Bearer {self.key}"
         parts = urlsplit(self.url)
         connection = HTTPConnection(parts.hostname or "", parts.port, timeout=CONNECT_TIMEOUT_S)
         try:
@@ -99,16 +109,26 @@ class NodeApi:
                 connection.connect()
                 connection.sock.settimeout(timeout_s)
                 payload = None if body is None else json.dumps(body).encode()
-                connection.request(method, path, payload, {"content-type": "application/json"})
+                connection.request(method, path, payload, headers)
                 response = connection.getresponse()
                 if response.status != 200:
                     message = _refusal(response.read(BODY_BYTES_MAX), response.reason)
+                    if response.status == HTTPStatus.UNAUTHORIZED:
+                        message = self._locked_out(message)
                     raise ApiError(response.status, message)
                 yield response
             except (OSError, HTTPException) as error:
                 raise NoNodeError(self._unreachable(error)) from error
         finally:
             connection.close()
+
+    def _locked_out(self, message: str) -> str:
+        if self.key is not None:
+            return f"{message} `meshnode key list` shows whose keys are."
+        return (
+            "this node's API asks for a key: put one into MESHNODE_API_KEY (or pass --api-key); "
+            "`meshnode key create NAME` makes one"
+        )
 
     def _unreachable(self, error: Exception) -> str:
         what = error.strerror if isinstance(error, OSError) else None

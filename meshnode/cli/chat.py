@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from http.client import HTTPResponse
 from typing import Any
 
@@ -53,6 +53,12 @@ class Answer:
     help="Where an answer is cut off.",
 )
 @click.option("--once", metavar="TEXT", help="Ask this one thing, print the answer, and end.")
+@click.option(
+    "--api-key",
+    envvar="MESHNODE_API_KEY",
+    metavar="KEY",
+    help="If the node asks for one. MESHNODE_API_KEY keeps it out of the process list.",
+)
 @api_option
 @data_dir_option
 @json_option
@@ -60,6 +66,7 @@ def chat(
     model: str | None,
     max_tokens: int,
     once: str | None,
+    api_key: str | None,
     api: str | None,
     data_dir: str | None,
     as_json: bool,
@@ -77,6 +84,7 @@ def chat(
     if as_json and once is None:
         raise click.UsageError("--json needs --once TEXT: a conversation is not one document")
     node = find_node(api, config_from({"data_dir": data_dir}).data_dir)
+    node = replace(node, key=api_key.strip() if api_key else None)
     model = model or _first_ready(node)
     if once is None:
         _converse(node, model, max_tokens)

@@ -21,7 +21,7 @@ import trio
 from meshnode import __version__
 from meshnode.cli.api import ApiError, NodeApi, NoNodeError
 from meshnode.cli.output import printable, warn
-from meshnode.config import Config, split_host_port
+from meshnode.config import Config, is_loopback, split_host_port
 from meshnode.console.snapshot import ModelSnapshot
 
 if TYPE_CHECKING:
@@ -30,7 +30,6 @@ if TYPE_CHECKING:
 LOADING_POLL_S = 0.5
 """Twice a second looks alive; a status costs the node about a millisecond."""
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
-_LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
 
 class RunNode(Protocol):
@@ -81,6 +80,7 @@ def started_line(info: NodeInfo) -> str:
             "peer_id": info.peer_id,
             "mesh": info.mesh,
             "api_url": info.api_url,
+            "asks_for_key": info.asks_for_key,
             "addrs": list(info.addrs),
             "models": list(info.models),
         }
@@ -93,8 +93,10 @@ def banner(info: NodeInfo, config: Config) -> str:
     lines += [f"  at     {addr}" for addr in info.addrs]
     if info.api_url:
         lines += [f"  API    {info.api_url}/v1", "", "Try it:", f"  {_curl(info)}"]
-        if config.api and split_host_port(config.api)[0] not in _LOOPBACK:
-            lines += ["", "Whoever reaches this API may use it: it asks for no password."]
+        if info.asks_for_key:
+            lines += ["", f"The API asks for a key; those in {config.key_file} are let in."]
+        elif not is_loopback(split_host_port(config.api)[0]):
+            lines += ["", "Whoever reaches this API may use it: it asks for no key."]
     if config.role == "node":
         lines += ["", "Bring another machine in:  meshnode invite"]
     lines += ["Stop:  Ctrl-C", ""]
@@ -102,15 +104,16 @@ def banner(info: NodeInfo, config: Config) -> str:
 
 
 def _curl(info: NodeInfo) -> str:
+    key = ' -H "authorization: Bearer $MESHNODE_API_KEY"' if info.asks_for_key else ""
     if not info.models:
-        return f"curl {info.api_url}/v1/models"
+        return f"curl {info.api_url}/v1/models{key}"
     body = {
         "model": info.models[0],
         "messages": [{"role": "user", "content": "What is a mesh, in one sentence?"}],
         "max_tokens": 100,
     }
     return (
-        f"curl {info.api_url}/v1/chat/completions -H 'content-type: application/json' \\\n"
+        f"curl {info.api_url}/v1/chat/completions -H 'content-type: application/json'{key} \\\n"
         f"    -d {shlex.quote(json.dumps(body))}"
     )
 

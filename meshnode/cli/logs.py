@@ -1,7 +1,8 @@
 """Where log records go and what they look like: stderr, for people or for machines.
 
 Decides format and level, and what libraries may say. As a last guard it hides anything that
-looks like an invitation token; prompts, answers and keys are never given to a logger at all.
+looks like an invitation token or an API key; prompts, answers and keys are never given to a logger
+at all.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ _QUIET = {
     "asyncio": logging.WARNING,
 }
 _COLOURS = {"WARNING": "yellow", "ERROR": "red", "CRITICAL": "red", "DEBUG": "bright_black"}
-_TOKEN = re.compile(r"mesh1\.[\w-]+")
+_SECRET = re.compile(r"(mesh1\.|mesh-sk-)[\w-]+")
 
 
 def set_up_logging(log_format: LogFormat, log_level: LogLevel) -> None:
@@ -65,4 +66,4 @@ def _message(formatter: logging.Formatter, record: logging.LogRecord) -> str:
     message = record.getMessage()
     if record.exc_info:
         message = f"{message}\n{formatter.formatException(record.exc_info)}"
-    return _TOKEN.sub("mesh1.[hidden]", message)
+    return _SECRET.sub(r"\1[hidden]", message)

@@ -17,6 +17,18 @@ _NODE_OPTIONS: tuple[Callable[[F], F], ...] = (
         help=f"Where the OpenAI API listens. [default: {API_DEFAULT}]",
     ),
     click.option(
+        "--api-key-file",
+        metavar="FILE",
+        help="Whose keys open the API; `meshnode key create` makes it. Needed if other machines "
+        "reach the API. [default: DIR/api-keys.toml, if there is one]",
+    ),
+    click.option(
+        "--no-api-key",
+        is_flag=True,
+        default=None,
+        help="Ask nobody for a key, wherever the API listens: for a proxy that does it.",
+    ),
+    click.option(
         "--listen",
         multiple=True,
         metavar="MULTIADDR",
@@ -91,7 +103,7 @@ def serve(as_json: bool, **options: object) -> None:
     Examples:
       meshnode serve
       meshnode serve --model ~/models/qwen3-8b-q4_0.gguf=qwen3
-      meshnode serve --mesh home --api 0.0.0.0:9337
+      meshnode serve --mesh home --api 0.0.0.0:9337     # after: meshnode key create NAME
       meshnode serve --join mesh1.…
     """
     run(config_from(options, "node"), as_json)

@@ -398,19 +398,21 @@ def _pending(entry: _Sequence) -> int:
 def _choose_slot(entry: _Sequence, idle: list[_Slot]) -> tuple[_Slot, int]:
     """The idle slot to run in, and how many of its tokens begin the sequence's.
 
-    The session's own slot first; else the longest common prefix, provided that it is at least
-    half of what the slot keeps (another conversation should not lose its history to a shared
-    system prompt); else the least recently used.
+    The session's own slot first; else one that the sequence continues word for word; else an
+    empty one. Only when none is empty does a conversation lose its history: the longest common
+    prefix, provided that it is at least half of what the slot keeps (a shared system prompt is
+    not worth a history); else the least recently used.
     """
     common = {slot.number: common_prefix(slot.tokens, entry.tokens) for slot in idle}
     own = [slot for slot in idle if slot.session == entry.session and entry.session]
-    similar = [slot for slot in idle if 2 * common[slot.number] >= len(slot.tokens) > 0]
-    candidates = own or similar
+    continued = [slot for slot in idle if common[slot.number] == len(slot.tokens) > 0]
+    empty = [slot for slot in idle if not slot.tokens]
+    similar = [slot for slot in idle if 2 * common[slot.number] >= len(slot.tokens)]
+    candidates = own or continued or empty or similar
     if candidates:
         best = max(candidates, key=lambda slot: (common[slot.number], slot.used))
     else:
-        # Empty slots cost nobody anything; they come before the oldest history.
-        best = min(idle, key=lambda slot: (bool(slot.tokens), slot.used))
+        best = min(idle, key=lambda slot: slot.used)
     return best, common[best.number]
 
 

@@ -1,9 +1,10 @@
 """HTTP in, tokens out.
 
 In data-flow order: `openai.py` (pure: OpenAI JSON to and from `engine.Request`), `answer.py`
-(one request to one answer: local engine or tunnel, next candidate on failure), `app.py`
-(quart-trio routes), `server.py` (hypercorn on Trio). The gateway is handed a `Mesh`; it never
-sees a protocol core, a libp2p object or a key.
+(one request to one answer: local engine or tunnel, next candidate on failure), `keys.py` and
+`door.py` (who may ask, and how often), `app.py` (quart-trio routes), `server.py` (hypercorn on
+Trio). The gateway is handed a `Mesh`; it never sees a protocol core, a libp2p object or a private
+key.
 """
 
 from __future__ import annotations

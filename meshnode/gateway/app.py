@@ -4,7 +4,8 @@ Decides which paths exist, what each error looks like on the wire, and what a pe
 Does not know sockets or streams: `server.py` serves the API app to clients, the node serves the
 tunnel app to peers with `transport.http.serve_asgi`.
 
-* `create_api_app`     models, chat and text completions, health; routes each request in the mesh
+* `create_api_app`     models, chat and text completions, health; routes each request in the mesh.
+                       Behind a door, whoever asks for more than health needs an API key
 * `create_tunnel_app`  chat and text completions only, answered by an engine of this very node
 """
 
@@ -46,6 +47,8 @@ from meshnode.gateway.answer import (
     answer,
     answer_locally,
 )
+from meshnode.gateway.door import Door
+from meshnode.gateway.keys import BadKeyError, LimitError
 from meshnode.gateway.openai import (
     Call,
     decode_chat,
@@ -87,17 +90,20 @@ def create_api_app(
     mesh: Mesh,
     limits: GatewayLimits | None = None,
     *,
+    door: Door | None = None,
     mount: Callable[[QuartTrio], None] | None = None,
 ) -> QuartTrio:
-    """The app for clients. `mount` may add routes of its own, which no peer can reach."""
+    """The app for clients. `door` None asks nobody for a key.
+
+    `mount` may add routes of its own, which no peer can reach; it guards them itself.
+    """
     app = _create_app(mesh, limits or GatewayLimits())
     pool = TunnelPool(mesh.open_tunnel)
 
     async def complete(decode: Callable[[bytes], Call]) -> Result:
         body = await _body()
         call = decode(body)
-        tenant = request.headers.get("authorization", "").removeprefix("Bearer ").encode()
-        session = session_key(call, header=request.headers.get("x-session-id"), tenant=tenant)
+        session = session_key(call, header=request.headers.get("x-session-id"), tenant=g.tenant)
         ask = Ask(call, g.request_id, session, request.path, body)
         return _result(await answer(mesh, pool, ask, _owned()))
 
@@ -138,9 +144,42 @@ def create_api_app(
     async def close_tunnels() -> None:
         await pool.aclose()
 
+    # By endpoint, not by path: what is not named here needs a key, whatever its address.
+    keyed = set(app.view_functions) - {"alive", "ready"}
     if mount is not None:
         mount(app)
+    open_to_all = set(app.view_functions) - keyed
+
+    @app.before_request
+    async def ask_for_key() -> None:
+        g.tenant = b""
+        if door is not None and request.endpoint not in open_to_all:
+            visitor = door.admit(_token(), trio.current_time())
+            _owned().callback(visitor.leave)
+            g.tenant = visitor.name.encode()
+
+    @app.errorhandler(BadKeyError)
+    async def bad_key(error: BadKeyError) -> Result:
+        body = encode_error(str(error), "invalid_request_error", code="invalid_api_key")
+        return _json(body, 401, {"www-authenticate": "Bearer"})
+
+    @app.errorhandler(LimitError)
+    async def over_limit(error: LimitError) -> Result:
+        body = encode_error(str(error), "requests", code="rate_limit_exceeded")
+        return _json(body, 429, _retry_after(error.retry_after_s))
+
     return app
+
+
+def _token() -> str | None:
+    """The caller's API key, where OpenAI's clients put it or where Anthropic's do.
+
+    It goes no further than the door: not to an engine, a peer or a log.
+    """
+    scheme, _, token = request.headers.get("authorization", "").partition(" ")
+    if scheme.lower() == "bearer":
+        return token.strip()
+    return request.headers.get("x-api-key")
 
 
 def create_tunnel_app(mesh: Mesh, limits: GatewayLimits | None = None) -> QuartTrio:

@@ -498,7 +498,7 @@ def _usage(usage: Usage) -> dict[str, Any]:
 
 def encode_error(
     message: str,
-    type: Literal["invalid_request_error", "server_error"],
+    type: Literal["invalid_request_error", "requests", "server_error"],
     *,
     param: str | None = None,
     code: str | None = None,

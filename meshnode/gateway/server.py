@@ -10,7 +10,6 @@ an engine slot and the shutdown for ever. `_ClientStream` bounds that.
 from __future__ import annotations
 
 import errno
-import ipaddress
 import logging
 import socket
 from collections.abc import Awaitable, Callable
@@ -27,6 +26,7 @@ from hypercorn.typing import AppWrapper, ConnectionState
 from hypercorn.utils import wrap_app
 from quart_trio import QuartTrio
 
+from meshnode.config import is_loopback
 from meshnode.errors import ConfigError
 from meshnode.gateway.openai import encode_error
 from meshnode.transport.http import HEAD_BYTES_MAX, AsgiApp, Message, send_within_stall
@@ -62,7 +62,7 @@ async def serve_api(
     config.include_server_header = False
     config.keep_alive_timeout = KEEP_ALIVE_S
     config.h11_max_incomplete_size = HEAD_BYTES_MAX
-    guarded: AsgiApp = _LoopbackGuard(app) if _is_loopback(host) else app
+    guarded: AsgiApp = _LoopbackGuard(app) if is_loopback(host) else app
     wrapped = wrap_app(guarded, config.wsgi_max_body_size, "asgi")
     with listening:
         async with trio.open_nursery() as lifespan_nursery:
@@ -220,13 +220,4 @@ def _is_loopback_authority(authority: bytes) -> bool:
         host = urlsplit(f"//{authority.decode('ascii')}").hostname
     except ValueError:  # not ASCII, or brackets that do not match
         return False
-    return host is not None and _is_loopback(host)
-
-
-def _is_loopback(host: str) -> bool:
-    if host == "localhost" or host.endswith(".localhost"):
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
+    return host is not None and is_loopback(host)

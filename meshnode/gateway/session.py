@@ -1,8 +1,8 @@
 """Which requests are turns of one conversation. Pure.
 
 Decides the 16-byte session key that dispatch ranks by and engines keep KV caches under. Does not
-know who serves what. Keys are salted per tenant, so that nobody can learn from the time of an
-answer what another tenant has asked.
+know who serves what. Keys are salted per tenant: nobody can name, and so continue or displace,
+another tenant's session.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def session_key(call: Call, *, header: str | None, tenant: bytes) -> bytes:
     """The key of a request: as its caller named it, else by how its conversation opened.
 
     In order: `prompt_cache_key`, `header` (X-Session-Id), `user`, else model, system text and
-    first user message. `tenant` is the caller's API key, b"" without one.
+    first user message. `tenant` is the name of the caller's API key, b"" without one.
     """
     parts: tuple[str, ...]
     if call.prompt_cache_key:
@@ -35,7 +35,7 @@ def session_key(call: Call, *, header: str | None, tenant: bytes) -> bytes:
         parts = ("user", call.user)
     else:
         parts = ("opening", call.model, *_opening(call.prompt))
-    # The tenant's own hash is the key: an API key may be longer than the 64 bytes BLAKE2b takes.
+    # The tenant's own hash is the key: BLAKE2b takes 64 bytes at most.
     salt = hashlib.blake2b(tenant, digest_size=32).digest()
     digest = hashlib.blake2b(digest_size=SESSION_BYTES, key=salt, person=b"meshnode.session")
     for part in parts:

@@ -35,6 +35,9 @@ ADVERT_TTL_S = 150
 PERIOD_S = 60.0
 CHANGE_MIN_INTERVAL_S = 1.0
 """At most one advert a second and node: each costs every peer about 20 ms of CPU (measured)."""
+LOAD_INTERVAL_PER_PEER_S = 0.2
+"""For mere load and chats, which change all the time: hearing everybody then costs a node a tenth
+of a core however large the mesh is. A model that comes or goes is told at once."""
 CHANGE_RATIO = 0.2
 """A load figure that moved by less than a fifth is not news."""
 DEMAND_HALF_LIFE_S = 120.0
@@ -149,8 +152,11 @@ class AdvertBook:
     def offer(self, offers: tuple[Offer, ...], now: float) -> None:
         """What we have now; said at once if it is news, else with the next period."""
         self._offers = _bounded(offers[:MODELS_MAX])
-        if self._said is None or _is_news(self._said, self._offers):
+        if self._said is None or _is_other(self._said, self._offers):
             self._speak_by(max(now, self._spoke_at + CHANGE_MIN_INTERVAL_S))
+        elif _is_news(self._said, self._offers):
+            pause_s = max(CHANGE_MIN_INTERVAL_S, LOAD_INTERVAL_PER_PEER_S * len(self._held))
+            self._speak_by(max(now, self._spoke_at + pause_s))
 
     def count_demand(self, model: str, now: float) -> None:
         """A client asked this gateway for `model`, whether or not anybody serves it.
@@ -224,18 +230,21 @@ def _bounded(offers: tuple[Offer, ...]) -> tuple[Offer, ...]:
     return tuple(replace(offer, sessions=offer.sessions[-share:]) for offer in offers)
 
 
+def _is_other(said: tuple[Offer, ...], offers: tuple[Offer, ...]) -> bool:
+    """Whether there is another model, or one in another state."""
+
+    def identity(offer: Offer) -> tuple[object, ...]:
+        return (offer.digest, offer.name, offer.state, offer.context_tokens, offer.slots)
+
+    return [identity(offer) for offer in said] != [identity(offer) for offer in offers]
+
+
 def _is_news(said: tuple[Offer, ...], offers: tuple[Offer, ...]) -> bool:
-    """Whether a listener would decide differently: another model, state or chat, or
-    > 20 % of load."""
-    if len(said) != len(offers):
-        return True
+    """Whether a listener would decide differently: another chat held, or > 20 % of load."""
     return any(_offer_is_news(old, new) for old, new in zip(said, offers, strict=True))
 
 
 def _offer_is_news(old: Offer, new: Offer) -> bool:
-    identity = (old.digest, old.name, old.state, old.context_tokens, old.slots)
-    if identity != (new.digest, new.name, new.state, new.context_tokens, new.slots):
-        return True
     if old.sessions != new.sessions:
         return True  # the next turn of that chat may come through any gateway
     load_old = old.slots_busy + old.queue_depth

@@ -355,6 +355,7 @@ class Stack:
             case Leaving():
                 self.discovery.left(peer)
                 link.stage = _Stage.GREETED
+                link.hello_by = now + HELLO_TIMEOUT_S
                 return [*self._forget(peer, "it left"), Disconnect(peer, "it left")]
         return [Disconnect(peer, f"unexpected {type(message).__name__}")]
 

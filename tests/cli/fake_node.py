@@ -83,6 +83,8 @@ class FakeNode(ThreadingHTTPServer):
         """Set: an answer ends. Cleared: it hangs after its pieces."""
         self.go_on.set()
         self.asked: list[dict[str, Any]] = []
+        self.key: str | None = None
+        """The API key it asks for, if any."""
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -99,6 +101,11 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["content-length"])))
+        key, shown = self.server.key, self.headers["authorization"]
+        if key is not None and self.path.startswith("/v1/") and shown != f"Bearer {key}":
+            error = {"message": "This API key is not known here.", "code": "invalid_api_key"}
+            self._reply(401, json.dumps({"error": error}).encode())
+            return
         self.server.asked.append(body)
         if self.path == "/api/invite":
             self._reply(200, b'{"token": "mesh1.abc", "expires_at": 1800000000}')

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -73,8 +74,15 @@ def test_the_banner_has_a_line_to_paste() -> None:
     words = shlex.split(command)
     assert words[1] == "http://127.0.0.1:9337/v1/chat/completions"
     assert json.loads(words[-1])["model"] == "m"
-    assert "password" not in shown
-    assert "password" in banner(INFO, load({"api": "0.0.0.0:9337"}, {}, None))
+    assert "asks for no key" not in shown
+    assert "asks for no key" in banner(INFO, load({"api": "0.0.0.0:9337"}, {}, None))
+
+
+def test_the_banner_of_a_locked_api_says_where_the_key_goes() -> None:
+    shown = banner(replace(INFO, asks_for_key=True), load({"api": "0.0.0.0:9337"}, {}, None))
+    assert '-H "authorization: Bearer $MESHNODE_API_KEY"' in shown
+    assert "meshnode/api-keys.toml" in shown
+    assert "asks for no key" not in shown
 
 
 def test_loading_is_told_in_tenths_and_how_it_ended() -> None:
@@ -94,12 +102,14 @@ def test_logs_are_json_lines_without_tokens(capsys: pytest.CaptureFixture[str]) 
     try:
         set_up_logging("json", "info")
         logging.getLogger("meshnode.x").info("joining with %s now", "mesh1.se-cret_1")
+        logging.getLogger("meshnode.x").info("asked with %s", "mesh-sk-se-cret_2")
         logging.getLogger("meshnode.x").debug("not shown")
         logging.getLogger("libp2p.y").error("an ordinary hang-up")
     finally:
         root.handlers[:] = handlers
         root.setLevel(level)
-    (line,) = capsys.readouterr().err.splitlines()
+    line, other = capsys.readouterr().err.splitlines()
     record = json.loads(line)
+    assert json.loads(other)["message"] == "asked with mesh-sk-[hidden]"
     assert (record["level"], record["logger"]) == ("info", "meshnode.x")
     assert record["message"] == "joining with mesh1.[hidden] now"

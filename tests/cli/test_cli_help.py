@@ -37,6 +37,7 @@ def test_the_commands_are_all_there() -> None:
     assert names == {
         *("serve", "client", "mesh", "mesh create", "mesh list", "mesh show", "invite"),
         *("status", "peers", "models", "chat", "doctor", "version"),
+        *("key", "key create", "key list", "key revoke"),
     }
 
 
@@ -65,7 +66,7 @@ def test_every_option_says_what_it_is_for() -> None:
     assert silent == []
 
 
-@pytest.mark.parametrize("arguments", [(), ("mesh",)])
+@pytest.mark.parametrize("arguments", [(), ("mesh",), ("key",)])
 def test_nothing_to_do_prints_help(meshnode: Run, arguments: tuple[str, ...]) -> None:
     result = meshnode(*arguments)
     assert result.exit_code == 0

@@ -24,6 +24,8 @@ from tests.e2e.mesh import (
 )
 
 FIND_S = 30.0
+NEWS_S = 2.0
+"""Adverts tell who holds a chat within a second and a half; people read an answer for longer."""
 LEAVE_S = 2.0
 LOST_S = 4.0
 """A peer that dies or falls silent is noticed in three; one for the machine's own slowness."""
@@ -117,10 +119,11 @@ def test_a_model_of_one_node_is_reached_from_all(nodes: Nodes) -> None:
         assert "Paris" in reply.text
 
 
-@pytest.mark.parametrize("subject", ["tea", "rain", "iron", "salt"])
+@pytest.mark.parametrize("subject", ["tea", "rain", "iron"])
 def test_second_turn_through_another_gateway_finds_its_cache(nodes: Nodes, subject: str) -> None:
     opening = f"Tell me one thing about {subject}."
     first = nodes.a.ask(opening)
+    time.sleep(NEWS_S)
     for gateway in (nodes.gate, nodes.b, nodes.c):
         second = gateway.ask(opening, first.text, "And another one.")
         assert second.served_by == first.served_by
