@@ -409,6 +409,7 @@ class _Exchange:
         self._h11 = connection
         self._limits = limits
         self._start: Message | None = None
+        self._is_chunked = False
         self._over = False  # the answer is complete, or nobody is left to read it
         self._refusal: int | None = None
         self._scope = trio.CancelScope()
@@ -519,9 +520,14 @@ class _Exchange:
             head = h11.Response(status_code=self._start["status"], headers=self._start["headers"])
             self._start = None
             wire = self._h11.send(head) or b""
+            self._is_chunked = b"\r\ntransfer-encoding: chunked\r\n" in wire.lower()
         body = message.get("body", b"")
         if body and self.scope["method"] != "HEAD":
-            wire += self._h11.send(h11.Data(data=body)) or b""
+            if self._is_chunked:
+                # What h11 would make of it, at a tenth of the price; a chunk changes no state.
+                wire += b"%x\r\n%b\r\n" % (len(body), body)
+            else:
+                wire += self._h11.send(h11.Data(data=body)) or b""
         if not message.get("more_body", False):
             wire += self._h11.send(h11.EndOfMessage()) or b""
             self._over = True

@@ -256,7 +256,7 @@ class Libp2pHost:
         return known is not None and known.admission.is_set()
 
     def rtt_s(self, peer: PeerId) -> float | None:
-        """Smoothed round-trip time of a connected peer; None if it is not connected."""
+        """Round-trip time of a connected peer; None if it is not connected."""
         known = self._peers.get(peer)
         if known is None:
             return None

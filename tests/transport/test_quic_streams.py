@@ -354,3 +354,25 @@ async def test_connection_close_delivers_what_was_read_and_fails_the_rest() -> N
                 await far.write(b"x")
             with pytest.raises(ConnectionLost):
                 await ends.accepted.open_stream()
+
+
+async def test_what_streams_write_in_one_scheduler_pass_shares_a_datagram() -> None:
+    async with pair() as ends:
+        with trio.fail_after(HANG_S):
+            streams = [await ends.stream() for _ in range(16)]
+            go = trio.Event()
+
+            async def write_a_token(stream: Stream) -> None:
+                await go.wait()
+                await stream.write(b"token")
+
+            async with trio.open_nursery() as nursery:
+                for near, _ in streams:
+                    nursery.start_soon(write_a_token, near)
+                await trio.testing.wait_all_tasks_blocked(0.05)
+                sent_before = ends.dialer.statistics().datagrams_sent
+                go.set()
+            for _, far in streams:
+                assert await far.read(100) == b"token"
+            # The first leaves at once, the others together; one more may be an acknowledgement.
+            assert 2 <= ends.dialer.statistics().datagrams_sent - sent_before <= 3

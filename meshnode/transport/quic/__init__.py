@@ -45,6 +45,19 @@ its cover is taken away (tests/transport/test_quic_core.py unless said otherwise
     IndexError; and any bug that hostile bytes reach would raise through us.
     test_a_server_without_a_packet_has_nothing_to_do,
     test_an_engine_failure_ends_the_connection_only
+11. Every lone packet is acknowledged in a datagram of its own 1 ms later, even if data leaves
+    in between.  So acknowledgements wait for company and travel with data.
+    test_a_lone_packet_is_acknowledged_late_but_before_it_seems_lost,
+    test_an_acknowledgement_travels_with_an_answer
+12. Round trips are at least 1 ms, and a peer's wait is subtracted wholly or not at all, so that
+    on a shorter path its wait counts as path.  So we limit what is subtracted, not whether.
+    test_the_round_trip_is_the_paths_and_not_the_wait_for_company
+13. To find out that there is nothing to send costs as much as a packet, and most datagrams call
+    for no answer.  So it is not asked then.  test_a_quiet_engine_has_nothing_to_send
+
+A token's way is kept short: readers run before their connection answers (endpoint.py), a lone
+write leaves at once, and what others write in the same scheduler pass leaves together after it
+(session.py).
 
 The engine is behind one seam: replacing aioquic means rewriting `_Engine` and the few private
 names `connection.py` reads, nothing else.

@@ -40,7 +40,8 @@ from aioquic.quic.packet import (
     pull_quic_header,
 )
 from aioquic.quic.packet_builder import QuicDeliveryState, QuicPacketBuilder
-from aioquic.quic.recovery import QuicPacketSpace
+from aioquic.quic.rangeset import RangeSet
+from aioquic.quic.recovery import QuicPacketRecovery, QuicPacketSpace
 from aioquic.quic.stream import QuicStream
 from aioquic.tls import Epoch
 
@@ -73,6 +74,21 @@ IDLE_TIMEOUT_S = 30.0
 # RFC 9002 section 6.2.2 says 333 ms; volunteers' paths are mostly shorter, and a first
 # retransmission after 200 ms costs one packet.
 INITIAL_RTT_S = 0.1
+# How long a lone packet waits for company before it is acknowledged.  We announce 25 ms
+# (RFC 9000 section 18.2, the default); the rest is what a busy process may be late.  It
+# exceeds the gap between the tokens of a quick model, so that two share an acknowledgement.
+ACK_DELAY_S = 0.02
+# The second packet is acknowledged this much later, not at once: its reader goes first.
+ACK_SOON_S = 0.001
+# Packets that ask for an acknowledgement before one is sent (RFC 9000 section 13.2.2).
+PACKETS_PER_ACK = 2
+# The timer granularity of RFC 9002 section 6.1.2: how late a Python process that shares its
+# CPUs with inference may be without its packets being taken for lost.
+GRANULARITY_S = 0.01
+# The engine subtracts a wait only from what is longer than the sum of it and the least.
+RTT_EPSILON_S = 0.000_001
+# Round trips that `rtt_s` looks back on; an idle connection makes one per `keepalive_s`.
+RTT_SAMPLES = 8
 # Packets under one key: AES-GCM allows 2^23 (RFC 9001 section 6.6), the engine counts none.
 KEY_PACKETS_MAX = 2**22
 # aioquic may name a time in the past; never spin faster than this.
@@ -359,6 +375,9 @@ class ConnectionCore:
             return []
         datagrams: list[Datagram] = []
         with self._engine_failure_is_the_end():
+            if not self._probe_sizes and engine.is_quiet(now):
+                return []
+            engine.bring_acknowledgements(now)
             self._check_path()
             if engine._packet_number - self._keys_since_packet > KEY_PACKETS_MAX:
                 self._keys_since_packet = engine._packet_number
@@ -407,9 +426,11 @@ class ConnectionCore:
 
     @property
     def rtt_s(self) -> float:
-        """Smoothed round-trip time in seconds; the initial guess before the first sample."""
-        loss = self.engine._loss
-        return float(loss._rtt_smoothed) if loss._rtt_initialized else INITIAL_RTT_S
+        """The least of the latest round trips, in seconds; the initial guess before the first.
+
+        What is above the least is waiting, mostly for a busy process, and not the path.
+        """
+        return min(self.engine.recovery.latest_rtts_s, default=INITIAL_RTT_S)
 
     @property
     def datagram_bytes(self) -> int:
@@ -615,8 +636,18 @@ class _Engine(QuicConnection):
         )
         # libp2p uses no unidirectional streams.
         self._local_max_streams_uni = Limit(QuicFrameType.MAX_STREAMS_UNI, "max_streams_uni", 0)
+        self._unacknowledged = 0  # packets received that ask for it, since we last did
         self._pacer = BurstPacer(self._max_datagram_size)
-        self._loss._pacer = self._pacer  # type: ignore[assignment]
+        self.recovery = _Recovery(
+            congestion_control_algorithm=configuration.congestion_control_algorithm,
+            initial_rtt=configuration.initial_rtt,
+            max_datagram_size=self._max_datagram_size,
+            peer_completed_address_validation=not self._is_client,
+            send_probe=self._send_probe,
+            logger=self._logger,
+        )
+        self.recovery._pacer = self._pacer  # type: ignore[assignment]
+        self._loss = self.recovery
 
     def _initialize(self, peer_cid: bytes) -> None:
         super()._initialize(peer_cid)
@@ -627,7 +658,73 @@ class _Engine(QuicConnection):
         self, context: QuicReceiveContext, plain: bytes, crypto_frame_required: bool = False
     ) -> tuple[bool, bool]:
         self.heard_at = context.time
-        return super()._payload_received(context, plain, crypto_frame_required)
+        asks_for_ack, is_probing = super()._payload_received(context, plain, crypto_frame_required)
+        if asks_for_ack and context.epoch is Epoch.ONE_RTT:
+            self._unacknowledged += 1
+        return asks_for_ack, is_probing
+
+    # --- acknowledgements -------------------------------------------------------------------
+
+    def receive_datagram(self, data: bytes, addr: Address, now: float) -> None:
+        """As the engine, but acknowledge lone packets late (RFC 9000 section 13.2.1)."""
+        if not self._handshake_confirmed:
+            super().receive_datagram(data, addr, now)
+            return
+        space = self._spaces[Epoch.ONE_RTT]
+        expected = space.largest_received_packet + 1
+        due_at = space.ack_at
+        super().receive_datagram(data, addr, now)
+        if space.ack_at is None:
+            return
+        if space.largest_received_packet != expected:
+            space.ack_at = now  # out of order: the peer shall repair the gap
+        elif self._unacknowledged >= PACKETS_PER_ACK:
+            space.ack_at = min(space.ack_at, now + ACK_SOON_S)
+        elif due_at is None:
+            space.ack_at = now + ACK_DELAY_S
+
+    def bring_acknowledgements(self, now: float) -> None:
+        """Something is about to be sent: what is to be acknowledged goes along."""
+        space = self._spaces[Epoch.ONE_RTT]
+        if self._handshake_confirmed and space.ack_at is not None:
+            space.ack_at = min(space.ack_at, now)
+
+    def _write_ack_frame(
+        self, builder: QuicPacketBuilder, space: QuicPacketSpace, now: float
+    ) -> None:
+        super()._write_ack_frame(builder, space, now)
+        if space.is_application_data:
+            self._unacknowledged = 0
+
+    # --- sending ----------------------------------------------------------------------------
+
+    def is_quiet(self, now: float) -> bool:
+        """Whether nothing is to be sent, for certain.
+
+        Building no packet costs the engine as much as building one, and most of what is
+        received calls for none.
+        """
+        if not self._handshake_confirmed or self._state is not QuicConnectionState.CONNECTED:
+            return False
+        ack_at = self._spaces[Epoch.ONE_RTT].ack_at
+        path = self._network_paths[0]
+        return not (
+            (ack_at is not None and ack_at <= now)
+            or self._close_pending
+            or self._ping_pending
+            or self._probe_pending
+            or self.has_windows_to_announce
+            or self._has_stream_limit_to_announce
+            or self._handshake_done_pending
+            or self._retire_connection_ids
+            or self._streams_blocked_pending
+            or len(self._network_paths) > 1
+            or not path.is_validated
+            or path.remote_challenges
+            or not self._crypto_streams[Epoch.ONE_RTT].sender.buffer_is_empty
+            or not all(connection_id.was_sent for connection_id in self._host_cids)
+            or any(map(_has_something_to_send, self._streams_queue))
+        )
 
     def _flush_builder(
         self,
@@ -671,6 +768,12 @@ class _Engine(QuicConnection):
         return bool(self._windows_to_announce) or (
             self._local_max_data.sent != self._local_max_data.value
         )
+
+    @property
+    def _has_stream_limit_to_announce(self) -> bool:
+        # The engine's own rule: when the peer may open fewer than it would be granted.
+        limit = self._local_max_streams_bidi
+        return limit.sent - limit.used < limit.value - limit.sent
 
     def _write_connection_limits(self, builder: QuicPacketBuilder, space: QuicPacketSpace) -> None:
         # The engine doubles MAX_DATA when half of it was *received*; hide what was.
@@ -745,6 +848,48 @@ class _Engine(QuicConnection):
         return self._flush_builder(
             builder=builder, network_path=path, peer_cid=self._peer_cid.cid, now=now
         )
+
+
+class _Recovery(QuicPacketRecovery):
+    """aioquic's loss detection, right about round trips shorter than a late acknowledgement."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**settings)
+        self.latest_rtts_s: deque[float] = deque(maxlen=RTT_SAMPLES)
+
+    def get_probe_timeout(self, *, include_max_ack_delay: bool = True) -> float:
+        probe_timeout_s = super().get_probe_timeout(include_max_ack_delay=include_max_ack_delay)
+        if not self._rtt_initialized:
+            return float(probe_timeout_s)
+        return float(probe_timeout_s + max(0.0, GRANULARITY_S - 4 * self._rtt_variance))
+
+    def on_ack_received(
+        self, *, ack_rangeset: RangeSet, ack_delay: float, now: float, space: QuicPacketSpace
+    ) -> None:
+        """Subtract what the peer waited, down to the least round trip seen.
+
+        The engine subtracts all or nothing, and takes no round trip for shorter than 1 ms: on
+        shorter ones an acknowledgement that waited 20 ms would count as 20 ms of path.
+        """
+        newest = space.sent_packets.get(ack_rangeset.bounds().stop - 1)
+        if newest is not None and newest.is_ack_eliciting and newest.sent_time is not None:
+            rtt_s = now - newest.sent_time
+            ack_delay = min(
+                ack_delay, self.max_ack_delay, max(0.0, rtt_s - self._rtt_min - RTT_EPSILON_S)
+            )
+            self.latest_rtts_s.append(rtt_s - ack_delay)
+        super().on_ack_received(
+            ack_rangeset=ack_rangeset, ack_delay=ack_delay, now=now, space=space
+        )
+
+
+def _has_something_to_send(stream: QuicStream) -> bool:
+    return bool(
+        not stream.sender.buffer_is_empty
+        or stream.sender.reset_pending
+        or stream.receiver.stop_pending
+        or stream.is_finished  # to be discarded, which may raise the peer's limit
+    )
 
 
 def initial_packet_id(datagram: bytes) -> bytes | None:

@@ -3,10 +3,10 @@
 Decides: which connection a datagram belongs to, who may start one, when to send and when
 the next timer is due.  Does not know: what is inside a datagram, libp2p.
 
-One task receives: it sleeps until the socket is readable or the earliest timer is due, reads
-up to a batch of datagrams, and lets each connection answer once per batch.  The socket is
-always drained before timers run, so that a process that was stopped for a while finds its
-peers' packets before it decides that they are dead.
+One task receives: it reads up to a batch of datagrams, lets the tasks that waited for their
+bytes run, and only then lets each connection answer, once per batch.  Another keeps time.  It
+drains the socket before it runs timers, so that a process that was stopped for a while finds
+its peers' packets before it decides that they are dead.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import secrets
 import socket
 import struct
 from collections import Counter, deque
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass
 
 import trio
@@ -42,6 +42,9 @@ logger = logging.getLogger(__name__)
 # Datagrams read before their connections answer: one acknowledgement covers the batch, yet
 # other tasks run between batches.
 BATCH_DATAGRAMS = 64
+# Scheduler passes between received bytes and our answer to them: tasks woken by the bytes run
+# in the next pass, in no order that is ours to choose.
+PASSES_FOR_READERS = 2
 # Batches read before timers run regardless, so that a flood cannot stop them.
 BATCHES_BEFORE_TIMERS = 32
 # Larger than any datagram we announce or probe for.
@@ -141,8 +144,9 @@ class Endpoint:
             async with trio.open_nursery() as nursery:
                 self._nursery = nursery
                 nursery.start_soon(self._send_unsent)
+                nursery.start_soon(self._keep_time)
                 task_status.started()
-                await self._receive_and_keep_time()
+                await self._receive()
         finally:
             self._nursery = None
             for connection in list(self._connections):
@@ -199,15 +203,25 @@ class Endpoint:
 
     # --- the tasks --------------------------------------------------------------------------
 
-    async def _receive_and_keep_time(self) -> None:
+    async def _receive(self) -> None:
+        while True:
+            await trio.lowlevel.wait_readable(self._socket)
+            touched, _ = self._receive_batch(trio.current_time())
+            for _ in range(PASSES_FOR_READERS):
+                await trio.lowlevel.checkpoint()
+            for connection in touched:
+                self._flush(connection)
+
+    async def _keep_time(self) -> None:
         while True:
             with trio.CancelScope(deadline=self._next_timer()) as self._sleep_scope:
-                await trio.lowlevel.wait_readable(self._socket)
+                await trio.sleep_forever()
             now = trio.current_time()
             for _ in range(BATCHES_BEFORE_TIMERS):
-                if not self._receive_batch(now):
-                    break
-                if self._next_timer() > now:
+                touched, is_drained = self._receive_batch(now)
+                for connection in touched:
+                    self._flush(connection)
+                if is_drained:
                     break
             self._run_timers(now)
 
@@ -226,16 +240,16 @@ class Endpoint:
 
     # --- receiving ----------------------------------------------------------------------------
 
-    def _receive_batch(self, now: float) -> bool:
-        """Read and answer one batch; False if the socket is drained."""
+    def _receive_batch(self, now: float) -> tuple[Iterable[Connection], bool]:
+        """Read one batch; who is to answer (call `_flush`), and whether the socket is drained."""
         touched: dict[Connection, None] = {}
         receive = self._socket.recvfrom
-        drained = False
+        is_drained = False
         for count in range(BATCH_DATAGRAMS):
             try:
                 datagram, sender = receive(RECEIVE_BYTES_MAX)
             except BlockingIOError:
-                drained = True
+                is_drained = True
                 if count == 0:
                     self._take_icmp_hints(now)
                 break
@@ -250,8 +264,8 @@ class Endpoint:
                 connection.core.receive(datagram, sender, now)
                 touched[connection] = None
         for connection in touched:
-            self._flush(connection)
-        return not drained
+            connection.wake()
+        return touched, is_drained
 
     def _connection_for(self, datagram: bytes, sender: Address, now: float) -> Connection | None:
         if not datagram:

@@ -214,7 +214,7 @@ class MuxedConnection(IMuxedConn):
 
     @property
     def rtt_s(self) -> float:
-        """Smoothed round-trip time in seconds."""
+        """The least of the latest round-trip times, in seconds."""
         return self.connection.core.rtt_s
 
     @property

@@ -25,6 +25,8 @@ class Connection:
         self._streams_waiting = trio.Event()  # replaced by each waiting `accept_stream`
         self._may_open = trio.Event()  # replaced by each waiting `open_stream`
         self._blocked_writers: set[StreamCore] = set()
+        self._is_corked = False  # a writer has just sent, and will send once more
+        self._is_more_written = False
 
     @property
     def remote(self) -> Address:
@@ -94,6 +96,24 @@ class Connection:
         """Send what is ready, then `wake`."""
         self._flush(self)
 
+    async def send_written(self) -> None:
+        """Send what was written, at once if it is alone.
+
+        The first writer of a scheduler pass sends at once.  What others write in the same
+        pass, as the streams of a batching engine do, leaves together after it.
+        """
+        if self._is_corked:
+            self._is_more_written = True
+            await trio.lowlevel.cancel_shielded_checkpoint()
+            return
+        self.flush()
+        self._is_corked = True
+        await trio.lowlevel.cancel_shielded_checkpoint()
+        self._is_corked = False
+        if self._is_more_written:
+            self._is_more_written = False
+            self.flush()
+
     def wake(self) -> None:
         """Called by the endpoint after every exchange with the core."""
         core = self.core
@@ -147,17 +167,24 @@ class Stream:
             StreamClosed: this side closed or reset it, perhaps during the wait.
             ConnectionLost: the connection ended before the stream did.
         """
-        async with self._reading:
-            while (data := self.core.take(bytes_max)) is None:
+        await _acquire(self._reading)
+        try:
+            data = self.core.take(bytes_max)
+            if data is not None:
+                await trio.lowlevel.cancel_shielded_checkpoint()
+            while data is None:
                 changed = trio.Event()
                 self.core.wake_reader = changed.set
                 try:
                     await changed.wait()
                 finally:
                     self.core.wake_reader = None
+                data = self.core.take(bytes_max)
             if self.connection.core.engine.has_windows_to_announce:
                 self.connection.flush()
             return data
+        finally:
+            self._reading.release()
 
     async def write(self, data: bytes | bytearray | memoryview) -> None:
         """Queue all of `data`, blocking while too much is unacknowledged.
@@ -170,23 +197,25 @@ class Stream:
             StreamClosed: this side has ended its writing.
             ConnectionLost: the connection has ended.
         """
-        async with self._writing:
-            rest = memoryview(data)
-            try:
-                while True:
-                    room = self.core.room()
-                    if not rest:
-                        return
-                    if room == 0:
-                        await self.connection.wait_for_room(self.core)
-                        continue
-                    self.core.put(rest[:room])
-                    rest = rest[room:]
-                    self.connection.flush()
-            except trio.Cancelled:
-                if len(rest) < len(data):
-                    self.reset()
-                raise
+        await _acquire(self._writing)
+        rest = memoryview(data)
+        try:
+            while True:
+                room = self.core.room()
+                if room == 0 and rest:
+                    await self.connection.wait_for_room(self.core)
+                    continue
+                self.core.put(rest[:room])
+                rest = rest[room:]
+                await self.connection.send_written()
+                if not rest:
+                    return
+        except trio.Cancelled:
+            if len(rest) < len(data):
+                self.reset()
+            raise
+        finally:
+            self._writing.release()
 
     def finish(self) -> None:
         """End the sending side after everything written: the peer reads the end."""
@@ -203,3 +232,12 @@ class Stream:
         self.core.finish()
         self.core.stop()
         self.connection.flush()
+
+
+async def _acquire(lock: trio.Lock) -> None:
+    """As `lock.acquire`, without a scheduler pass if the lock is free."""
+    await trio.lowlevel.checkpoint_if_cancelled()
+    try:
+        lock.acquire_nowait()
+    except trio.WouldBlock:
+        await lock.acquire()
