@@ -37,9 +37,10 @@ from meshnode.driver import Driver
 from meshnode.engine import Engine
 from meshnode.errors import ConfigError
 from meshnode.gateway import Candidate, Route, ServedModel
-from meshnode.gateway.app import create_api_app, create_tunnel_app
+from meshnode.gateway.app import create_api_app
 from meshnode.gateway.door import Door, open_door
 from meshnode.gateway.server import serve_api
+from meshnode.gateway.tunnel import TunnelApp
 from meshnode.hosted import HostedModel, find_models, run_models
 from meshnode.identity import KeyPair, PeerId
 from meshnode.joining import JOIN_PROTOCOL, Issuer
@@ -182,7 +183,7 @@ class Node:
                 nursery.cancel_scope.cancel()
 
     def _handle_streams(self) -> None:
-        tunnel = create_tunnel_app(self)
+        tunnel = TunnelApp(self)
 
         async def serve_tunnel(stream: Stream) -> None:
             await serve_asgi(stream, tunnel, {"client": (stream.peer_id, 0)})

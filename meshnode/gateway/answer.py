@@ -39,6 +39,7 @@ __all__ = [
     "HOPS_HEADER",
     "REQUEST_ID_HEADER",
     "RETRY_HEADER",
+    "SERVED_BY_HEADER",
     "SESSION_HEADER",
     "Answer",
     "Ask",
@@ -53,6 +54,8 @@ SESSION_HEADER = "x-meshnode-session"
 DIGEST_HEADER = "x-meshnode-digest"
 RETRY_HEADER = "x-meshnode-retry"
 REQUEST_ID_HEADER = "x-request-id"
+SERVED_BY_HEADER = "x-meshnode-served-by"
+ROUTE_HEADER = "x-meshnode-route"
 
 # A peer accepts after tokenising and queueing, not after prefill: ten seconds is an overloaded or
 # half-dead peer, and the next one is probably idle.
@@ -85,6 +88,19 @@ class Answer:
     served_by: str
     route: Literal["local", "tunnel"]
     body: AsyncIterator[bytes]
+
+    @property
+    def headers(self) -> dict[str, str]:
+        """What goes before the body, whoever carries it."""
+        headers = {
+            "content-type": self.content_type,
+            SERVED_BY_HEADER: self.served_by,
+            ROUTE_HEADER: self.route,
+        }
+        if self.content_type.startswith("text/event-stream"):
+            headers["cache-control"] = "no-cache"
+            headers["x-accel-buffering"] = "no"  # nginx in between would hold the tokens back
+        return headers
 
 
 @dataclass(frozen=True, slots=True)

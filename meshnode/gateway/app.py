@@ -1,19 +1,13 @@
-"""The gateway's routes, for clients and for peers.
+"""The gateway's routes for clients: models, chat and text completions, health.
 
-Decides which paths exist, what each error looks like on the wire, and what a peer may ask of us.
-Does not know sockets or streams: `server.py` serves the API app to clients, the node serves the
-tunnel app to peers with `transport.http.serve_asgi`.
-
-* `create_api_app`     models, chat and text completions, health; routes each request in the mesh.
-                       Behind a door, whoever asks for more than health needs an API key
-* `create_tunnel_app`  chat and text completions only, answered by an engine of this very node
+Decides which paths exist and who may take them: behind a door, whoever asks for more than health
+needs an API key. Does not know sockets (`server.py`), nor how a request is answered (`answer.py`).
+What peers may ask is in `tunnel.py`.
 """
 
 from __future__ import annotations
 
 import logging
-import math
-import re
 import secrets
 from collections.abc import Callable
 from contextlib import AsyncExitStack
@@ -27,28 +21,10 @@ from quart_trio.asgi import TrioASGIHTTPConnection
 from quart_trio.wrappers import TrioRequest
 from werkzeug.exceptions import HTTPException
 
-from meshnode.errors import (
-    EngineBusyError,
-    EngineError,
-    NoReplicaError,
-    RequestError,
-    UnknownModelError,
-)
+from meshnode.errors import MeshnodeError, UnknownModelError
 from meshnode.gateway import Mesh
-from meshnode.gateway.answer import (
-    DIGEST_HEADER,
-    HOPS_HEADER,
-    REQUEST_ID_HEADER,
-    RETRY_HEADER,
-    SESSION_HEADER,
-    Answer,
-    Ask,
-    NobodyAnsweredError,
-    answer,
-    answer_locally,
-)
+from meshnode.gateway.answer import REQUEST_ID_HEADER, SERVED_BY_HEADER, Answer, Ask, answer
 from meshnode.gateway.door import Door
-from meshnode.gateway.keys import BadKeyError, LimitError
 from meshnode.gateway.openai import (
     Call,
     decode_chat,
@@ -57,13 +33,12 @@ from meshnode.gateway.openai import (
     encode_model,
     encode_models,
 )
-from meshnode.gateway.session import SESSION_BYTES, session_key
+from meshnode.gateway.refusal import refusal_of
+from meshnode.gateway.session import session_key
 from meshnode.transport.http import BODY_BYTES_MAX, TunnelPool
 
-__all__ = ["GatewayLimits", "create_api_app", "create_tunnel_app"]
+__all__ = ["GatewayLimits", "create_api_app"]
 
-SERVED_BY_HEADER = "x-meshnode-served-by"
-ROUTE_HEADER = "x-meshnode-route"
 CHAT_PATH = "/v1/chat/completions"
 TEXT_PATH = "/v1/completions"
 
@@ -72,7 +47,6 @@ BODY_TIMEOUT_S = 60
 # 96 bits: unique among all requests of all nodes.
 REQUEST_ID_BYTES = 12
 
-_REQUEST_ID = re.compile(r"[0-9a-f]{24}")
 _log = logging.getLogger(__name__)
 
 Body = bytes | Any
@@ -158,16 +132,6 @@ def create_api_app(
             _owned().callback(visitor.leave)
             g.tenant = visitor.name.encode()
 
-    @app.errorhandler(BadKeyError)
-    async def bad_key(error: BadKeyError) -> Result:
-        body = encode_error(str(error), "invalid_request_error", code="invalid_api_key")
-        return _json(body, 401, {"www-authenticate": "Bearer"})
-
-    @app.errorhandler(LimitError)
-    async def over_limit(error: LimitError) -> Result:
-        body = encode_error(str(error), "requests", code="rate_limit_exceeded")
-        return _json(body, 429, _retry_after(error.retry_after_s))
-
     return app
 
 
@@ -182,74 +146,13 @@ def _token() -> str | None:
     return request.headers.get("x-api-key")
 
 
-def create_tunnel_app(mesh: Mesh, limits: GatewayLimits | None = None) -> QuartTrio:
-    """The app for peers: what they forward is answered here or not at all, never forwarded."""
-    app = _create_app(mesh, limits or GatewayLimits())
-
-    async def complete(decode: Callable[[bytes], Call]) -> Result:
-        hops = request.headers.get(HOPS_HEADER, "")
-        if not hops:
-            raise RequestError(
-                f"A tunnelled request carries `{HOPS_HEADER}: 1`.", param=HOPS_HEADER
-            )
-        if hops != "1":
-            message = f"A request is forwarded once; this one has {HOPS_HEADER} {hops[:16]!r}."
-            return _json(encode_error(message, "server_error", code="loop_detected"), 508)
-        body = await _body()
-        call = decode(body)
-        digest = request.headers.get(DIGEST_HEADER, "")
-        engine = mesh.engine(digest)
-        if engine is None:
-            message = f"The model `{call.model}` is not loaded on this node."
-            return _json(
-                encode_error(message, "server_error", code="not_loaded"),
-                503,
-                {RETRY_HEADER: "elsewhere"},
-            )
-        ask = Ask(call, g.request_id, _peer_session(), request.path, body)
-        return _result(await answer_locally(engine, ask, digest, mesh.peer_id, _owned()))
-
-    @app.post(CHAT_PATH)
-    async def chat() -> Result:
-        return await complete(decode_chat)
-
-    @app.post(TEXT_PATH)
-    async def text() -> Result:
-        return await complete(decode_text)
-
-    @app.before_request
-    async def adopt_request_id() -> None:
-        given = request.headers.get(REQUEST_ID_HEADER, "")
-        if _REQUEST_ID.fullmatch(given):
-            g.request_id = given
-
-    return app
-
-
 async def _body() -> bytes:
     body: bytes = await request.get_data(cache=False, as_text=False, parse_form_data=False)
     return body
 
 
-def _peer_session() -> bytes:
-    given = request.headers.get(SESSION_HEADER, "")
-    if not re.fullmatch(rf"[0-9a-f]{{{2 * SESSION_BYTES}}}", given):
-        raise RequestError(
-            f"`{SESSION_HEADER}` must be {SESSION_BYTES} bytes in hex.", param=SESSION_HEADER
-        )
-    return bytes.fromhex(given)
-
-
 def _result(answer: Answer) -> Result:
-    headers = {
-        "content-type": answer.content_type,
-        SERVED_BY_HEADER: answer.served_by,
-        ROUTE_HEADER: answer.route,
-    }
-    if answer.content_type.startswith("text/event-stream"):
-        headers["cache-control"] = "no-cache"
-        headers["x-accel-buffering"] = "no"  # nginx in between would hold the tokens back
-    return answer.body, answer.status, headers
+    return answer.body, answer.status, answer.headers
 
 
 def _json(body: bytes, status: int = 200, headers: dict[str, str] | None = None) -> Result:
@@ -257,7 +160,7 @@ def _json(body: bytes, status: int = 200, headers: dict[str, str] | None = None)
 
 
 # ---------------------------------------------------------------------------------------------
-# What both apps share
+# Requests that own what they hold open, and errors in OpenAI's shape
 # ---------------------------------------------------------------------------------------------
 
 
@@ -310,61 +213,12 @@ def _create_app(mesh: Mesh, limits: GatewayLimits) -> QuartTrio:
         response.headers.setdefault(SERVED_BY_HEADER, mesh.peer_id)
         return response
 
-    @app.errorhandler(RequestError)
-    async def bad_request(error: RequestError) -> Result:
-        return _json(
-            encode_error(str(error), "invalid_request_error", param=error.param, code=error.code),
-            400,
-        )
-
-    @app.errorhandler(UnknownModelError)
-    async def unknown_model(error: UnknownModelError) -> Result:
-        return _json(
-            encode_error(
-                str(error),
-                "invalid_request_error",
-                param="model",
-                code="model_not_found",
-                models=error.known,
-            ),
-            404,
-        )
-
-    @app.errorhandler(NoReplicaError)
-    async def no_replica(error: NoReplicaError) -> Result:
-        return _json(
-            encode_error(
-                str(error), "server_error", param="model", code="no_replica", state=error.state
-            ),
-            503,
-            _retry_after(error.retry_after_s),
-        )
-
-    @app.errorhandler(NobodyAnsweredError)
-    async def nobody_answered(error: NobodyAnsweredError) -> Result:
-        attempts = [{"peer": a.peer_id, "reason": a.reason} for a in error.attempts]
-        return _json(
-            encode_error(
-                str(error),
-                "server_error",
-                code="replicas_failed",
-                state=error.state,
-                attempts=attempts,
-            ),
-            503,
-            _retry_after(error.retry_after_s),
-        )
-
-    @app.errorhandler(EngineError)
-    async def engine_failed(error: EngineError) -> Result:
-        """Only in the tunnel app: the API app turns to the next candidate."""
-        busy = isinstance(error, EngineBusyError)
-        retry_after_s = error.retry_after_s if isinstance(error, EngineBusyError) else 1.0
-        return _json(
-            encode_error(str(error), "server_error", code="busy" if busy else "engine_failed"),
-            503,
-            {RETRY_HEADER: "elsewhere", **_retry_after(retry_after_s)},
-        )
+    @app.errorhandler(MeshnodeError)
+    async def refused(error: MeshnodeError) -> Result:
+        refusal = refusal_of(error)
+        if refusal is None:
+            return await bug(error)
+        return _json(refusal.body, refusal.status, refusal.headers)
 
     @app.errorhandler(HTTPException)
     async def http_error(error: HTTPException) -> Result:
@@ -388,7 +242,3 @@ _HTTP_ERRORS = {
     408: ("The body did not arrive in time.", "request_timeout"),
     413: ("The body is too large.", "body_too_large"),
 }
-
-
-def _retry_after(seconds: float) -> dict[str, str]:
-    return {"retry-after": str(max(1, math.ceil(seconds)))}

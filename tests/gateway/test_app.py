@@ -4,16 +4,23 @@ from __future__ import annotations
 
 import json
 
+import httpx
 import pytest
 import trio
 
 from meshnode.gateway import Candidate
-from meshnode.gateway.app import GatewayLimits, create_api_app, create_tunnel_app
+from meshnode.gateway.app import GatewayLimits, create_api_app
+from meshnode.gateway.tunnel import TunnelApp
 from tests.fakes import DIGEST, MODEL, FakeMesh, WordEngine, local_mesh
 
 CHAT = {"model": MODEL, "messages": [{"role": "user", "content": "to be or"}]}
 TEXT = {"model": MODEL, "prompt": "to be or", "max_tokens": 4}
 TUNNEL = {"x-meshnode-hops": "1", "x-meshnode-session": "00" * 16, "x-meshnode-digest": DIGEST}
+
+
+def peer_of(app):
+    """A peer that asks the tunnel app, without a stream in between."""
+    return httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://node")
 
 
 @pytest.fixture
@@ -243,7 +250,7 @@ async def test_mounted_routes_are_on_the_api_only(engine):
     assert (
         await create_api_app(mesh, mount=mount).test_client().get("/api/status")
     ).status_code == 200
-    tunnel = create_tunnel_app(mesh).test_client()
+    tunnel = peer_of(TunnelApp(mesh))
     for path in ("/api/status", "/v1/models", "/healthz", "/readyz", "/"):
         assert (await tunnel.get(path, headers=TUNNEL)).status_code == 404
 
@@ -262,24 +269,24 @@ TUNNEL_ERRORS = [
 @pytest.mark.parametrize(("change", "status"), TUNNEL_ERRORS)
 async def test_tunnel_refuses(engine, change, status):
     headers = {key: value for key, value in {**TUNNEL, **change}.items() if value is not None}
-    tunnel = create_tunnel_app(local_mesh(engine)).test_client()
+    tunnel = peer_of(TunnelApp(local_mesh(engine)))
     response = await tunnel.post("/v1/chat/completions", json=CHAT, headers=headers)
     assert response.status_code == status
-    assert json.loads(await response.get_data())["error"]["message"]
+    assert json.loads(response.content)["error"]["message"]
     assert response.headers.get("x-meshnode-retry") == ("elsewhere" if status == 503 else None)
     assert engine.requests == []
 
 
 async def test_tunnel_answers_with_the_request_id_it_was_given(engine):
-    tunnel = create_tunnel_app(local_mesh(engine)).test_client()
+    tunnel = peer_of(TunnelApp(local_mesh(engine)))
     headers = {**TUNNEL, "x-request-id": "0123456789abcdef01234567"}
     response = await tunnel.post("/v1/completions", json=TEXT, headers=headers)
-    assert json.loads(await response.get_data())["id"] == "cmpl-0123456789abcdef01234567"
+    assert json.loads(response.content)["id"] == "cmpl-0123456789abcdef01234567"
     assert engine.requests[0].session == bytes(16)
 
 
 async def test_busy_tunnel_sends_elsewhere():
-    tunnel = create_tunnel_app(local_mesh(WordEngine(busy=True))).test_client()
+    tunnel = peer_of(TunnelApp(local_mesh(WordEngine(busy=True))))
     response = await tunnel.post("/v1/completions", json=TEXT, headers=TUNNEL)
     assert response.status_code == 503
     assert response.headers["x-meshnode-retry"] == "elsewhere"

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from meshnode.config import load as load_config
 from meshnode.errors import ConfigError
 from meshnode.gateway import Candidate, keys
-from meshnode.gateway.app import create_api_app, create_tunnel_app
+from meshnode.gateway.app import create_api_app
 from meshnode.gateway.door import LOOK_EVERY_S, Door, open_door
 from meshnode.gateway.keys import (
     ApiKey,
@@ -35,6 +35,7 @@ from meshnode.gateway.keys import (
     without_key,
 )
 from meshnode.gateway.server import serve_api
+from meshnode.gateway.tunnel import TunnelApp
 from tests.fakes import MODEL, FakeMesh, WordEngine, local_mesh, tunnel_to
 
 HANG_S = 30.0
@@ -509,7 +510,7 @@ async def test_a_key_never_reaches_a_peer_or_a_log(file, nursery, caplog, capfd)
     token = file.create("alice")
     seen = []
     engine = WordEngine(die_after=2)
-    app = create_tunnel_app(local_mesh(engine, "peer-b"))
+    app = TunnelApp(local_mesh(engine, "peer-b"))
 
     async def recording(scope, receive, send):
         seen.append(scope["headers"])

@@ -18,8 +18,9 @@ import trio.testing
 
 from meshnode.errors import ConfigError
 from meshnode.gateway import Candidate, server
-from meshnode.gateway.app import create_api_app, create_tunnel_app
+from meshnode.gateway.app import create_api_app
 from meshnode.gateway.server import serve_api
+from meshnode.gateway.tunnel import TunnelApp
 from meshnode.transport.http import HttpConnection
 from tests.fakes import MODEL, FakeMesh, WordEngine, local_mesh, tunnel_to
 
@@ -121,7 +122,7 @@ async def test_openais_client_is_content():
 async def test_openais_client_is_content_through_a_tunnel():
     async with trio.open_nursery() as nursery:
         mesh = FakeMesh("peer-a", candidates=(Candidate("peer-b", False, "ranked"),))
-        far = create_tunnel_app(local_mesh(WordEngine(), "peer-b"))
+        far = TunnelApp(local_mesh(WordEngine(), "peer-b"))
         mesh.tunnels["peer-b"] = tunnel_to(far, nursery)
         async with serving(mesh) as (port, _):
             await trio.to_thread.run_sync(talk, port)
@@ -190,7 +191,7 @@ async def test_a_slow_reader_holds_the_engine_back(nursery, route):
     mesh = local_mesh(engine)
     if route == "tunnel":
         mesh = FakeMesh("peer-a", candidates=(Candidate("peer-b", False, "ranked"),))
-        far = create_tunnel_app(local_mesh(engine, "peer-b"))
+        far = TunnelApp(local_mesh(engine, "peer-b"))
         # Without a buffer of its own: what is held back is held back by the code in between.
         mesh.tunnels["peer-b"] = tunnel_to(far, nursery, pair=trio.testing.lockstep_stream_pair)
     big = {"messages": [{"role": "user", "content": "x" * 4000}]}

@@ -10,7 +10,8 @@ import trio.testing
 
 from meshnode.gateway import Candidate
 from meshnode.gateway import answer as answer_module
-from meshnode.gateway.app import create_api_app, create_tunnel_app
+from meshnode.gateway.app import create_api_app
+from meshnode.gateway.tunnel import TunnelApp
 from tests.fakes import MODEL, FakeMesh, WordEngine, local_mesh, tunnel_to
 
 CHAT = {"model": MODEL, "messages": [{"role": "user", "content": "to be or"}]}
@@ -29,7 +30,7 @@ class Link:
         for name, engine in engines.items():
             peer_id = f"peer-{name}"
             self.meshes[name] = local_mesh(engine, peer_id)
-            app = create_tunnel_app(self.meshes[name])
+            app = TunnelApp(self.meshes[name])
             self.mesh.tunnels[peer_id] = tunnel_to(app, nursery, self.streams)
             candidates.append(Candidate(peer_id, False, "ranked"))
         self.mesh.candidates = tuple(candidates)
