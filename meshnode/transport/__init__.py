@@ -1,11 +1,12 @@
 """How bytes and peers are reached: the interface that everything above stands on.
 
-In data-flow order: `quic/` is our QUIC transport and `libp2p.py` the host that uses it (TCP with
-Noise and Yamux beside it); `dht.py` and `gossip.py` run py-libp2p's Kademlia and gossipsub for one
-mesh, through the proxy in `mesh_host.py`; `mdns.py` finds peers on a LAN; `http.py` carries
-HTTP/1.1 over any stream and `frames.py` messages; `addresses.py` reads and writes multiaddrs.
-Nothing outside this package imports libp2p or aioquic. A transport knows peers and protocol ids;
-it knows no model and no request.
+In data-flow order: `quic/` is our QUIC transport, `libp2p.py` the host that uses it, with TCP,
+Noise and Yamux (`yamux.py`) beside it; `multistream.py` agrees on a stream's protocol; `dht.py` and
+`gossip.py` run py-libp2p's Kademlia and gossipsub for one mesh, through the proxy in
+`mesh_host.py`; `mdns.py` finds peers on a LAN; `http.py` carries HTTP/1.1 over any stream and
+`frames.py` messages; `addresses.py` reads and writes multiaddrs. Nothing outside this package
+imports libp2p or aioquic. A transport knows peers and protocol ids; it knows no model and no
+request.
 """
 
 from __future__ import annotations

@@ -9,7 +9,8 @@ What py-libp2p 0.8.1 gets wrong is mended here, each with its reason:
 * inbound slots leak until the node is deaf: the limiter is lifted, our own limit counts peers;
 * the auto-connector and pruner dial and hang up on their own: switched off, `Discovery` decides;
 * a new stream costs two round trips of multistream-select before the first byte: ours sends the
-  protocol id together with the first bytes (the spec allows it) and checks the echo on reading.
+  protocol id together with the first bytes (the spec allows it) and checks the echo on reading;
+  on the listening side `multistream.py` answers in one packet what py-libp2p answers in two.
 
 Members only: a protocol handler is called for peers that the node has admitted (`admit`), and
 waits a moment for an admission under way; everybody else gets a reset stream.
@@ -47,7 +48,7 @@ from multiaddr.exceptions import Error as MultiaddrError
 
 from meshnode.errors import ConfigError, PeerUnreachableError, RemoteProtocolError
 from meshnode.identity import PeerId, public_key_of
-from meshnode.transport import Stream
+from meshnode.transport import Stream, multistream
 from meshnode.transport.addresses import resolved
 from meshnode.transport.quic.libp2p import QuicTransport
 from meshnode.transport.yamux import WatchedYamux
@@ -68,7 +69,6 @@ RTT_UNKNOWN_S = 0.02
 END_TIMEOUT_S = 1.0
 """Ending a stream only queues a frame; a peer that does not take even that is left."""
 READ_BYTES = 64 * 1024
-_MULTISTREAM = b"\x13/multistream/1.0.0\n"
 
 Handler = Callable[[Stream], Awaitable[None]]
 # It makes its own Yamux, whatever class the options say.
@@ -103,7 +103,7 @@ class Libp2pStream(Stream):
         self._owner = owner
         self._protocol = protocol
         self._peer_id = PeerId(str(raw.muxed_conn.peer_id))
-        proposal = _frame_multistream(protocol) if opened else b""
+        proposal = multistream.proposal(protocol) if opened else b""
         self._unsent = proposal
         self._unseen = proposal
         self._sent_eof = False
@@ -188,13 +188,6 @@ class Libp2pStream(Stream):
         return data
 
 
-def _frame_multistream(protocol: str) -> bytes:
-    line = protocol.encode() + b"\n"
-    if len(line) > 127:
-        raise ValueError("protocol ids are shorter than 127 bytes")
-    return _MULTISTREAM + bytes([len(line)]) + line
-
-
 class Libp2pHost:
     """One node on the network. `running()` is its life."""
 
@@ -226,6 +219,8 @@ class Libp2pHost:
         network._inbound_limiter.total_tokens = math.inf
         network.auto_connector.maybe_connect = _connect_to_nobody
         network.register_notifee(_Notifee(self))
+        network.notify_opened_stream = _tell_nobody
+        network.set_stream_handler(self._serve_inbound)
         self._network = network
         self._peers: dict[PeerId, _Peer] = {}
         self.peer_id = PeerId(str(self.raw.get_id()))
@@ -348,7 +343,7 @@ class Libp2pHost:
     ) -> None:
         """As `handle`, for py-libp2p's own services, which want its stream type."""
 
-        async def guarded(net_stream: INetStream) -> None:
+        async def for_members(net_stream: INetStream) -> None:
             peer = PeerId(str(net_stream.muxed_conn.peer_id))
             # A stream can be here before py-libp2p has told us of its connection; and one of a
             # connection that was given up must not speak for the peer beside its successor.
@@ -359,15 +354,29 @@ class Libp2pHost:
                 logger.debug("refused %s to %s: not a member", protocol, peer)
                 await net_stream.reset()
                 return
-            try:
-                await handler(net_stream)
-            except (*STREAM_ERRORS, trio.BrokenResourceError, trio.ClosedResourceError) as error:
-                logger.debug("stream %s of %s broke: %s", protocol, peer, error)
-            except Exception:
-                logger.exception("handler of %s failed; the stream of %s is reset", protocol, peer)
-                await net_stream.reset()
+            await handler(net_stream)
 
-        self.raw.set_stream_handler(TProtocol(protocol), guarded)
+        self.raw.set_stream_handler(TProtocol(protocol), for_members)
+
+    async def _serve_inbound(self, net_stream: INetStream) -> None:
+        """A stream that a peer has opened: agree on its protocol, run the handler, guarded."""
+        peer = str(net_stream.muxed_conn.peer_id)
+        handlers: Any = self.raw.multiselect.handlers  # type: ignore[attr-defined]
+        protocol: str | None = None
+        try:
+            with trio.move_on_after(NEGOTIATION_TIMEOUT_S):
+                raw = net_stream.muxed_stream  # type: ignore[attr-defined]
+                protocol = await multistream.answer(raw, handlers)
+            if protocol is None:
+                await net_stream.reset()
+                return
+            net_stream.set_protocol(TProtocol(protocol))
+            await handlers[protocol](net_stream)
+        except (*STREAM_ERRORS, trio.BrokenResourceError, trio.ClosedResourceError) as error:
+            logger.debug("stream %s of %s broke: %s", protocol, peer, error)
+        except Exception:
+            logger.exception("handler of %s failed; the stream of %s is reset", protocol, peer)
+            await net_stream.reset()
 
     async def _wait_admitted(self, peer: PeerId) -> bool:
         known = self._peers.get(peer)
@@ -438,6 +447,10 @@ class Libp2pHost:
         known = self._peers.get(peer)
         if known is not None and known.connection is connection:
             self._drop(peer, "connection lost")
+
+
+async def _tell_nobody(stream: INetStream) -> None:
+    """Nobody listens for opened streams, but py-libp2p would start a task each to tell them."""
 
 
 async def _connect_to_nobody() -> None:

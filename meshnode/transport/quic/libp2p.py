@@ -275,6 +275,11 @@ class MuxedStream(IMuxedStream):
     def stream_id(self) -> int:
         return self.stream.stream_id
 
+    @property
+    def unread_bytes(self) -> int:
+        """What a read would return without waiting."""
+        return self.stream.core.buffered_bytes
+
     async def read(self, n: int | None = None) -> bytes:
         """1 to `n` bytes (None or -1: whatever has arrived).
 
