@@ -20,6 +20,7 @@ from libp2p.host.ping import PingService
 from libp2p.network.exceptions import SwarmException
 from libp2p.network.stream.exceptions import StreamEOF, StreamReset
 from libp2p.peer.id import ID
+from libp2p.peer.peerstore import PeerStoreError
 from libp2p.transport.exceptions import OpenConnectionError
 from multiaddr import Multiaddr
 
@@ -89,6 +90,14 @@ async def dial(here: IHost, there: IHost) -> None:
     await here.get_network().dial_addr(address, there.get_id())
 
 
+def identified(here: IHost, there: IHost) -> bool:
+    """Whether `here` has learned by identify what `there` speaks."""
+    try:
+        return "/echo/1" in here.get_peerstore().get_protocols(there.get_id())
+    except PeerStoreError:
+        return False  # not even its name yet
+
+
 async def test_hosts_negotiate_ping_and_identify() -> None:
     first, second = ours(), ours()
     async with running(first, second):
@@ -100,7 +109,7 @@ async def test_hosts_negotiate_ping_and_identify() -> None:
         with pytest.raises(StreamEOF):
             await stream.read(1)
         assert len(await PingService(first).ping(second.get_id(), ping_amt=3)) == 3
-        while "/echo/1" not in first.get_peerstore().get_protocols(second.get_id()):
+        while not identified(first, second):
             await trio.sleep(0.01)
 
         connection = muxed(first, second)
@@ -231,5 +240,5 @@ async def test_interoperates_with_the_stock_transport(dialer: object, listener: 
             digest += await stream.read(32 - len(digest))
         assert digest == hashlib.sha256(body).digest()
         await stream.close()
-        while "/echo/1" not in here.get_peerstore().get_protocols(there.get_id()):
+        while not identified(here, there):
             await trio.sleep(0.01)
