@@ -84,10 +84,12 @@ class Rates:
     """Smoothed tokens per second; 0.0 before the first measurement.
 
     Prefill is counted over steps that only prefill, decoding over steps that only decode and
-    over all sessions together; mixed steps count for neither.
+    over all sessions together; mixed steps count for neither. The first prefill is not counted:
+    it reads the weights from the disk, and a node that looks slow gets no work to correct that.
     """
 
     def __init__(self) -> None:
+        self._is_warm = False
         self.prefill_tokens_per_s = 0.0
         self.decode_tokens_per_s = 0.0
 
@@ -95,7 +97,10 @@ class Rates:
         if wall_s <= 0:
             return
         if not decode_tokens and prefill_tokens >= WIDE_BATCH_TOKENS_MIN:
-            self.prefill_tokens_per_s = _smooth(self.prefill_tokens_per_s, prefill_tokens / wall_s)
+            if self._is_warm:
+                rate = prefill_tokens / wall_s
+                self.prefill_tokens_per_s = _smooth(self.prefill_tokens_per_s, rate)
+            self._is_warm = True
         elif decode_tokens and not prefill_tokens:
             self.decode_tokens_per_s = _smooth(self.decode_tokens_per_s, decode_tokens / wall_s)
 

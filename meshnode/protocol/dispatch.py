@@ -31,9 +31,9 @@ BYTES_PER_TOKEN = 4
 OVERLOAD = 1.25
 """The holder of a session keeps it below this multiple of the mean load (bounded-load hashing,
 Mirrokni et al. 2016, with the factor measured best on the Mooncake trace)."""
-MISPLACED_S = 0.25
-"""At least this much a placement off the hash must save: else the round-trip times, which differ
-between gateways, would decide where short prompts go, and gateways would disagree."""
+MISPLACED_S = 1.0
+"""At least this much a placement off the hash must save: else the noise in measured rates and the
+round-trip times, which differ between gateways, would decide where short prompts go."""
 RETRY_AFTER_LOADING_S = 2.0
 RETRY_AFTER_NOBODY_S = 10.0
 

@@ -58,6 +58,8 @@ def test_rates_take_pure_steps_only() -> None:
     rates.observe(prefill_tokens=100, decode_tokens=1, wall_s=1.0)
     rates.observe(prefill_tokens=3, decode_tokens=0, wall_s=1.0)
     assert (rates.prefill_tokens_per_s, rates.decode_tokens_per_s) == (0.0, 0.0)
+    rates.observe(prefill_tokens=100, decode_tokens=0, wall_s=9.9)
+    assert rates.prefill_tokens_per_s == 0.0, "that one read the weights from the disk"
     rates.observe(prefill_tokens=100, decode_tokens=0, wall_s=0.5)
     rates.observe(prefill_tokens=0, decode_tokens=4, wall_s=0.1)
     assert (rates.prefill_tokens_per_s, rates.decode_tokens_per_s) == (200.0, 40.0)
