@@ -298,7 +298,7 @@ class Node:
         reached = {self.own, *self._rtts_s()}
         served: list[ServedModel] = []
         for (name, digest), offered in sorted(rows.items()):
-            # A peer's offer arrives with its hello; only after the handshake can it be asked.
+            # Gossip may tell of an offer before its peer is connected and can be asked.
             ready = tuple(p for p, offer in offered if offer.state == "ready" and p in reached)
             states = {offer.state for _, offer in offered}
             is_meant = resolve(name, offered_by).digest == digest

@@ -37,6 +37,7 @@ from meshnode.transport.http import HttpResponse, TunnelPool
 __all__ = [
     "DIGEST_HEADER",
     "HOPS_HEADER",
+    "REQUEST_ID_BYTES",
     "REQUEST_ID_HEADER",
     "RETRY_HEADER",
     "SERVED_BY_HEADER",
@@ -54,6 +55,8 @@ SESSION_HEADER = "x-meshnode-session"
 DIGEST_HEADER = "x-meshnode-digest"
 RETRY_HEADER = "x-meshnode-retry"
 REQUEST_ID_HEADER = "x-request-id"
+# 96 bits: unique among all requests of all nodes.
+REQUEST_ID_BYTES = 12
 SERVED_BY_HEADER = "x-meshnode-served-by"
 ROUTE_HEADER = "x-meshnode-route"
 

@@ -23,7 +23,14 @@ from werkzeug.exceptions import HTTPException
 
 from meshnode.errors import MeshnodeError, UnknownModelError
 from meshnode.gateway import Mesh
-from meshnode.gateway.answer import REQUEST_ID_HEADER, SERVED_BY_HEADER, Answer, Ask, answer
+from meshnode.gateway.answer import (
+    REQUEST_ID_BYTES,
+    REQUEST_ID_HEADER,
+    SERVED_BY_HEADER,
+    Answer,
+    Ask,
+    answer,
+)
 from meshnode.gateway.door import Door
 from meshnode.gateway.openai import (
     Call,
@@ -44,8 +51,6 @@ TEXT_PATH = "/v1/completions"
 
 # A client that needs longer to upload its request is holding a connection, not asking.
 BODY_TIMEOUT_S = 60
-# 96 bits: unique among all requests of all nodes.
-REQUEST_ID_BYTES = 12
 
 _log = logging.getLogger(__name__)
 

@@ -20,6 +20,7 @@ from meshnode.gateway import Mesh
 from meshnode.gateway.answer import (
     DIGEST_HEADER,
     HOPS_HEADER,
+    REQUEST_ID_BYTES,
     REQUEST_ID_HEADER,
     RETRY_HEADER,
     SERVED_BY_HEADER,
@@ -37,10 +38,9 @@ __all__ = ["TunnelApp"]
 
 BODY_TIMEOUT_S = 60
 """A gateway has the whole body before it forwards it; slower than this is a broken path."""
-REQUEST_ID_BYTES = 12
 
 _ROUTES = {"/v1/chat/completions": decode_chat, "/v1/completions": decode_text}
-_REQUEST_ID = re.compile(r"[0-9a-f]{24}")
+_REQUEST_ID = re.compile(rf"[0-9a-f]{{{2 * REQUEST_ID_BYTES}}}")
 _SESSION = re.compile(rf"[0-9a-f]{{{2 * SESSION_BYTES}}}")
 _log = logging.getLogger(__name__)
 

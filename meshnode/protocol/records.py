@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+from meshnode.credentials import CLOCK_SKEW_S
 from meshnode.errors import RemoteProtocolError
 from meshnode.identity import PeerId, Signed
 from meshnode.messages import NodeRecord, decode
@@ -19,8 +20,6 @@ RECORD_BYTES_MAX = 8 * 1024
 """The longest legal record, 16 addresses and 32 models, has 6.5 KiB with its signature."""
 RECORDS_MAX = 4096
 """About 2 MiB of records; a mesh beyond that finds the rest through the DHT when needed."""
-CLOCK_SKEW_S = 15 * 60
-"""How far apart two members' clocks may be; bounds the replay of a record to its life + this."""
 
 
 @dataclass(frozen=True, slots=True)
