@@ -27,6 +27,20 @@ SESSION_HASH_BYTES = 4
 """512 four-byte hashes are 2 KiB an offer; with 512 held sessions a foreign session is taken for
 held once in 8 million, and then costs one prefill on a peer that could serve it anyway."""
 CHAIN_MAX = 3
+VOTERS_MAX = 10
+"""Seven in a private mesh, ten in an open one: more make agreement slower, not safer."""
+ITEMS_MAX = 256
+STANDBYS_MAX = 2
+CLAIMS_MAX = 64
+ORDERS_MAX = 64
+CONSENTS_MAX = ITEMS_MAX + 64
+GROUPS_MAX = 8
+LINEAGE_MAX = 64
+"""Changes of voters told at once, about 1 KiB each; whoever is further behind asks again."""
+JUSTIFICATION_MAX = 64
+LINKS_MAX = 64
+HASH_BYTES = 32
+SIGNATURE_BYTES = 64
 
 # Patterns end in \Z: a $ would let a line break through, into logs, headers and terminals.
 _MODEL_NAME = r"^[A-Za-z0-9][A-Za-z0-9._:-]*\Z"
@@ -45,6 +59,14 @@ UnixSeconds = Annotated[int, Meta(ge=0, lt=2**40)]
 Rate = Annotated[float, Meta(ge=0.0, le=1e9)]
 Envelope = Annotated[bytes, Meta(max_length=64 * 1024)]
 Role = Literal["node", "gateway", "bootstrap", "issuer"]
+GroupId = MeshId
+"""The hash of a group's genesis, in as many hex digits as a mesh's."""
+Epoch = Annotated[int, Meta(ge=0, lt=2**53)]
+View = Annotated[int, Meta(ge=0, lt=2**31)]
+Hash = Annotated[bytes, Meta(min_length=HASH_BYTES, max_length=HASH_BYTES)]
+Signature = Annotated[bytes, Meta(min_length=SIGNATURE_BYTES, max_length=SIGNATURE_BYTES)]
+RightName = Annotated[str, Meta(min_length=1, max_length=128, pattern=r"^[!-~]+\Z")]
+Voters = Annotated[tuple[PeerIdText, ...], Meta(min_length=1, max_length=VOTERS_MAX)]
 
 
 class Message(Struct, frozen=True, forbid_unknown_fields=True, tag=True, tag_field="t"):
@@ -107,10 +129,23 @@ class Offer(Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Demand(Struct, frozen=True, forbid_unknown_fields=True):
-    """Requests per second for one model name at one gateway (an EWMA)."""
+    """Requests per second for one model name at one gateway (EWMAs): all, and those that found
+    every replica full."""
 
     model: ModelName
     requests_per_s: Rate
+    refused_per_s: Rate = 0.0
+
+
+class Link(Struct, frozen=True, forbid_unknown_fields=True):
+    """The way from the advert's author to `peer`, as the author measured it.
+
+    `bytes_per_s` is 0 while it has not been measured.
+    """
+
+    peer: PeerIdText
+    rtt_us: Count
+    bytes_per_s: Count = 0
 
 
 class Advert(Message, frozen=True):
@@ -124,6 +159,259 @@ class Advert(Message, frozen=True):
     memory_bytes: Count
     cores: Count
     accelerator: Annotated[str, Meta(max_length=64, pattern=_PRINTABLE)]
+    links: Annotated[tuple[Link, ...], Meta(max_length=LINKS_MAX)] = ()
+
+
+# --- what a group decides (protocol/agreement.py) ------------------------------------------------
+
+
+class Shard(Struct, frozen=True, forbid_unknown_fields=True, order=True):
+    """A part of a model: units `first` to `end` (exclusive) of `of`.
+
+    Units are layers; of an expert shard they are the shards themselves.
+    """
+
+    kind: Literal["whole", "layers", "experts"]
+    first: Annotated[int, Meta(ge=0, lt=4096)]
+    end: Annotated[int, Meta(ge=1, le=4096)]
+    of: Annotated[int, Meta(ge=1, le=4096)]
+
+
+class Item(Struct, frozen=True, forbid_unknown_fields=True):
+    """One shard of one replica of a model: who has it, who would take over.
+
+    `bytes` is the memory its owner commits to it. `loading`: the owner prepares and others still
+    serve; `serving`; `draining`: the owner ends what is in flight and takes nothing new.
+    """
+
+    model: Digest
+    name: ModelName
+    replica: Annotated[int, Meta(ge=0, lt=65536)]
+    shard: Shard
+    owner: PeerIdText
+    standbys: Annotated[tuple[PeerIdText, ...], Meta(max_length=STANDBYS_MAX)]
+    state: Literal["loading", "serving", "draining"]
+    bytes: Count
+
+
+class Claim(Struct, frozen=True, forbid_unknown_fields=True):
+    """An exclusive right by its name, and who holds it since which epoch."""
+
+    right: RightName
+    holder: PeerIdText
+    since: Epoch
+
+
+class Genesis(Message, frozen=True):
+    """Where a group begins, signed by its creator. Its hash is the group's id.
+
+    `faults` sets the quorum: a majority against crashes, more than two thirds against liars.
+    """
+
+    mesh: MeshId
+    faults: Literal["crash", "byzantine"]
+    voters: Voters
+    nonce: Annotated[bytes, Meta(min_length=16, max_length=16)]
+
+
+class Header(Struct, frozen=True, forbid_unknown_fields=True):
+    """A block without its body: all that its hash covers. `voters` decide the next epoch."""
+
+    group: GroupId
+    epoch: Epoch
+    previous: Hash
+    voters: Voters
+    body: Hash
+
+
+class Body(Struct, frozen=True, forbid_unknown_fields=True):
+    """Who owns what, and the signed words that entitle it: `orders` in force (`Order`) and the
+    `consents` (`Consent`) of all owners and standbys."""
+
+    items: Annotated[tuple[Item, ...], Meta(max_length=ITEMS_MAX)] = ()
+    claims: Annotated[tuple[Claim, ...], Meta(max_length=CLAIMS_MAX)] = ()
+    orders: Annotated[tuple[Envelope, ...], Meta(max_length=ORDERS_MAX)] = ()
+    consents: Annotated[tuple[Envelope, ...], Meta(max_length=CONSENTS_MAX)] = ()
+
+
+class Consent(Message, frozen=True):
+    """A node's word on one model: it has the file, verified, and would spend `bytes` of its
+    `memory_bytes` on it. `ready` says that it is loaded and proven; `wanted` that the node's
+    own operator wants it served there. Signed by the node; the highest sequence counts.
+    """
+
+    group: GroupId
+    sequence: Sequence
+    model: Digest
+    name: ModelName
+    state: Literal["file", "ready", "failed", "gone"]
+    wanted: bool
+    bytes: Count
+    memory_bytes: Count
+    weight_bytes: Count
+    layers: Annotated[int, Meta(ge=0, le=4096)]
+
+
+class Order(Message, frozen=True):
+    """What an operator or a node asks of a group, signed by the node it was given to.
+
+    `pin`: serve model `subject` on `peer`; `drain`: take everything off `peer`; `unpin` and
+    `undrain` take that back. `claim` and `release`: the right `subject`, for the signer itself.
+    `epoch` is the newest the signer knew: an order that is much older is void.
+    """
+
+    group: GroupId
+    sequence: Sequence
+    epoch: Epoch
+    action: Literal["pin", "unpin", "drain", "undrain", "claim", "release"]
+    subject: Annotated[str, Meta(max_length=128, pattern=_PRINTABLE)]
+    peer: Annotated[str, Meta(max_length=64, pattern=_PRINTABLE)]
+
+
+class Recovery(Message, frozen=True):
+    """Signed by the mesh's root: `header` stands although no quorum decided it."""
+
+    header: Header
+
+
+class Vote(Message, frozen=True):
+    """One voter's word in one view. `block` is all zeros for `nullify`."""
+
+    group: GroupId
+    epoch: Epoch
+    view: View
+    kind: Literal["notarize", "nullify", "finalize"]
+    block: Hash
+    voter: PeerIdText
+    signature: Signature
+
+
+class Ballot(Struct, frozen=True, forbid_unknown_fields=True):
+    """One vote within a certificate: the voter's place among the epoch's voters."""
+
+    voter: Annotated[int, Meta(ge=0, lt=VOTERS_MAX)]
+    signature: Signature
+
+
+class QuorumCertificate(Message, frozen=True):
+    """A quorum's equal votes. Anybody who knows the epoch's voters can verify it."""
+
+    group: GroupId
+    epoch: Epoch
+    view: View
+    kind: Literal["notarize", "nullify", "finalize"]
+    block: Hash
+    ballots: Annotated[tuple[Ballot, ...], Meta(min_length=1, max_length=VOTERS_MAX)]
+
+
+class Handover(Struct, frozen=True, forbid_unknown_fields=True):
+    """A header that named other voters, and what proves it: a certificate, or the root's word."""
+
+    header: Header
+    certificate: QuorumCertificate | None
+    recovery: Envelope | None = None
+
+
+# --- agreement between voters, owners and everybody else -----------------------------------------
+
+
+class Proposal(Message, frozen=True):
+    """The leader's block for a view, with its own vote for it.
+
+    `parent_view` is 0, or the view in which this very block was notarized; `justification` holds
+    that notarization and the nullifications of the views between.
+    """
+
+    header: Header
+    body: Body
+    parent_view: View
+    justification: Annotated[
+        tuple[QuorumCertificate, ...], Meta(max_length=JUSTIFICATION_MAX)
+    ]
+    vote: Vote
+
+
+class Decided(Message, frozen=True):
+    """The newest block one knows with its proof: catching up is this one message.
+
+    `lineage` holds the changes of voters since the asker's `anchor`. If those do not fit into one
+    message, there is no block, and the asker asks again from the last.
+    """
+
+    genesis: Envelope
+    lineage: Annotated[tuple[Handover, ...], Meta(max_length=LINEAGE_MAX)]
+    newest: Handover | None
+    body: Body | None
+
+
+class GetDecided(Message, frozen=True):
+    """Send me what is newer than `epoch`; I know the voters' changes up to `anchor`."""
+
+    group: GroupId
+    epoch: Epoch
+    anchor: Epoch
+
+
+class Standing(Struct, frozen=True, forbid_unknown_fields=True):
+    """The newest epoch one knows of a group."""
+
+    group: GroupId
+    epoch: Epoch
+
+
+class Heartbeat(Message, frozen=True):
+    """I am alive, and this is how far I am. Voters answer it with `Support`."""
+
+    sequence: Sequence
+    standings: Annotated[tuple[Standing, ...], Meta(max_length=GROUPS_MAX)]
+
+
+class Support(Message, frozen=True):
+    """The answer to heartbeat `sequence`: for the lease time, counted from its receipt, this
+    voter will not vote to take an exclusive right from the receiver in any of the groups."""
+
+    sequence: Sequence
+    standings: Annotated[tuple[Standing, ...], Meta(max_length=GROUPS_MAX)]
+
+
+class News(Message, frozen=True):
+    """The sender knows these epochs; whoever is behind asks for them."""
+
+    standings: Annotated[tuple[Standing, ...], Meta(max_length=GROUPS_MAX)]
+
+
+class Consents(Message, frozen=True):
+    """`Consent`s of the sender, to a voter."""
+
+    consents: Annotated[tuple[Envelope, ...], Meta(max_length=GROUPS_MAX * MODELS_MAX)]
+
+
+class Orders(Message, frozen=True):
+    """`Order`s, to a voter; passed on as they were signed."""
+
+    orders: Annotated[tuple[Envelope, ...], Meta(max_length=ORDERS_MAX)]
+
+
+class Suspicion(Message, frozen=True):
+    """Signed by `by`'s envelope: `suspect` is not answering. Spreads from peer to peer."""
+
+    mesh: MeshId
+    suspect: PeerIdText
+    incarnation: Sequence
+
+
+class Alive(Message, frozen=True):
+    """Signed by the suspect itself: I am here. A higher incarnation refutes lower suspicions."""
+
+    mesh: MeshId
+    incarnation: Sequence
+
+
+class Rumours(Message, frozen=True):
+    """`Suspicion` and `Alive` envelopes, as they were signed."""
+
+    suspicions: Annotated[tuple[Envelope, ...], Meta(max_length=64)]
+    refutations: Annotated[tuple[Envelope, ...], Meta(max_length=64)]
 
 
 # --- the control stream between two connected peers ----------------------------------------------
@@ -199,9 +487,16 @@ class JoinDenied(Message, frozen=True):
     reason: Reason
 
 
-Control = Hello | Welcome | Refused | GetPeers | Peers | Leaving
+Agreement = (
+    Heartbeat | Support | News | Consents | Orders | Proposal | Vote | QuorumCertificate
+    | Decided | GetDecided
+)  # fmt: skip
+Control = Hello | Welcome | Refused | GetPeers | Peers | Leaving | Rumours | Agreement
 Join = JoinRequest | JoinGranted | JoinDenied
-Record = Certificate | Invitation | NodeRecord | Advert | JoinProof
+Record = (
+    Certificate | Invitation | NodeRecord | Advert | JoinProof
+    | Genesis | Consent | Order | Recovery | Suspicion | Alive
+)  # fmt: skip
 
 M = TypeVar("M")
 
