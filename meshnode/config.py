@@ -34,6 +34,8 @@ SLOTS_MAX = 256
 CONTEXT_TOKENS_MIN = 64
 """Below this not even a system prompt fits."""
 CONTEXT_TOKENS_MAX = 2**24
+MEMORY_BYTES_MIN = 128 * 2**20
+"""Less than an engine takes before it has a model: a unit was mistaken."""
 ENV_PREFIX = "MESHNODE_"
 FILE_NAME = "config.toml"
 KEY_FILE_NAME = "api-keys.toml"
@@ -60,11 +62,14 @@ class Config:
     join: str | None = field(default=None, repr=False)
     mdns: bool = True  # peers on a LAN should need no set-up at all
 
-    # Engines: each PATH_OR_NAME[=ALIAS]. `context_tokens` None: as the model was trained, or
-    # what fits in memory.
+    # Engines: each PATH_OR_NAME[=ALIAS]. `models` are served here; `standbys` are kept on disk,
+    # verified, and loaded when the mesh asks. `context_tokens` None: as the model was trained, or
+    # what fits in memory. `memory_bytes` is what the mesh may fill with models; None: a share.
     models: tuple[str, ...] = ("default",)
+    standbys: tuple[str, ...] = ()
     context_tokens: int | None = None
     slots: int = SLOTS_DEFAULT
+    memory_bytes: int | None = None
 
     # Gateway: HOST:PORT, or "" for none. Who may use it stands in `key_file`.
     api: str = API_DEFAULT
@@ -102,6 +107,8 @@ _PEER = r"/p2p/[1-9A-HJ-NP-Za-km-z]+"
 _LISTEN = re.compile(r"/(ip4|ip6)/[0-9a-fA-F.:%]+/(udp/\d{1,5}/quic-v1|tcp/\d{1,5})")
 _BOOTSTRAP = re.compile(rf"/(ip4|ip6|dns|dns4|dns6)/\S+{_PEER}")
 _MESH_NAME = re.compile(r"[\w.-]{1,64}")
+_SIZE_UNITS = {"mib": 2**20, "gib": 2**30, "tib": 2**40, "mb": 10**6, "gb": 10**9, "tb": 10**12}
+_SIZE = re.compile(rf"(?P<number>\d{{1,6}}(\.\d{{1,3}})?) ?(?P<unit>{'|'.join(_SIZE_UNITS)})")
 _TRUE, _FALSE = ("1", "true", "yes", "on"), ("0", "false", "no", "off")
 
 
@@ -126,6 +133,14 @@ def is_loopback(host: str) -> bool:
         return False
 
 
+def size_bytes(text: str) -> int:
+    """8589934592 of "8GiB". Raises `ConfigError`."""
+    match = _SIZE.fullmatch(text.strip().lower())
+    if match is None:
+        raise ConfigError(f"{text!r} is not a size with its unit, for example 8GiB or 512MiB")
+    return int(float(match["number"]) * _SIZE_UNITS[match["unit"]])
+
+
 def is_mesh_name(text: str) -> bool:
     """Names become file names, and parts of addresses that people type."""
     return _MESH_NAME.fullmatch(text) is not None
@@ -141,12 +156,20 @@ def _is_api(text: str) -> bool:
     return True
 
 
+def _is_memory(text: str) -> bool:
+    try:
+        return size_bytes(text) >= MEMORY_BYTES_MIN
+    except ConfigError:
+        return False
+
+
 def _within(low: int, high: int) -> Callable[[str], bool]:
     return lambda text: low <= int(text) <= high
 
 
 SETTINGS: Mapping[str, _Setting] = {
     "model": _Setting(str, "PATH_OR_NAME[=ALIAS]", many=True),
+    "standby": _Setting(str, "PATH_OR_NAME[=ALIAS]", many=True),
     "api": _Setting(str, f'HOST:PORT such as "{API_DEFAULT}", or "" for none', _is_api),
     "api-key-file": _Setting(str, "a file of API keys, which `meshnode key create` makes"),
     "no-api-key": _Setting(bool, "true or false", lambda text: True),
@@ -176,6 +199,7 @@ SETTINGS: Mapping[str, _Setting] = {
         _within(CONTEXT_TOKENS_MIN, CONTEXT_TOKENS_MAX),
     ),
     "slots": _Setting(int, f"a number from 1 to {SLOTS_MAX}", _within(1, SLOTS_MAX)),
+    "memory": _Setting(str, "a size from 128MiB, with its unit: 8GiB, 512MiB, 16GB", _is_memory),
     "log-format": _Setting(
         str, " or ".join(get_args(LogFormat)), lambda text: text in get_args(LogFormat)
     ),
@@ -241,8 +265,12 @@ def _config(role: Role, values: Mapping[str, object]) -> Config:
     # One file may serve all three commands: what a role has no use for is left aside.
     if role != "node":
         fields["models"] = ()
-    elif "model" in values:
-        fields["models"] = values["model"]
+    elif "model" in values or "standby" in values:
+        # Whoever names only what to keep ready has decided against the default, too.
+        fields["models"] = values.get("model", ())
+        fields["standbys"] = values.get("standby", ())
+    if "memory" in values:
+        fields["memory_bytes"] = size_bytes(str(values["memory"]))
     if "api" in values:
         fields["api"] = values["api"]
     elif role == "bootstrap":

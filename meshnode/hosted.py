@@ -1,7 +1,9 @@
-"""The models this node runs: from `--model` to an engine that answers, each on its own.
+"""The models this node has: from `--model` and `--standby` to engines that answer.
 
-A model that cannot be found stops the start (the operator is looking); one that turns out to be
-damaged or too large is shown as failed, and the node goes on with the others.
+Decides when a model is loaded and how it is unloaded: a pinned one (`--model`) at once, a standby
+(`--standby`) when it is assigned here. Does not know who assigns. A model that cannot be found
+stops the start (the operator is looking); one that turns out to be damaged or too large is shown
+as failed, and the node goes on with the others.
 """
 
 from __future__ import annotations
@@ -9,18 +11,23 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import trio
 
 from meshnode.config import Config
 from meshnode.console.snapshot import ModelSnapshot
-from meshnode.engine import EngineStats, ModelCard
+from meshnode.engine import Engine, EngineStats, ModelCard
 from meshnode.engine.card import load_card
+from meshnode.engine.memory import MemoryNeed, context_for, memory_need
 from meshnode.engine.process import EngineOptions, EngineProcess
-from meshnode.errors import ModelLoadError
+from meshnode.errors import ConfigError, ModelLoadError
 from meshnode.messages import SESSIONS_MAX, Offer
 from meshnode.models.catalog import ModelSource, resolve
+from meshnode.models.digest import digest
+from meshnode.models.gguf import GgufHeader, read_header
 from meshnode.models.quantize import requantized
 from meshnode.protocol.dispatch import session_hash
 
@@ -28,43 +35,121 @@ logger = logging.getLogger(__name__)
 
 PREPARED = 0.4
 """The part of the progress bar for hashing (and requantising); the engine's load is the rest."""
+UNLOAD_DRAIN_S = 300.0
+"""What is in flight may take so long to end: the default context's 8192 tokens at 30 a second.
+Whoever is still reading then holds memory that the mesh has given to others."""
+LOAD_RETRY_AFTER_S = 120.0
+"""Memory may have come free or the file been mended; each try may cost three loads."""
+
+State = Literal["loading", "standby", "ready", "unloading", "failed", "stopped"]
+
+
+@dataclass(frozen=True, slots=True)
+class Holding:
+    """A model on this node's disk, verified, and what it would take to serve it here.
+
+    `state`: "loading" and "ready" hold memory, and an engine that takes no more requests is
+    "ready" until it has given it back; "failed" lasts until another try is worth it. `wanted`:
+    this node's operator wants it served here. `bytes`, estimated, is `weight_bytes` +
+    `kv_bytes_per_token` * `context_tokens` + `compute_bytes` (buffers and runtime).
+    """
+
+    name: str
+    digest: str
+    state: Literal["file", "loading", "ready", "failed"]
+    wanted: bool
+    weight_bytes: int
+    layers: int
+    bytes: int
+    kv_bytes_per_token: int
+    context_tokens: int
+    compute_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Identity:
+    """What is known of a file once it has been read through."""
+
+    card: ModelCard
+    header: GgufHeader
+    need: MemoryNeed
 
 
 class HostedModel:
-    """One model from its source to its engine."""
+    """One model from its source to its engine, loaded and unloaded as it is assigned.
 
-    def __init__(self, source: ModelSource, data_dir: Path, options: EngineOptions) -> None:
+    `engine` is there from a load's start to the unload's end, and shows why a load failed. Who
+    wants to ask it takes it from `engine_for`.
+    """
+
+    def __init__(
+        self, source: ModelSource, data_dir: Path, options: EngineOptions, *, pinned: bool = True
+    ) -> None:
         self.name = source.name
+        self.pinned = pinned
         self.created = int(time.time())
+        self.engine: EngineProcess | None = None
         self._source = source
         self._data_dir = data_dir
         self._options = options
+        self._identity: _Identity | None = None
         self._progress = 0.0
         self._error: str | None = None
-        self.engine: EngineProcess | None = None
+        # A pinned model waits for nobody: a second replica of it harms nothing.
+        self._assigned = pinned
+        self._assignment_changed = trio.Event()
+        self._draining = trio.CancelScope()
+        self._has_failed = False
+
+    def assign(self, load: bool) -> None:
+        """Have the model loaded (True) or not; `run` makes it so.
+
+        Idempotent. Loading again while requests drain keeps the engine as it is; after a failure,
+        only an assignment that was taken back and given anew is tried at once.
+        """
+        if load is self._assigned:
+            return
+        self._assigned = load
+        if load:
+            self._has_failed = False
+        self._draining.cancel()
+        self._assignment_changed.set()
+        self._assignment_changed = trio.Event()
+
+    # --- life -----------------------------------------------------------------------------------
 
     async def run(self) -> None:
-        """Prepare, load and keep the engine going until cancelled."""
-        try:
-            card = await self._prepare()
-        except ModelLoadError as error:
-            self._error = str(error)
-            logger.error("model %s: %s", self.name, error)
-            return
-        self.engine = EngineProcess(card, self._options)
-        await self.engine.run()
-        logger.error("model %s: %s", self.name, self.engine.stats().error)
+        """Identify the file, then load and unload it as assigned, until cancelled."""
+        while True:
+            try:
+                if self._identity is None:
+                    self._identity = await self._identify()
+                while True:
+                    await self._wait_assigned(True)
+                    await self._serve(self._identity.card)
+            except ModelLoadError as error:
+                self._error = str(error)
+                self._has_failed = True
+                logger.error("model %s: %s", self.name, error)
+            with trio.move_on_after(LOAD_RETRY_AFTER_S):
+                await self._wait_assigned_anew()
+            self._error = self.engine = None
+
+    async def _identify(self) -> _Identity:
+        card = await self._prepare()
+        header = await trio.to_thread.run_sync(read_header, card.path)
+        context_tokens = context_for(card.path, header, self._options.context_tokens)
+        return _Identity(card, header, memory_need(header, context_tokens))
 
     async def _prepare(self) -> ModelCard:
-        cache = self._data_dir / "cache"
         first = 0.1 if self._source.packaged else PREPARED
-        card = await load_card(self._source, cache, self._progress_between(0.0, first))
+        card = await load_card(self._source, self._cache_dir, self._progress_between(0.0, first))
         if not self._source.packaged:
             return card
         # The packaged default is small and slow to prefill as shipped: make it Q4_0, once.
         faster = await requantized(Path(card.path), card.digest, self._data_dir)
         again = self._progress_between(PREPARED - first, PREPARED)
-        return await load_card(ModelSource(self.name, faster), cache, again)
+        return await load_card(ModelSource(self.name, faster), self._cache_dir, again)
 
     def _progress_between(self, start: float, end: float) -> Callable[[float], None]:
         def on_progress(fraction: float) -> None:
@@ -72,8 +157,100 @@ class HostedModel:
 
         return on_progress
 
+    async def _serve(self, card: ModelCard) -> None:
+        """Load, keep the engine going, and unload. Raises `ModelLoadError` if it never will."""
+        if await digest(Path(card.path), self._cache_dir) != card.digest:
+            raise ModelLoadError(f"{card.path} has changed since it was verified; start again.")
+        engine = self.engine = EngineProcess(card, self._options)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._end_when_unneeded, engine, nursery.cancel_scope)
+            await engine.run()
+            nursery.cancel_scope.cancel()
+        stats = engine.stats()
+        if stats.state == "failed":  # it stays, to be looked at until the next try
+            raise ModelLoadError(stats.error or "the engine cannot be started")
+        self.engine = None
+        logger.info("model %s: unloaded", self.name)
+
+    async def _end_when_unneeded(self, engine: EngineProcess, serving: trio.CancelScope) -> None:
+        """Cancel `serving` once the model is not assigned and nothing, or too slow a reader, is
+        in flight."""
+        while True:
+            await self._wait_assigned(False)
+            with trio.move_on_after(UNLOAD_DRAIN_S) as self._draining:
+                await engine.wait_idle()
+            if self._assigned:
+                continue
+            # Otherwise it was assigned and taken back within one turn of the loop: drain anew.
+            if not engine.in_flight or trio.current_time() >= self._draining.deadline:
+                serving.cancel()
+                return
+
+    async def _wait_assigned(self, assigned: bool) -> None:
+        while self._assigned is not assigned:
+            await self._assignment_changed.wait()
+
+    async def _wait_assigned_anew(self) -> None:
+        await self._assignment_changed.wait()
+        await self._wait_assigned(True)
+
+    @property
+    def _cache_dir(self) -> Path:
+        return self._data_dir / "cache"
+
+    # --- what others see ------------------------------------------------------------------------
+
+    @property
+    def state(self) -> State:
+        """As people see it."""
+        if self._error is not None:
+            return "failed"
+        stats = self.stats()
+        if stats is not None:
+            return stats.state if self._assigned else "unloading"
+        return "loading" if self._identity is None or self._assigned else "standby"
+
+    @property
+    def is_settled(self) -> bool:
+        """Whether the node need not wait for it: it answers, has failed once, or may come and go
+        as the mesh likes."""
+        return not self.pinned or self._has_failed or self.state != "loading"
+
+    def engine_for(self, digest: str) -> Engine | None:
+        """The engine, if this is the model and it takes requests now."""
+        stats = self.stats()
+        if stats is None or stats.card.digest != digest:
+            return None
+        return self.engine
+
+    def holding(self) -> Holding | None:
+        """What the mesh may plan with; None until the file is identified."""
+        if self._identity is None:
+            return None
+        card, header, need = self._identity.card, self._identity.header, self._identity.need
+        return Holding(
+            name=card.name,
+            digest=card.digest,
+            state=self._holding_state(),
+            wanted=self.pinned,
+            weight_bytes=need.weights_bytes,
+            layers=header.layers,
+            bytes=need.total_bytes,
+            kv_bytes_per_token=header.kv_bytes_per_token,
+            context_tokens=need.context_tokens,
+            compute_bytes=need.total_bytes - need.weights_bytes - need.kv_bytes,
+        )
+
+    def _holding_state(self) -> Literal["file", "loading", "ready", "failed"]:
+        if self._error is not None:
+            return "failed"
+        match self.stats():
+            case EngineStats(state="loading" | "ready" | "failed" as state):
+                return state
+        return "loading" if self._assigned else "file"
+
     def stats(self) -> EngineStats | None:
-        """The engine's; None until the file is identified."""
+        """The engine's; None while there is none."""
         return None if self.engine is None else self.engine.stats()
 
     def is_busy(self) -> bool:
@@ -82,9 +259,9 @@ class HostedModel:
         return stats is not None and stats.slots_busy + stats.queue_depth > 0
 
     def offer(self) -> Offer | None:
-        """What the mesh is told; None while there is nothing to tell."""
+        """What the mesh is told; None while there is nothing to ask for."""
         stats = self.stats()
-        if stats is None or stats.state == "stopped":
+        if stats is None or stats.state == "stopped" or not self._assigned:
             return None
         return Offer(
             name=stats.card.name,
@@ -103,14 +280,14 @@ class HostedModel:
     def snapshot(self) -> ModelSnapshot:
         stats = self.stats()
         if stats is None:
-            state = "loading" if self._error is None else "failed"
+            known = "" if self._identity is None else self._identity.card.digest
             return ModelSnapshot(
-                self.name, "", state, self._progress, self._error, 0, 0, 0, 0, 0.0, 0.0, 0
+                self.name, known, self.state, self._progress, self._error, 0, 0, 0, 0, 0.0, 0.0, 0
             )
         return ModelSnapshot(
             name=stats.card.name,
             digest=stats.card.digest,
-            state=stats.state,
+            state=self.state,
             progress=PREPARED + stats.progress * (1.0 - PREPARED),
             error=stats.error,
             slots=stats.slots,
@@ -124,11 +301,23 @@ class HostedModel:
 
 
 def find_models(config: Config) -> tuple[HostedModel, ...]:
-    """All models of the configuration. Raises `ConfigError` for one that does not exist."""
+    """All models of the configuration: those to serve, then those on standby.
+
+    Raises `ConfigError` for one that does not exist, and for a standby that is named twice.
+    """
     options = EngineOptions(context_tokens=config.context_tokens, slots=config.slots)
-    return tuple(
-        HostedModel(resolve(spec, config.data_dir), config.data_dir, options)
-        for spec in config.models
+    pinned = [resolve(spec, config.data_dir) for spec in config.models]
+    standbys = [resolve(spec, config.data_dir) for spec in config.standbys]
+    paths = [source.path for source in (*pinned, *standbys)]
+    for source in standbys:
+        if paths.count(source.path) > 1:
+            raise ConfigError(
+                f"the standby {source.name} is named twice ({source.path}): "
+                "give a model once, as --model to serve it here or as --standby"
+            )
+    return (
+        *(HostedModel(source, config.data_dir, options) for source in pinned),
+        *(HostedModel(source, config.data_dir, options, pinned=False) for source in standbys),
     )
 
 

@@ -93,6 +93,14 @@ def verify(public_key: bytes, signature: bytes, data: bytes) -> bool:
     return True
 
 
+def verify_by(peer_id: str, signature: bytes, data: bytes) -> bool:
+    """Whether `signature` over `data` is by the key that `peer_id` carries."""
+    try:
+        return verify(public_key_of(peer_id), signature, data)
+    except RemoteProtocolError:
+        return False
+
+
 def load_or_create_key(path: Path) -> KeyPair:
     """The key stored at `path` as 32 raw bytes, made on first use with mode 0600.
 

@@ -215,11 +215,13 @@ class Genesis(Message, frozen=True):
 
 
 class Header(Struct, frozen=True, forbid_unknown_fields=True):
-    """A block without its body: all that its hash covers. `voters` decide the next epoch."""
+    """A block without its body: all that its hash covers. `voters` decide the next epoch, and
+    `proposer`, if among them, leads its first view."""
 
     group: GroupId
     epoch: Epoch
     previous: Hash
+    proposer: PeerIdText
     voters: Voters
     body: Hash
 

@@ -8,19 +8,22 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import AbstractAsyncContextManager, aclosing, asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import trio
 import trio.testing
 
+from meshnode import messages
 from meshnode.engine import Delta, EngineStats, Finish, ModelCard, Request, Usage
 from meshnode.errors import (
     EngineBusyError,
     EngineError,
     NoReplicaError,
     PeerUnreachableError,
+    RemoteProtocolError,
     UnknownModelError,
 )
+from meshnode.fence import Fence
 from meshnode.gateway import Candidate, Route, ServedModel
 from meshnode.transport.http import AsgiApp, serve_asgi
 
@@ -92,6 +95,40 @@ class WordEngine:
         yield Finish("length", Usage(len(words), 1, total))
 
 
+GROUP = "c0" * 16
+
+
+@dataclass(frozen=True)
+class FakeDecision:
+    """An epoch and what would prove it, were it signed."""
+
+    epoch: int
+    proof: bytes
+
+
+def a_decision(epoch: int) -> FakeDecision:
+    voter = "1" * 46
+    header = messages.Header(
+        group=GROUP,
+        epoch=epoch,
+        previous=bytes(32),
+        proposer=voter,
+        voters=(voter,),
+        body=bytes(32),
+    )
+    newest = messages.Handover(header, certificate=None)
+    proof = messages.Decided(b"genesis", (), newest, messages.Body())
+    return FakeDecision(epoch, messages.encode(proof))
+
+
+def newest_header(decided: bytes) -> messages.Header:
+    """Raises `RemoteProtocolError` for anything but a decision."""
+    newest = messages.decode(decided, messages.Decided).newest
+    if newest is None:
+        raise RemoteProtocolError("There is no decision in it.")
+    return newest.header
+
+
 @dataclass
 class FakeMesh:
     """A mesh of tables. `open_stream` maps peers to ways of reaching them."""
@@ -105,13 +142,18 @@ class FakeMesh:
     state: str = "ready"
     calls: list[tuple[str, str]] = field(default_factory=list)
     sessions: list[bytes] = field(default_factory=list)
+    fences: list[Fence | None] = field(default_factory=list)
+    decided: FakeDecision | None = None
 
     def models(self) -> tuple[ServedModel, ...]:
         served_by = tuple(c.peer_id for c in self.candidates)
         return (ServedModel(MODEL, DIGEST, 1700000000, 512, self.state, served_by),)
 
-    def route(self, model: str, session: bytes, prompt_bytes: int) -> Route:
-        self.sessions.append(session)
+    def route(self, model: str, session: bytes, prompt_bytes: int, *, again: bool = False) -> Route:
+        if again:
+            self.calls.append(("again", model))
+        else:
+            self.sessions.append(session)
         if model != MODEL:
             raise UnknownModelError(model, (MODEL,))
         if not self.candidates:
@@ -126,6 +168,24 @@ class FakeMesh:
 
     def failed(self, peer_id: str) -> None:
         self.calls.append(("failed", peer_id))
+
+    def refused(self, route: Route) -> None:
+        self.calls.append(("refused", route.model))
+
+    def check(self, fence: Fence | None, digest: str) -> bytes | None:
+        self.fences.append(fence)
+        if fence is None or self.decided is None or fence.epoch >= self.decided.epoch:
+            return None
+        return self.decided.proof
+
+    def learn(self, peer_id: str, decided: bytes) -> None:
+        """Believes what decodes: who may prove what is the node's to decide."""
+        self.calls.append(("learn", peer_id))
+        header = newest_header(decided)
+        if self.decided is None or header.epoch > self.decided.epoch:
+            self.decided = FakeDecision(header.epoch, decided)
+            fence = Fence(header.group, header.epoch, "0.whole")
+            self.candidates = tuple(replace(each, fence=fence) for each in self.candidates)
 
     def engine(self, digest: str) -> WordEngine | None:
         return self.engines.get(digest)

@@ -13,6 +13,7 @@ from meshnode.config import (
     Config,
     is_loopback,
     load,
+    size_bytes,
     split_host_port,
 )
 from meshnode.errors import ConfigError
@@ -36,6 +37,7 @@ def write(path: Path, text: str) -> Path:
 PRECEDENCE = [
     ("api", "h:1", "h:2", '"h:3"', "api", ("h:1", "h:2", "h:3", API_DEFAULT)),
     ("model", ("a",), "b, c", '["d"]', "models", (("a",), ("b", "c"), ("d",), ("default",))),
+    ("standby", ("a=x",), "b, c", '["d"]', "standbys", (("a=x",), ("b", "c"), ("d",), ())),
     (
         "api-key-file",
         "/a",
@@ -50,6 +52,14 @@ PRECEDENCE = [
     ("no-mdns", True, "yes", "true", "mdns", (False, False, False, True)),
     ("context", 1024, "2048", "4096", "context_tokens", (1024, 2048, 4096, None)),
     ("slots", 1, "2", "3", "slots", (1, 2, 3, 8)),
+    (
+        "memory",
+        "8GiB",
+        "512 mib",
+        '"1.5GB"',
+        "memory_bytes",
+        (8 * 2**30, 512 * 2**20, 1_500_000_000, None),
+    ),
     ("log-format", "json", "json", '"json"', "log_format", ("json", "json", "json", "pretty")),
     (
         "log-level",
@@ -137,7 +147,7 @@ def test_an_explicit_file_replaces_the_one_in_the_data_dir(data_dir: Path, tmp_p
 @pytest.mark.parametrize(
     ("toml", "complaint"),
     [
-        ("slotz = 3", "unknown key 'slotz'. Allowed: model, api"),
+        ("slotz = 3", "unknown key 'slotz'. Allowed: model, standby, api"),
         ("slots = true", "slots must be a number from 1 to 256, not True"),
         ("slots = 0", "slots must be a number"),
         ('context = "4096"', "context must be a number of tokens"),
@@ -149,6 +159,9 @@ def test_an_explicit_file_replaces_the_one_in_the_data_dir(data_dir: Path, tmp_p
         ('mesh = "../../etc"', "mesh must be a mesh name"),
         ('log-format = "xml"', "log-format must be pretty or json, not 'xml'"),
         ("model = [1]", "model must be a list, each PATH_OR_NAME"),
+        ('memory = "8"', "memory must be a size from 128MiB, with its unit: 8GiB"),
+        ('memory = "1MiB"', "memory must be a size from 128MiB"),
+        ("memory = 8", "memory must be a size from 128MiB"),
         ('data-dir = "/elsewhere"', "data-dir cannot be set by a file that is found in"),
         ("slots = ", "is not valid TOML"),
     ],
@@ -216,6 +229,23 @@ def test_a_role_takes_from_a_shared_file_what_it_can_use(data_dir: Path) -> None
     assert as_role("node").models == ("a.gguf",)
     assert (as_role("gateway").models, as_role("gateway").api) == ((), API_DEFAULT)
     assert (as_role("bootstrap").models, as_role("bootstrap").api) == ((), "")
+
+
+def test_a_standby_takes_the_place_of_the_default_model(data_dir: Path) -> None:
+    flags = {"data-dir": str(data_dir), "standby": ("a.gguf",)}
+    config = load(flags, {}, None)
+    assert (config.models, config.standbys) == ((), ("a.gguf",))
+    config = load({**flags, "model": ("b.gguf",)}, {}, None)
+    assert (config.models, config.standbys) == (("b.gguf",), ("a.gguf",))
+    assert load({**flags, "role": "gateway"}, {}, None).standbys == ()
+
+
+def test_sizes() -> None:
+    assert size_bytes("8GiB") == 8 * 2**30
+    assert size_bytes("0.5 tb") == 500 * 10**9
+    for wrong in ("8", "GiB", "-1GiB", "8G", "1e3MiB", "8GiBs", ""):
+        with pytest.raises(ConfigError, match="for example 8GiB"):
+            size_bytes(wrong)
 
 
 def test_only_an_untouched_listen_is_the_default() -> None:

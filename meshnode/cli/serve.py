@@ -76,7 +76,15 @@ def node_options(command: F) -> F:
     "--model",
     multiple=True,
     metavar="PATH_OR_NAME[=ALIAS]",
-    help="A GGUF file, or the name of a known model; repeatable. [default: default]",
+    help="Serve this model here: a GGUF file, or the name of a known model; repeatable. "
+    "[default: default, unless --standby is given]",
+)
+@click.option(
+    "--standby",
+    multiple=True,
+    metavar="PATH_OR_NAME[=ALIAS]",
+    help="Keep this model ready on disk, verified, and load it when the mesh asks: because its "
+    "last node died, or has too much to do; repeatable.",
 )
 @click.option(
     "--context",
@@ -90,19 +98,29 @@ def node_options(command: F) -> F:
     metavar="N",
     help=f"Conversations kept at once per model. [default: {SLOTS_DEFAULT}]",
 )
+@click.option(
+    "--memory",
+    metavar="SIZE",
+    help="How much memory the mesh may fill with models here, such as 8GiB; each of several "
+    "nodes on one machine needs its own part. [default: 3/4 of the machine's]",
+)
 @node_options
 def serve(as_json: bool, **options: object) -> None:
     """Run a node that serves models to this machine and to its mesh.
 
     The node loads its models, finds the other nodes of its mesh, and answers on an
     OpenAI-compatible API: with its own engine, or through whichever peer has the model and is
-    free. Every flag can also be given as MESHNODE_FLAG in the environment (lists with commas)
-    or as a key in a TOML file; flags win over the environment, the environment over the file.
+    free. A --model is loaded at once. A --standby takes disk and no memory until the mesh gives
+    the model to this node, and none again after the mesh has taken it away.
+
+    Every flag can also be given as MESHNODE_FLAG in the environment (lists with commas) or as a
+    key in a TOML file; flags win over the environment, the environment over the file.
 
     \b
     Examples:
       meshnode serve
       meshnode serve --model ~/models/qwen3-8b-q4_0.gguf=qwen3
+      meshnode serve --standby qwen3-8b-q4_0 --memory 8GiB
       meshnode serve --mesh home --api 0.0.0.0:9337     # after: meshnode key create NAME
       meshnode serve --join mesh1.…
     """

@@ -1,7 +1,7 @@
 """Whether a model fits into this machine's memory: estimated before anything is loaded.
 
 A kernel that runs out of memory kills the largest process; saying so first, with the arithmetic,
-is kinder.
+is kinder. Also decides how much of the memory a mesh may plan with; does not know what it plans.
 """
 
 from __future__ import annotations
@@ -9,13 +9,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from meshnode.errors import ModelLoadError
+from meshnode.errors import ConfigError, ModelLoadError
 from meshnode.models.gguf import GgufHeader
 
 # Python, numpy, llama.cpp's libraries and the vocabulary: 120 MB measured with a small model.
 RUNTIME_BYTES = 128 * 1024**2
 # Activations of one compute pass: 512 tokens of about 16 float32 vectors of the embedding's size.
 COMPUTE_BYTES_PER_EMBEDDING = 512 * 16 * 4
+# Beyond this a default context costs more memory than most conversations use.
+CONTEXT_TOKENS_DEFAULT = 8192
+# The default budget is three quarters: a desktop's own programs and the page cache need the rest.
+BUDGET_QUARTERS = 3
 
 _MEMINFO = Path("/proc/meminfo")
 _CGROUP = Path("/sys/fs/cgroup")
@@ -42,6 +46,21 @@ class MemoryNeed:
         )
 
 
+def context_for(path: str, header: GgufHeader, wanted_tokens: int | None) -> int:
+    """The context to load with, in tokens: as wanted, or the smaller of trained and default.
+
+    Raises `ModelLoadError` if the model was not trained for as much as is wanted.
+    """
+    if wanted_tokens is None:
+        return min(header.context_tokens, CONTEXT_TOKENS_DEFAULT)
+    if wanted_tokens > header.context_tokens:
+        raise ModelLoadError(
+            f"{path} was trained for {header.context_tokens} tokens; "
+            f"a context of {wanted_tokens} would give nonsense."
+        )
+    return wanted_tokens
+
+
 def memory_need(header: GgufHeader, context_tokens: int) -> MemoryNeed:
     """What an engine for this file would use, rounded up rather than down."""
     return MemoryNeed(
@@ -61,16 +80,51 @@ def check_fits(path: str, need: MemoryNeed, available_bytes: int) -> None:
         )
 
 
+def memory_budget_bytes(configured_bytes: int | None) -> int:
+    """What this node offers to its mesh for models: as configured, or the default share.
+
+    Raises `ConfigError` if the machine has less than what is configured.
+    """
+    total_bytes = _total_bytes()
+    if configured_bytes is None:
+        return total_bytes * BUDGET_QUARTERS // 4
+    if configured_bytes > total_bytes:
+        raise ConfigError(
+            f"memory is set to {_mib(configured_bytes)}, but this machine has "
+            f"{_mib(total_bytes)}: offer less, and leave some to everything else that runs here"
+        )
+    return configured_bytes
+
+
 def available_bytes() -> int:
     """What the kernel can give without swapping, bounded by the cgroup's limit."""
+    available = _meminfo_bytes("MemAvailable")
+    limit = _cgroup_limit_bytes()
+    if limit is None:
+        return available
+    used = int((_CGROUP / "memory.current").read_text())
+    return min(available, max(0, limit - used))
+
+
+def _total_bytes() -> int:
+    """The machine's memory, or the cgroup's limit if that is lower."""
+    total = _meminfo_bytes("MemTotal")
+    limit = _cgroup_limit_bytes()
+    return total if limit is None else min(total, limit)
+
+
+def _meminfo_bytes(key: str) -> int:
     lines = _MEMINFO.read_text().splitlines()
-    available = next(int(line.split()[1]) * 1024 for line in lines if "MemAvailable" in line)
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{key}:"))
+
+
+def _cgroup_limit_bytes() -> int | None:
+    """None without cgroup v2 or without a limit."""
     try:
         limit = (_CGROUP / "memory.max").read_text().strip()
-        used = int((_CGROUP / "memory.current").read_text())
-    except OSError:  # no cgroup v2 here
-        return available
-    return available if limit == "max" else min(available, max(0, int(limit) - used))
+    except OSError:
+        return None
+    return None if limit == "max" else int(limit)
 
 
 def _mib(size_bytes: int) -> str:

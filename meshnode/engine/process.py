@@ -20,7 +20,7 @@ from typing import Literal, Self
 import trio
 
 from meshnode.engine import Delta, EngineStats, Finish, ModelCard, Request, wire
-from meshnode.engine.memory import available_bytes, check_fits, memory_need
+from meshnode.engine.memory import available_bytes, check_fits, context_for, memory_need
 from meshnode.engine.scheduler import BUSY_RETRY_AFTER_S
 from meshnode.errors import (
     ContextLengthError,
@@ -35,8 +35,6 @@ from meshnode.models.gguf import read_header
 SLOTS_DEFAULT = 8
 # At this depth a request waits about as long as a client's patience; others may be free.
 WAITING_MAX_DEFAULT = 32
-# Beyond this a default context costs more memory than most conversations use.
-CONTEXT_TOKENS_DEFAULT = 8192
 # First pause before a restart, doubled up to the bound; forgotten after a healthy while.
 RESTART_AFTER_S = 0.25
 RESTART_AFTER_MAX_S = 30.0
@@ -165,6 +163,11 @@ class EngineProcess:
         """The child's process id while there is one."""
         return self._pid
 
+    @property
+    def in_flight(self) -> int:
+        """Requests whose answers have not come to their end, waiting ones included."""
+        return len(self._answers)
+
     # -- the Engine interface ------------------------------------------------------------------
 
     def stats(self) -> EngineStats:
@@ -226,6 +229,11 @@ class EngineProcess:
                 raise ModelLoadError(self._error or f"The engine of {self._card.name} has stopped.")
             await self._changed.wait()
 
+    async def wait_idle(self) -> None:
+        """Until no request is in flight; who must not be disturbed makes no new ones."""
+        while self._answers:
+            await self._changed.wait()
+
     def _require_ready(self) -> trio.MemorySendChannel[bytes]:
         if self._state != "ready" or self._outbox is None:
             why = f": {self._error}" if self._error else f" ({self._progress:.0%} loaded)."
@@ -278,6 +286,9 @@ class EngineProcess:
         self._state = state
         if error is not None or state == "ready":
             self._error = error
+        self._tell_change()
+
+    def _tell_change(self) -> None:
         self._changed.set()
         self._changed = trio.Event()
 
@@ -285,14 +296,7 @@ class EngineProcess:
         """Raises `ModelLoadError` for what can be known without loading."""
         self._progress = 0.0
         header = await trio.to_thread.run_sync(read_header, self._card.path)
-        context_tokens = self._options.context_tokens or min(
-            header.context_tokens, CONTEXT_TOKENS_DEFAULT
-        )
-        if context_tokens > header.context_tokens:
-            raise ModelLoadError(
-                f"{self._card.path} was trained for {header.context_tokens} tokens; "
-                f"a context of {context_tokens} would give nonsense."
-            )
+        context_tokens = context_for(self._card.path, header, self._options.context_tokens)
         check_fits(self._card.path, memory_need(header, context_tokens), available_bytes())
         self._context_tokens = context_tokens
 
@@ -377,20 +381,28 @@ class EngineProcess:
             case wire.Accepted(number=number):
                 self._answers[number].accept()
             case wire.Refused(number=number):
-                self._answers.pop(number).fail(
+                self._ended(number).fail(
                     RequestError(frame.message, param=frame.param, code=frame.code)
                 )
             case wire.TooLong(number=number, prompt_tokens=prompt_tokens):
-                self._answers.pop(number).fail(_TooLongError(prompt_tokens))
+                self._ended(number).fail(_TooLongError(prompt_tokens))
             case wire.Text(number=number, text=text, tokens=tokens):
                 self._answers[number].add(text, tokens)
             case wire.Done(number=number, reason=reason, usage=usage):
-                answer = self._answers.pop(number)
+                answer = self._ended(number)
                 if reason != "cancelled":
                     answer.finish(Finish(reason, usage))
 
+    def _ended(self, number: int) -> _Answer:
+        """The child has done with this request; what its consumer has not taken yet stays."""
+        answer = self._answers.pop(number)
+        if not self._answers:
+            self._tell_change()
+        return answer
+
     def _fail_answers(self, why: str) -> None:
         answers, self._answers = self._answers, {}
+        self._tell_change()
         for answer in answers.values():
             answer.fail(EngineError(why))
 

@@ -14,16 +14,22 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from meshnode.engine import Engine
+from meshnode.fence import Fence
 from meshnode.transport import Stream
 
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """A peer that can answer, and why it stands where it stands in the ranking."""
+    """A peer that can answer, and why it stands where it stands in the ranking.
+
+    `fence` is the decision that the route to it follows; None if the model is in no group, or
+    this node knows no decision of the group yet.
+    """
 
     peer_id: str
     local: bool
     reason: str
+    fence: Fence | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,10 +66,34 @@ class Mesh(Protocol):
         """Every model that the mesh serves or is loading, by id."""
         ...
 
-    def route(self, model: str, session: bytes, prompt_bytes: int) -> Route:
+    def route(self, model: str, session: bytes, prompt_bytes: int, *, again: bool = False) -> Route:
         """Rank who should answer; records the demand.
 
+        `again`: it is still the same request, whose first route was overtaken by a newer decision
+        or by a loss; its demand is recorded already.
         Raises `UnknownModelError` or `NoReplicaError`.
+        """
+        ...
+
+    def refused(self, route: Route) -> None:
+        """Record that a request found nobody with room: every replica that answered was full."""
+        ...
+
+    def check(self, fence: Fence | None, digest: str) -> bytes | None:
+        """Whether a request for these bytes may be served on the decision it names.
+
+        None: go on; if the sender is ahead of us, the node asks for what it does not know yet,
+        and a whole answer harms nobody meanwhile. Else an encoded `messages.Decided`: the proof
+        of a higher epoch than the sender's; nothing may be computed.
+        """
+        ...
+
+    def learn(self, peer_id: str, decided: bytes) -> None:
+        """Take in, before returning, what a peer sent instead of an answer: hostile bytes, at
+        most `messages.MESSAGE_BYTES_MAX`, that claim to be such a proof.
+
+        Raises `RemoteProtocolError` if they are not one, which counts as the peer's failure.
+        Proof of what is known already is no error: a concurrent request may have learned it.
         """
         ...
 

@@ -8,6 +8,9 @@ head), its *first bytes* come, and it *ends*. Until the first bytes of a stream,
 of a whole answer, nothing has reached the client, and the next candidate can take over unseen.
 After that a loss becomes an explicit error event; a client never sees a silent cut.
 
+A route follows a decision of the group. A peer that knows a newer one computes nothing and sends
+the proof of it instead: the node learns, and the request is routed again, unseen as well.
+
 Everything an attempt holds open (engine context, tunnel stream) hangs on the `AsyncExitStack` of
 its request: when the client leaves, it is left at once.
 """
@@ -15,11 +18,13 @@ its request: when the client leaves, it is left at once.
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import AsyncExitStack, aclosing
 from dataclasses import dataclass
 from typing import Literal
 
+import msgspec
 import trio
 
 from meshnode.engine import Delta, Engine, Finish
@@ -30,11 +35,14 @@ from meshnode.errors import (
     PeerUnreachableError,
     RemoteProtocolError,
 )
+from meshnode.fence import FENCE_HEADER
 from meshnode.gateway import Candidate, Mesh, Route
 from meshnode.gateway.openai import Call, Encoder, encode_error_event
+from meshnode.messages import MESSAGE_BYTES_MAX
 from meshnode.transport.http import HttpResponse, TunnelPool
 
 __all__ = [
+    "DECIDED_TYPE",
     "DIGEST_HEADER",
     "HOPS_HEADER",
     "REQUEST_ID_BYTES",
@@ -59,6 +67,8 @@ REQUEST_ID_HEADER = "x-request-id"
 REQUEST_ID_BYTES = 12
 SERVED_BY_HEADER = "x-meshnode-served-by"
 ROUTE_HEADER = "x-meshnode-route"
+DECIDED_TYPE = "application/vnd.meshnode.decided"
+"""Of the body of a 409: an encoded `messages.Decided`, newer than the request's fence."""
 
 # A peer accepts after tokenising and queueing, not after prefill: ten seconds is an overloaded or
 # half-dead peer, and the next one is probably idle.
@@ -67,6 +77,11 @@ ACCEPT_TIMEOUT_S = 10.0
 WHOLE_ANSWER_BYTES_MAX = 16 * 1024 * 1024
 # One event carries the text of a few tokens; a peer that sends more without an end is hostile.
 EVENT_BYTES_MAX = 1024 * 1024
+# A refusal names its reason in a sentence or two.
+REFUSAL_BYTES_MAX = 16 * 1024
+# Each time this node has learned a newer decision. Epochs are seconds apart and a request is
+# routed in milliseconds: whoever fences a fourth time lies, or decides what we cannot verify.
+REROUTES_MAX = 3
 # What a client should wait when everybody failed: about the time in which a peer is declared dead.
 RETRY_AFTER_FAILURE_S = 5.0
 
@@ -125,8 +140,12 @@ class NobodyAnsweredError(MeshnodeError):
         self.retry_after_s = retry_after_s
 
 
+class _FencedError(MeshnodeError):
+    """The candidate knows a newer decision than the one that the route to it follows."""
+
+
 # What another candidate may still cure. A `RequestError` is an `EngineError` that it may not.
-_Lost = (PeerUnreachableError, RemoteProtocolError, EngineError)
+_Lost = (PeerUnreachableError, RemoteProtocolError, EngineError, _FencedError)
 
 
 async def answer(mesh: Mesh, pool: TunnelPool, ask: Ask, stack: AsyncExitStack) -> Answer:
@@ -135,23 +154,7 @@ async def answer(mesh: Mesh, pool: TunnelPool, ask: Ask, stack: AsyncExitStack) 
     `stack` is closed when the request is over, however it ends.
     Raises `UnknownModelError`, `NoReplicaError`, `RequestError` or `NobodyAnsweredError`.
     """
-    route = mesh.route(ask.call.model, ask.session, len(ask.body))
-    attempts: list[Attempt] = []
-    retry_after_s = RETRY_AFTER_FAILURE_S
-    for candidate in route.candidates:
-        try:
-            async with AsyncExitStack() as attempt:
-                begun = await _begin(mesh, pool, ask, route, candidate, attempt)
-                await stack.enter_async_context(attempt.pop_all())
-                return begun
-        except _Lost as error:
-            if isinstance(error, EngineError) and not error.retry_elsewhere:
-                raise
-            mesh.failed(candidate.peer_id)
-            attempts.append(Attempt(candidate.peer_id, _reason(error)))
-            if isinstance(error, EngineBusyError):
-                retry_after_s = min(retry_after_s, error.retry_after_s)
-    raise NobodyAnsweredError(route.model, attempts, retry_after_s)
+    return await _Search(mesh, pool, ask).begin(stack)
 
 
 async def answer_locally(
@@ -170,6 +173,59 @@ async def answer_locally(
     return Answer(200, content_type, peer_id, "local", body)
 
 
+class _Search:
+    """One request's way from candidate to candidate."""
+
+    def __init__(self, mesh: Mesh, pool: TunnelPool, ask: Ask) -> None:
+        """Raises `UnknownModelError` or `NoReplicaError`."""
+        self._mesh = mesh
+        self._pool = pool
+        self._ask = ask
+        self._route = mesh.route(ask.call.model, ask.session, len(ask.body))
+        self._candidates = deque(self._route.candidates)
+        self._attempts: list[Attempt] = []
+        self._reroutes_left = REROUTES_MAX
+        self._retry_after_s = RETRY_AFTER_FAILURE_S
+
+    async def begin(self, stack: AsyncExitStack) -> Answer:
+        """The first answer to begin; what it holds open is left with `stack`.
+
+        Raises what `answer` raises.
+        """
+        while self._candidates:
+            candidate = self._candidates.popleft()
+            try:
+                async with AsyncExitStack() as attempt:
+                    begun = await _begin(
+                        self._mesh, self._pool, self._ask, self._route, candidate, attempt
+                    )
+                    await stack.enter_async_context(attempt.pop_all())
+                    return begun
+            except _Lost as error:
+                if isinstance(error, EngineError) and not error.retry_elsewhere:
+                    raise
+                if isinstance(error, _FencedError) and self._reroutes_left:
+                    self._reroutes_left -= 1
+                    self._route_again()
+                else:
+                    self._lose(candidate, error)
+        if any(attempt.reason == "busy" for attempt in self._attempts):
+            self._mesh.refused(self._route)
+        raise NobodyAnsweredError(self._route.model, self._attempts, self._retry_after_s)
+
+    def _route_again(self) -> None:
+        """By what the node has learned meanwhile, without those that have failed this request."""
+        ask, tried = self._ask, {attempt.peer_id for attempt in self._attempts}
+        self._route = self._mesh.route(ask.call.model, ask.session, len(ask.body), again=True)
+        self._candidates = deque(c for c in self._route.candidates if c.peer_id not in tried)
+
+    def _lose(self, candidate: Candidate, error: MeshnodeError) -> None:
+        self._mesh.failed(candidate.peer_id)
+        self._attempts.append(Attempt(candidate.peer_id, _reason(error)))
+        if isinstance(error, EngineBusyError):
+            self._retry_after_s = min(self._retry_after_s, error.retry_after_s)
+
+
 async def _begin(
     mesh: Mesh,
     pool: TunnelPool,
@@ -183,12 +239,14 @@ async def _begin(
     mesh.routed(route, candidate.peer_id, ask.session)
     stack.callback(mesh.finished, route, candidate.peer_id)
     if candidate.local:
+        if mesh.check(candidate.fence, route.digest) is not None:
+            raise _FencedError("A newer decision was learned a moment ago.")
         engine = mesh.engine(route.digest)
         if engine is None:
             raise EngineError(f"The model `{route.model}` was unloaded a moment ago.")
         accepted = await answer_locally(engine, ask, route.digest, mesh.peer_id, stack)
     else:
-        accepted = await _answer_remotely(pool, ask, route.digest, candidate.peer_id, stack)
+        accepted = await _answer_remotely(mesh, pool, ask, route.digest, candidate, stack)
     if accepted.content_type.startswith("text/event-stream"):
         first = await _first_bytes(accepted.body)
         body = _explained(first, accepted.body, mesh, candidate.peer_id)
@@ -243,9 +301,15 @@ async def _collected(
 
 
 async def _answer_remotely(
-    pool: TunnelPool, ask: Ask, digest: str, peer_id: str, stack: AsyncExitStack
+    mesh: Mesh,
+    pool: TunnelPool,
+    ask: Ask,
+    digest: str,
+    candidate: Candidate,
+    stack: AsyncExitStack,
 ) -> Answer:
     """A peer's answer, from the moment it has accepted. A 4xx is an answer; a 5xx is a loss."""
+    peer_id = candidate.peer_id
     headers = [
         (b"host", b"meshnode"),
         (b"content-type", b"application/json"),
@@ -254,25 +318,53 @@ async def _answer_remotely(
         (DIGEST_HEADER.encode(), digest.encode()),
         (REQUEST_ID_HEADER.encode(), ask.id.encode()),
     ]
+    if candidate.fence is not None:
+        headers.append((FENCE_HEADER.encode(), str(candidate.fence).encode()))
     try:
         with trio.fail_after(ACCEPT_TIMEOUT_S):
             response = await stack.enter_async_context(
                 pool.request(peer_id, "POST", ask.target, headers, ask.body)
             )
+            content_type = (response.header(b"content-type") or b"application/json").decode(
+                "latin-1"
+            )
+            if response.status == 409 and content_type == DECIDED_TYPE:
+                mesh.learn(peer_id, await response.read(MESSAGE_BYTES_MAX))
+                raise _FencedError(f"Peer {peer_id} follows a newer decision.")
+            if response.status == 503 and response.header(RETRY_HEADER.encode()) == b"elsewhere":
+                raise _refused(response, await response.read(REFUSAL_BYTES_MAX), peer_id)
     except trio.TooSlowError:
         raise PeerUnreachableError(
             f"Peer {peer_id} did not accept the request within {ACCEPT_TIMEOUT_S:.0f} s."
         ) from None
     except (trio.BrokenResourceError, trio.ClosedResourceError) as error:
         raise PeerUnreachableError(f"The tunnel to peer {peer_id} broke.") from error
-    if response.status == 503 and response.header(RETRY_HEADER.encode()) == b"elsewhere":
-        raise EngineBusyError(f"Peer {peer_id} is busy.", _retry_after_s(response))
     if response.status != 200 and not 400 <= response.status < 500:
         raise RemoteProtocolError(f"Peer {peer_id} answered with status {response.status}.")
-    content_type = (response.header(b"content-type") or b"application/json").decode("latin-1")
     passed_on = _events if content_type.startswith("text/event-stream") else _bytes
     body = await stack.enter_async_context(aclosing(passed_on(response, peer_id)))
     return Answer(response.status, content_type, peer_id, "tunnel", body)
+
+
+class _RefusalError(msgspec.Struct):
+    code: str | None = None
+
+
+class _Refusal(msgspec.Struct):
+    """What of `openai.encode_error`'s object matters here."""
+
+    error: _RefusalError
+
+
+def _refused(response: HttpResponse, body: bytes, peer_id: str) -> EngineError:
+    """Full, or unable: only the first says that the mesh needs more replicas."""
+    try:
+        refusal = msgspec.json.decode(body, type=_Refusal)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        return EngineError(f"Peer {peer_id} refused without a reason.")
+    if refusal.error.code == "busy":
+        return EngineBusyError(f"Peer {peer_id} is busy.", _retry_after_s(response))
+    return EngineError(f"Peer {peer_id} cannot answer for the model now.")
 
 
 def _retry_after_s(response: HttpResponse) -> float:
@@ -351,4 +443,6 @@ def _reason(error: Exception) -> str:
         return "busy"
     if isinstance(error, EngineError):
         return "engine"
+    if isinstance(error, _FencedError):
+        return "fenced"
     return "unreachable" if isinstance(error, PeerUnreachableError) else "protocol"

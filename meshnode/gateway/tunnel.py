@@ -15,9 +15,11 @@ from contextlib import AsyncExitStack
 
 import trio
 
-from meshnode.errors import MeshnodeError, RequestError
+from meshnode.errors import MeshnodeError, RemoteProtocolError, RequestError
+from meshnode.fence import FENCE_HEADER, Fence, parse_fence
 from meshnode.gateway import Mesh
 from meshnode.gateway.answer import (
+    DECIDED_TYPE,
     DIGEST_HEADER,
     HOPS_HEADER,
     REQUEST_ID_BYTES,
@@ -32,6 +34,7 @@ from meshnode.gateway.answer import (
 from meshnode.gateway.openai import decode_chat, decode_text, encode_error
 from meshnode.gateway.refusal import Refusal, refusal_of
 from meshnode.gateway.session import SESSION_BYTES
+from meshnode.messages import Decided, decode
 from meshnode.transport.http import BODY_BYTES_MAX, Message
 
 __all__ = ["TunnelApp"]
@@ -82,8 +85,8 @@ class TunnelApp:
         owned: AsyncExitStack,
     ) -> Answer | Refusal:
         path: str = scope["path"]
-        decode = _ROUTES.get(path)
-        if decode is None:
+        understand = _ROUTES.get(path)
+        if understand is None:
             return _refusal(404, "There is no such path here.", "unknown_url")
         if scope["method"] != "POST":
             return _refusal(405, "This path does not take this method.", "method_not_allowed")
@@ -101,8 +104,13 @@ class TunnelApp:
             return _refusal(408, "The body did not arrive in time.", "request_timeout")
         if body is None:
             return _refusal(413, "The body is too large.", "body_too_large")
-        call = decode(body)
+        call = understand(body)
         digest = headers.get(DIGEST_HEADER, "")
+        fence = _fence(headers)
+        # After the body, which may take a while: nothing comes between this and the engine.
+        proof = self._mesh.check(fence, digest)
+        if proof is not None:
+            return _fenced(proof, fence)
         engine = self._mesh.engine(digest)
         if engine is None:
             message = f"The model `{call.model}` is not loaded on this node."
@@ -127,10 +135,10 @@ class TunnelApp:
         headers = {
             REQUEST_ID_HEADER: request_id,
             SERVED_BY_HEADER: self._mesh.peer_id,
+            "content-type": "application/json",
             **said.headers,
         }
         if isinstance(said, Refusal):
-            headers["content-type"] = "application/json"
             headers["content-length"] = str(len(said.body))
         encoded = [(name.encode("latin-1"), value.encode("latin-1"))
                    for name, value in headers.items()]  # fmt: skip
@@ -156,3 +164,21 @@ def _session(headers: dict[str, str]) -> bytes:
             f"`{SESSION_HEADER}` must be {SESSION_BYTES} bytes in hex.", param=SESSION_HEADER
         )
     return bytes.fromhex(given)
+
+
+def _fence(headers: dict[str, str]) -> Fence | None:
+    given = headers.get(FENCE_HEADER)
+    try:
+        return None if given is None else parse_fence(given)
+    except RemoteProtocolError as error:
+        raise RequestError(str(error), param=FENCE_HEADER) from None
+
+
+def _fenced(proof: bytes, fence: Fence | None) -> Refusal:
+    """The sender is behind: the proof of it goes back, and names the epoch for people's eyes."""
+    headers = {"content-type": DECIDED_TYPE}
+    newest = decode(proof, Decided).newest
+    if fence is not None and newest is not None:
+        found = newest.header
+        headers[FENCE_HEADER] = str(Fence(found.group, found.epoch, fence.shard))
+    return Refusal(409, proof, headers)

@@ -32,6 +32,7 @@ __all__ = [
     "Input",
     "MemberJoined",
     "MemberLost",
+    "Persist",
     "Publish",
     "PublishRecord",
     "Send",
@@ -73,6 +74,15 @@ class Publish:
 
 
 @dataclass(frozen=True, slots=True)
+class Persist:
+    """Keep `data` under `name` so that a crash cannot lose it, before any later effect is
+    performed: a vote that is sent must never be forgotten."""
+
+    name: str
+    data: bytes
+
+
+@dataclass(frozen=True, slots=True)
 class PublishRecord:
     """Put our own signed node record into the DHT and announce the models it names."""
 
@@ -105,7 +115,7 @@ class Emit:
     event: Event
 
 
-Effect = Send | Connect | Disconnect | Publish | PublishRecord | Emit
+Effect = Send | Connect | Disconnect | Publish | PublishRecord | Persist | Emit
 
 
 class Core(Protocol):

@@ -2,8 +2,10 @@
 
 Weighted rendezvous hashing gives every gateway the same order of the same replicas for a session
 (minimal movement on any join or leave); a cost in seconds then lets load, a known KV cache and
-the network override it where that pays. `rank` is pure; `Dispatcher` holds the little memory a
-gateway needs: where its sessions went, what it has sent that no advert shows yet, who just failed.
+the network override it where that pays. What the group decided comes before both: a request goes
+to a peer without the model's assignment only while no peer with it can take it. `rank` is pure;
+`Dispatcher` holds the little memory a gateway needs: where its sessions went, what it has sent
+that no advert shows yet, who just failed.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ import math
 from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Literal
 
 from meshnode.errors import NoReplicaError, UnknownModelError
 from meshnode.messages import SESSION_HASH_BYTES, Offer
@@ -37,6 +40,19 @@ round-trip times, which differ between gateways, would decide where short prompt
 RETRY_AFTER_LOADING_S = 2.0
 RETRY_AFTER_NOBODY_S = 10.0
 
+Assigned = Literal["serving", "loading", "draining", "none"]
+"""What the newest decision says of a peer and a model: `messages.Item.state`, or nothing at all."""
+_PREFERENCE: Mapping[Assigned | None, int] = {
+    None: 0, "serving": 0, "loading": 1, "none": 2, "draining": 3,
+}  # fmt: skip
+"""A ready peer that is not `serving` answers as well, whole answers being idempotent, but the
+group counts on others: `loading` is about to serve, `none` is a standby that loaded early."""
+_REMARK: Mapping[Assigned | None, str] = {
+    "loading": ", not serving yet",
+    "none": ", not assigned",
+    "draining": ", draining",
+}
+
 
 @dataclass(frozen=True, slots=True)
 class Replica:
@@ -50,6 +66,8 @@ class Replica:
     """Requests this gateway sent there that its advert cannot show yet."""
     cooling: bool = False
     holds_session: bool = False
+    assigned: Assigned | None = None
+    """None: no group decides about this model, so every ready peer is as good as another."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,15 +110,38 @@ def hash_order(session: bytes, replicas: tuple[Replica, ...]) -> tuple[Replica, 
 def rank(session: bytes, prompt_tokens: int, replicas: tuple[Replica, ...]) -> tuple[Ranked, ...]:
     """All ready replicas, best first. Pure; equal inputs give equal orders on every gateway.
 
+    Those that the group has serving come first, then those that load, then those without an
+    assignment, each ranked among themselves; behind them in the same order those that just
+    failed; last, whoever drains: it should take nothing new.
+    """
+    ranked: list[tuple[bool, bool, int, int, Ranked]] = []
+    for preference in sorted({_preference(replica) for replica in replicas}):
+        alike = tuple(replica for replica in replicas if _preference(replica) == preference)
+        for place, (replica, entry) in enumerate(_rank_alike(session, prompt_tokens, alike)):
+            drains = replica.assigned == "draining"
+            ranked.append((drains, replica.cooling, preference, place, entry))
+    ranked.sort(key=lambda item: item[:4])
+    return tuple(entry for *_, entry in ranked)
+
+
+def _preference(replica: Replica) -> int:
+    return _PREFERENCE[replica.assigned]
+
+
+def _rank_alike(
+    session: bytes, prompt_tokens: int, replicas: tuple[Replica, ...]
+) -> list[tuple[Replica, Ranked]]:
+    """Replicas with equal claim to a request, best first.
+
     cost = queue + uncached prefill + RTT, for the holder of the session, the top of the hash
-    order, and no one else; the rest follow in hash order, those that just failed come last.
+    order, and no one else; the rest follow in hash order.
     A placement off the hash pays one prefill extra (`MISPLACED_S` at least): the next turn through
     another gateway would look for the session at the top of the order and compute it again.
     """
     ordered = hash_order(session, replicas)
     loads = [_load(replica) for replica in ordered]
     mean_load = sum(loads) / max(len(loads), 1)
-    scored: list[tuple[bool, float, int, Ranked]] = []
+    scored: list[tuple[float, int, Replica, Ranked]] = []
     for place, replica in enumerate(ordered):
         load = loads[place]
         keeps = replica.holds_session and load <= OVERLOAD * mean_load + 1.0
@@ -117,12 +158,13 @@ def rank(session: bytes, prompt_tokens: int, replicas: tuple[Replica, ...]) -> t
             cost_s, reason = queue_s + prefill_s + misplaced_s + replica.rtt_s, "less loaded"
         else:
             cost_s, reason = math.inf, "spare"
+        reason += _REMARK.get(replica.assigned, "")
         if replica.cooling:
-            reason = f"{reason}, failed just now"
+            reason += ", failed just now"
         entry = Ranked(replica.peer, replica.local, cost_s, reason)
-        scored.append((replica.cooling, cost_s, place, entry))
-    scored.sort(key=lambda item: item[:3])
-    return tuple(entry for *_, entry in scored)
+        scored.append((cost_s, place, replica, entry))
+    scored.sort(key=lambda item: item[:2])
+    return [(replica, entry) for *_, replica, entry in scored]
 
 
 def _load(replica: Replica) -> float:
@@ -194,8 +236,13 @@ class Dispatcher:
         own: str,
         rtts_s: Mapping[str, float],
         now: float,
+        assigned: Mapping[str, Assigned] | None = None,
     ) -> tuple[Ranked, ...]:
-        """Candidates for one request; raises `NoReplicaError` if nobody is ready."""
+        """Candidates for one request; raises `NoReplicaError` if nobody is ready.
+
+        `assigned` is what the newest decision says of each peer and this model, peers that it
+        does not name being "none"; None if no group decides about the model.
+        """
         holder = self._holders.get((resolved.digest, session))
         replicas = tuple(
             Replica(
@@ -206,6 +253,7 @@ class Dispatcher:
                 in_flight=0 if peer == own else self._in_flight.get((resolved.digest, peer), 0),
                 cooling=self._cooling_until.get(peer, 0.0) > now,
                 holds_session=peer == holder if holder is not None else holds(offer, session),
+                assigned=None if assigned is None else assigned.get(peer, "none"),
             )
             for peer, offer in resolved.offers
             if offer.state == "ready" and (peer == own or peer in rtts_s)
@@ -215,8 +263,12 @@ class Dispatcher:
             if "loading" in states:
                 raise NoReplicaError(resolved.name, "loading", RETRY_AFTER_LOADING_S)
             raise NoReplicaError(resolved.name, "no replica", RETRY_AFTER_NOBODY_S)
-        if holder is not None and not any(replica.holds_session for replica in replicas):
-            # Its holder is gone: others may have got it meanwhile through another gateway.
+        best = min(map(_preference, replicas))
+        if holder is not None and not any(
+            replica.holds_session and _preference(replica) == best for replica in replicas
+        ):
+            # Its holder is gone, or should get nothing new: others may have got it meanwhile
+            # through another gateway.
             replicas = tuple(
                 replace(replica, holds_session=holds(replica.offer, session))
                 for replica in replicas

@@ -194,7 +194,12 @@ async def test_all_failed_is_503_with_every_attempt():
     ]
     # Every attempt is counted before it is made, and uncounted when it has failed.
     assert mesh.calls == [
-        (said, peer) for peer in ("peer-a", "peer-x") for said in ("routed", "finished", "failed")
+        *(
+            (said, peer)
+            for peer in ("peer-a", "peer-x")
+            for said in ("routed", "finished", "failed")
+        ),
+        ("refused", MODEL),
     ]
 
 

@@ -11,46 +11,8 @@ import trio.testing
 from meshnode.gateway import Candidate
 from meshnode.gateway import answer as answer_module
 from meshnode.gateway.app import create_api_app
-from meshnode.gateway.tunnel import TunnelApp
-from tests.fakes import MODEL, FakeMesh, WordEngine, local_mesh, tunnel_to
-
-CHAT = {"model": MODEL, "messages": [{"role": "user", "content": "to be or"}]}
-HANG_S = 20.0
-
-
-class Link:
-    """Node A without an engine, and peers with one each, reached over in-memory streams."""
-
-    def __init__(self, nursery, **engines):
-        self.engines = engines
-        self.streams = []
-        self.meshes = {}
-        candidates = []
-        self.mesh = FakeMesh("peer-a")
-        for name, engine in engines.items():
-            peer_id = f"peer-{name}"
-            self.meshes[name] = local_mesh(engine, peer_id)
-            app = TunnelApp(self.meshes[name])
-            self.mesh.tunnels[peer_id] = tunnel_to(app, nursery, self.streams)
-            candidates.append(Candidate(peer_id, False, "ranked"))
-        self.mesh.candidates = tuple(candidates)
-        self.api = create_api_app(self.mesh).test_client()
-
-    async def ask(self, path="/v1/chat/completions", **changes):
-        with trio.fail_after(HANG_S):
-            response = await self.api.post(path, json={**CHAT, **changes})
-            return response, await response.get_data()
-
-
-def text_of(body: bytes) -> str:
-    """The text of a streamed chat, up to its end or its error."""
-    texts = []
-    for event in body.decode().split("\n\n"):
-        if event.startswith("data: {"):
-            chunk = json.loads(event.removeprefix("data: "))
-            if "error" not in chunk:
-                texts.append(chunk["choices"][0]["delta"].get("content", ""))
-    return "".join(texts)
+from tests.fakes import MODEL, WordEngine, local_mesh, tunnel_to
+from tests.gateway.link import CHAT, HANG_S, Link, text_of
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -174,6 +136,61 @@ async def test_all_tunnels_failing_is_503(nursery):
     assert response.headers["retry-after"] == "3"
     error = json.loads(body)["error"]
     assert (error["code"], error["state"]) == ("replicas_failed", "busy")
+    assert link.mesh.calls[-1] == ("refused", MODEL)
+
+
+@pytest.mark.parametrize(
+    ("busy", "counted"), [(("b", "c"), True), (("b",), True), ((), False)]
+)  # fmt: skip
+@pytest.mark.parametrize("other", ["not_loaded", "gone", "broken"])
+async def test_demand_is_refused_when_whoever_lives_is_full(nursery, busy, counted, other):
+    link = Link(nursery, b=WordEngine(), c=WordEngine())
+    for name, engine in link.engines.items():
+        if name in busy:
+            engine.busy = True
+        elif other == "not_loaded":
+            link.meshes[name].engines.clear()
+        elif other == "gone":
+            del link.mesh.tunnels[f"peer-{name}"]
+        else:
+            engine.die_after = 0
+    response, _ = await link.ask()
+    assert response.status_code == 503
+    assert link.mesh.calls.count(("refused", MODEL)) == counted
+
+
+async def test_who_finds_room_was_not_refused(nursery):
+    link = Link(nursery, b=WordEngine(busy=True), c=WordEngine())
+    response, _ = await link.ask()
+    assert response.status_code == 200
+    assert ("refused", MODEL) not in link.mesh.calls
+
+
+async def test_a_local_engine_that_was_unloaded_leads_to_the_next_candidate(nursery):
+    link = Link(nursery, b=WordEngine())
+    link.mesh.candidates = (Candidate("peer-a", True, "ranked"), *link.mesh.candidates)
+    response, body = await link.ask()
+    assert response.headers["x-meshnode-served-by"] == "peer-b"
+    assert json.loads(body)["choices"][0]["message"]["content"] == "to be or to be "
+
+
+async def test_a_refusal_without_sense_or_end_is_one_lost_candidate(nursery):
+    async def babbles(scope, receive, send):
+        headers = [(b"x-meshnode-retry", b"elsewhere")]
+        await send({"type": "http.response.start", "status": 503, "headers": headers})
+        while True:
+            await send({"type": "http.response.body", "body": b"[" * 4096, "more_body": True})
+
+    async def mumbles(scope, receive, send):
+        headers = [(b"x-meshnode-retry", b"elsewhere")]
+        await send({"type": "http.response.start", "status": 503, "headers": headers})
+        await send({"type": "http.response.body", "body": b"\xff{" + b"[" * 5000})
+
+    link = Link(nursery, b=WordEngine(), c=WordEngine(), d=WordEngine())
+    link.mesh.tunnels["peer-b"] = tunnel_to(babbles, nursery)
+    link.mesh.tunnels["peer-c"] = tunnel_to(mumbles, nursery)
+    response, _ = await link.ask()
+    assert response.headers["x-meshnode-served-by"] == "peer-d"
 
 
 @pytest.mark.parametrize("how", ["engine", "stream"])

@@ -13,6 +13,7 @@ from meshnode.messages import Offer
 from meshnode.protocol.dispatch import (
     COOLDOWN_S,
     SESSIONS_REMEMBERED,
+    Assigned,
     Dispatcher,
     Replica,
     Resolved,
@@ -160,20 +161,126 @@ def test_nobody_is_left_out() -> None:
     assert sorted(peer for peer, _ in everybody) == sorted(order)
 
 
+# --- what the group decided ----------------------------------------------------------------------
+
+
+def test_who_serves_comes_first_then_who_loads_then_standbys_then_who_drains() -> None:
+    order = by_place(b"chat")
+    assigned = dict(zip(order, ["draining", "none", "loading", "serving", "none", "serving"],
+                        strict=True))  # fmt: skip
+    changes = {peer: {"assigned": state} for peer, state in assigned.items()}
+    assert ranked(b"chat", changes) == [
+        (order[3], "first by hash"),
+        (order[5], "less loaded"),
+        (order[2], "first by hash, not serving yet"),
+        (order[1], "first by hash, not assigned"),
+        (order[4], "less loaded, not assigned"),
+        (order[0], "first by hash, draining"),
+    ]
+
+
+@pytest.mark.parametrize("state", ["loading", "none", "draining"])
+def test_the_holder_of_a_session_loses_it_with_its_assignment(state: str) -> None:
+    order = by_place(b"chat")
+    changes: dict[str, dict[str, object]] = {peer: {"assigned": "serving"} for peer in order}
+    changes[order[0]] = {"assigned": state, "holds_session": True}
+    result = ranked(b"chat", changes)
+    assert result[0] == (order[1], "first by hash")
+    assert result[-1][0] == order[0]
+
+
+@pytest.mark.parametrize("state", ["loading", "none", "draining"])
+def test_if_nobody_else_is_ready_the_holder_keeps_its_session(state: str) -> None:
+    order = by_place(b"chat")
+    changes: dict[str, dict[str, object]] = {peer: {"assigned": state} for peer in order}
+    changes[order[4]]["holds_session"] = True
+    result = ranked(b"chat", changes)
+    assert result[0][0] == order[4]
+    assert result[0][1].startswith("holds the session, ")
+    assert len(result) == len(order)
+
+
+def test_a_load_off_the_assignment_does_not_move_requests_within_it() -> None:
+    """Costs are compared among those that serve only: so all gateways agree."""
+    order = by_place(b"chat")
+    changes: dict[str, dict[str, object]] = {peer: {"assigned": "serving"} for peer in order[:3]}
+    changes[order[3]] = {"assigned": "none", "slots_busy": 4, "queue_depth": 60}
+    changes[order[4]] = {"assigned": "none", "holds_session": True}
+    changes[order[5]] = {"assigned": "draining", "slots_busy": 4, "queue_depth": 60}
+    assert [peer for peer, _ in ranked(b"chat", changes)][:3] == order[:3]
+
+
+def test_a_standby_that_is_loaded_takes_over_from_an_owner_that_just_failed() -> None:
+    order = by_place(b"chat")
+    changes: dict[str, dict[str, object]] = {peer: {"assigned": "draining"} for peer in order}
+    changes[order[0]] = {"assigned": "serving", "cooling": True}
+    changes[order[5]] = {"assigned": "none"}
+    result = ranked(b"chat", changes)
+    assert result[:2] == [
+        (order[5], "first by hash, not assigned"),
+        (order[0], "first by hash, failed just now"),
+    ]
+
+
+def test_all_gateways_agree_on_who_serves_although_each_sees_itself() -> None:
+    peers = [f"peer-{number}" for number in range(5)]
+    states = ["serving", "none", "serving", "draining", "serving"]
+    for session in SESSIONS[:100]:
+        choices = set()
+        for gateway in peers:
+            seen = tuple(
+                replica(
+                    peer,
+                    local=peer == gateway,
+                    rtt_s=0.0 if peer == gateway else RTT_S,
+                    assigned=state,
+                )
+                for peer, state in zip(peers, states, strict=True)
+            )
+            ranking = [each.peer for each in rank(session, 200, seen)]
+            assert set(ranking[:3]) == {"peer-0", "peer-2", "peer-4"}
+            assert ranking[3:] == ["peer-1", "peer-3"]
+            choices.add(ranking[0])
+        assert len(choices) == 1
+
+
+def test_a_change_of_assignment_moves_only_the_sessions_it_must() -> None:
+    peers = [f"peer-{number}" for number in range(5)]
+    for session in SESSIONS[:300]:
+        before = tuple(replica(peer, assigned="serving") for peer in peers)
+        after = (*before[:-1], replica(peers[-1], assigned="draining"))
+        owner = rank(session, 200, before)[0].peer
+        if owner != peers[-1]:
+            assert rank(session, 200, after)[0].peer == owner
+
+
 @settings(max_examples=100, deadline=None)
 @given(
     st.binary(max_size=16),
     st.lists(
-        st.tuples(st.integers(0, 20), st.integers(0, 20), st.booleans(), st.booleans()),
+        st.tuples(
+            st.integers(0, 20),
+            st.integers(0, 20),
+            st.booleans(),
+            st.booleans(),
+            st.sampled_from([None, "serving", "loading", "none", "draining"]),
+        ),
         min_size=1, max_size=8,
     ),
 )  # fmt: skip
 def test_ranking_is_total_and_repeatable(
-    session: bytes, loads: list[tuple[int, int, bool, bool]]
+    session: bytes, loads: list[tuple[int, int, bool, bool, str | None]]
 ) -> None:
     some = tuple(
-        replica(f"p{n}", slots_busy=busy, queue_depth=queue, cooling=cooling, holds_session=held)
-        for n, (busy, queue, cooling, held) in enumerate(loads)
+        replica(
+            f"p{n}",
+            slots_busy=busy,
+            queue_depth=queue,
+            cooling=cooling,
+            holds_session=held,
+            assigned=assigned,
+        )
+        for n, (busy, queue, cooling, held, assigned) in enumerate(loads)
     )
     result = rank(session, 100, some)
     assert result == rank(session, 100, tuple(reversed(some)))
@@ -317,6 +424,36 @@ def test_who_broke_a_request_cools_down_for_a_while() -> None:
     dispatcher.failed(top, 0.0)
     assert choose(dispatcher, found, now=COOLDOWN_S - 0.1) != top
     assert choose(dispatcher, found, now=COOLDOWN_S) == top
+
+
+def test_the_register_decides_before_the_hash_and_the_session() -> None:
+    found = resolved("p1", "p2", "p3")
+    for serving in ("p1", "p2", "p3"):
+        dispatcher = Dispatcher()
+        for holder in ("p1", "p2", "p3"):
+            dispatcher.routed(A, b"s", holder)
+            ranking = dispatcher.rank(
+                found, b"s", 400, "own", rtts("p1", "p2", "p3"), 0.0, {serving: "serving"}
+            )
+            assert ranking[0].peer == serving
+            assert all(each.reason.endswith("not assigned") for each in ranking[1:])
+
+
+def test_a_session_whose_holder_drains_is_found_where_another_gateway_placed_it() -> None:
+    peers = ("p1", "p2", "p3", "p4")
+    assigned: dict[str, Assigned] = dict.fromkeys(peers, "serving")
+    assigned["p1"] = "draining"
+    for holder in ("p2", "p3", "p4"):
+        offers = tuple(
+            (peer, an_offer("smol", A, sessions=session_hash(b"s") if peer == holder else b""))
+            for peer in peers
+        )
+        dispatcher = Dispatcher()
+        dispatcher.routed(A, b"s", "p1")
+        ranking = dispatcher.rank(
+            Resolved("smol", A, offers), b"s", 400, "own", rtts(*peers), 0.0, assigned
+        )
+        assert (ranking[0].peer, ranking[0].reason) == (holder, "holds the session")
 
 
 def test_only_ready_peers_that_can_be_reached_are_asked() -> None:

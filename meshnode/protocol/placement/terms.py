@@ -1,8 +1,6 @@
-"""Who should own what: a pure function from a mesh's facts to its assignment, with reasons.
+"""The words of placement: what a plan depends on, and what it says.
 
-Deterministic to the last bit: integers only, ties broken by peer id, effort bounded by a count of
-iterations and never by time, so that every voter that computes it from the same facts gets the
-same plan. It does not know who is proposing, which epoch it is, or what a message looks like.
+Sizes are bytes, times microseconds, all of them integers. Nothing is decided here.
 """
 
 from __future__ import annotations
@@ -76,7 +74,8 @@ class Want:
     """How much of a model is wanted: replicas by demand, and where an operator pinned it."""
 
     replicas: int
-    """At least this many, if they fit; 1 keeps a model served that nobody asks for now."""
+    """At least this many, if they fit; 1 keeps a model served that nobody asks for now. A model
+    that must be cut is cut for the time of a token at 1, for all requests together above."""
     pins: tuple[str, ...] = ()
     weight: int = 1
     """Its requests per 1000 s: models compete for scarce memory by it."""
@@ -101,12 +100,17 @@ class Replica:
     standbys: tuple[tuple[str, ...], ...] = ()
     """For each part the peers that would take it over, best first."""
     number: int = -1
-    """Which of the current replicas this is; -1 for a new one."""
+    """Which of the current replicas this is, though lost parts may have new owners; -1 for a new
+    one, which the current ones outlive until it is ready."""
 
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """All that a plan depends on. Mappings are read in sorted order."""
+    """All that a plan depends on. Mappings are read in sorted order.
+
+    A model without a `Want` is wanted once. Memory that a host spends on something that is neither
+    in `current` nor to be kept must be taken off its `memory_bytes` by the caller.
+    """
 
     models: Mapping[str, Model]
     hosts: Mapping[str, Host]
@@ -129,7 +133,10 @@ class Verdict:
 
 @dataclass(frozen=True, slots=True)
 class Prediction:
-    """What one replica would do, in microseconds a token and thousandths of tokens a second."""
+    """What one replica would do, in microseconds a token and thousandths of tokens a second.
+
+    The first is one request's; the second is that of many at once: the slowest stage sets it.
+    """
 
     model: str
     owners: tuple[str, ...]
@@ -149,8 +156,5 @@ class Plan:
     predictions: tuple[Prediction, ...]
     missing: tuple[tuple[str, str], ...]
     """Models that cannot be placed at all, each with what would fix it."""
-
-
-def plan(problem: Problem) -> Plan:
-    """The assignment that `problem` asks for."""
-    raise NotImplementedError
+    postponed: int = 0
+    """Loads that would help but have to wait for a later plan; 0: planning again changes nothing."""

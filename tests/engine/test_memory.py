@@ -1,0 +1,52 @@
+"""How much memory a mesh may plan with."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from meshnode.engine import memory
+from meshnode.engine.memory import available_bytes, memory_budget_bytes
+from meshnode.errors import ConfigError
+
+GIB = 1024**3
+
+
+@pytest.fixture
+def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Eight GiB, six available, no cgroup; the directory is the cgroup's."""
+    meminfo = tmp_path / "meminfo"
+    meminfo.write_text("MemTotal: 8388608 kB\nMemFree: 1 kB\nMemAvailable: 6291456 kB\n")
+    monkeypatch.setattr(memory, "_MEMINFO", meminfo)
+    monkeypatch.setattr(memory, "_CGROUP", tmp_path)
+    return tmp_path
+
+
+def limit_to(cgroup: Path, limit: str, used_bytes: int) -> None:
+    (cgroup / "memory.max").write_text(f"{limit}\n")
+    (cgroup / "memory.current").write_text(f"{used_bytes}\n")
+
+
+def test_the_default_leaves_a_quarter(machine: Path) -> None:
+    assert memory_budget_bytes(None) == 6 * GIB
+    limit_to(machine, "max", GIB)
+    assert memory_budget_bytes(None) == 6 * GIB
+    limit_to(machine, str(4 * GIB), GIB)
+    assert memory_budget_bytes(None) == 3 * GIB
+
+
+def test_no_more_is_offered_than_there_is(machine: Path) -> None:
+    assert memory_budget_bytes(8 * GIB) == 8 * GIB
+    with pytest.raises(ConfigError, match=r"8193 MiB, but this machine has 8192 MiB"):
+        memory_budget_bytes(8 * GIB + 1)
+
+
+def test_what_is_available(machine: Path) -> None:
+    assert available_bytes() == 6 * GIB
+    limit_to(machine, "max", GIB)
+    assert available_bytes() == 6 * GIB
+    limit_to(machine, str(4 * GIB), GIB)
+    assert available_bytes() == 3 * GIB
+    limit_to(machine, str(4 * GIB), 5 * GIB)
+    assert available_bytes() == 0
