@@ -219,7 +219,7 @@ class HostedModel:
     def engine_for(self, digest: str) -> Engine | None:
         """The engine, if this is the model and it takes requests now."""
         stats = self.stats()
-        if stats is None or stats.card.digest != digest:
+        if stats is None or stats.card.digest != digest or self.state != "ready":
             return None
         return self.engine
 

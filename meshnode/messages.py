@@ -238,8 +238,9 @@ class Body(Struct, frozen=True, forbid_unknown_fields=True):
 
 class Consent(Message, frozen=True):
     """A node's word on one model: it has the file, verified, and would spend `bytes` of its
-    `memory_bytes` on it. `ready` says that it is loaded and proven; `wanted` that the node's
-    own operator wants it served there. Signed by the node; the highest sequence counts.
+    `memory_bytes` on it: weights, KV cache for its context and slots, and compute buffers.
+    `ready` says that it is loaded and proven; `wanted` that the node's own operator wants it
+    served there. Signed by the node; the highest sequence counts.
     """
 
     group: GroupId
@@ -251,6 +252,7 @@ class Consent(Message, frozen=True):
     bytes: Count
     memory_bytes: Count
     weight_bytes: Count
+    kv_bytes: Count
     layers: Annotated[int, Meta(ge=0, le=4096)]
 
 
@@ -327,9 +329,7 @@ class Proposal(Message, frozen=True):
     header: Header
     body: Body
     parent_view: View
-    justification: Annotated[
-        tuple[QuorumCertificate, ...], Meta(max_length=JUSTIFICATION_MAX)
-    ]
+    justification: Annotated[tuple[QuorumCertificate, ...], Meta(max_length=JUSTIFICATION_MAX)]
     vote: Vote
 
 
@@ -355,10 +355,12 @@ class GetDecided(Message, frozen=True):
 
 
 class Standing(Struct, frozen=True, forbid_unknown_fields=True):
-    """The newest epoch one knows of a group."""
+    """The newest epoch one knows of a group. `abstains`: named a voter, but its disk has lost
+    what it said as one."""
 
     group: GroupId
     epoch: Epoch
+    abstains: bool = False
 
 
 class Heartbeat(Message, frozen=True):
@@ -489,11 +491,11 @@ class JoinDenied(Message, frozen=True):
     reason: Reason
 
 
-Agreement = (
+Agreed = (
     Heartbeat | Support | News | Consents | Orders | Proposal | Vote | QuorumCertificate
     | Decided | GetDecided
 )  # fmt: skip
-Control = Hello | Welcome | Refused | GetPeers | Peers | Leaving | Rumours | Agreement
+Control = Hello | Welcome | Refused | GetPeers | Peers | Leaving | Rumours | Agreed
 Join = JoinRequest | JoinGranted | JoinDenied
 Record = (
     Certificate | Invitation | NodeRecord | Advert | JoinProof

@@ -44,12 +44,14 @@ class WordEngine:
     """Answers with the words of the last message, again and again, one word per token.
 
     `pace` is awaited before each token. `die_after` tokens it raises `EngineError`.
+    With `tells_ids` its answers can be continued, also by another one; token n has id 100 + n.
     """
 
     pace: Callable[[], Awaitable[None]] = no_pace
     tokens_default: int = 5
     die_after: int | None = None
     busy: bool = False
+    tells_ids: bool = False
     running: int = 0
     produced: int = 0
     requests: list[Request] = field(default_factory=list)
@@ -85,12 +87,18 @@ class WordEngine:
             text = str(last) if isinstance(last, int) else last.content
         words = text.split() or [""]
         total = request.max_tokens if request.max_tokens is not None else self.tokens_default
-        for index in range(total):
+        begin, come = 0, request.continuation
+        if come is not None:
+            begin = len(come.tokens)
+            assert come.tokens == tuple(range(100, 100 + begin))
+            assert come.chars == sum(len(words[n % len(words)]) + 1 for n in range(begin))
+        for index in range(begin, total):
             await self.pace()
             if index == self.die_after:
                 raise EngineError("The engine process died.")
             self.produced += 1
-            yield Delta(words[index % len(words)] + " ")
+            ids = (100 + index,) if self.tells_ids else ()
+            yield Delta(words[index % len(words)] + " ", ids=ids)
         await self.pace()
         yield Finish("length", Usage(len(words), 1, total))
 
@@ -158,7 +166,10 @@ class FakeMesh:
             raise UnknownModelError(model, (MODEL,))
         if not self.candidates:
             raise NoReplicaError(model, "loading", 7.2)
-        return Route(MODEL, DIGEST, self.candidates)
+        # As the dispatcher does it: who broke a request just now is asked last.
+        failed = {peer for said, peer in self.calls if said == "failed"}
+        ranked = sorted(self.candidates, key=lambda candidate: candidate.peer_id in failed)
+        return Route(MODEL, DIGEST, tuple(ranked))
 
     def routed(self, route: Route, peer_id: str, session: bytes) -> None:
         self.calls.append(("routed", peer_id))

@@ -186,16 +186,20 @@ async def test_assigned_again_while_draining_it_stays_loaded(standby: Config) ->
 async def test_a_reader_that_takes_too_long_is_cut(
     standby: Config, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(hosted, "UNLOAD_DRAIN_S", 0.1)
+    monkeypatch.setattr(hosted, "UNLOAD_DRAIN_S", 1.0)
     async with running(standby) as model:
         model.assign(True)
         await until(model, "ready")
-        async with engine_of(model).generate(story(1500)) as events:
-            await anext(events)
-            model.assign(False)
+        async with engine_of(model).generate(story(1800)) as events:
+            for load in (False, True, False):
+                await anext(events)
+                model.assign(load)
+            taken_back_at = trio.current_time()
             with pytest.raises(EngineError):
                 async for _ in events:
                     pass
+            # The time counts from the last assignment, not from the first.
+            assert trio.current_time() - taken_back_at >= hosted.UNLOAD_DRAIN_S
         await until(model, "standby")
 
 

@@ -21,6 +21,7 @@ from typing import Literal, Protocol
 
 __all__ = [
     "ChatMessage",
+    "Continuation",
     "Delta",
     "Engine",
     "EngineStats",
@@ -73,12 +74,26 @@ class Sampling:
 
 
 @dataclass(frozen=True, slots=True)
+class Continuation:
+    """How far an answer had come when its engine was lost.
+
+    `tokens` have been decoded, and `chars` characters of their text have been shown. (These are
+    more than the tokens release by themselves if the end of the answer was shown but not told.)
+    """
+
+    tokens: tuple[int, ...]
+    chars: int
+
+
+@dataclass(frozen=True, slots=True)
 class Request:
     """One generation. Exactly one of the three prompt forms is used.
 
     `session` is the 16-byte session key of `protocol.dispatch`: requests with equal keys are
     turns of one conversation, and the engine keeps their KV cache together.
     `max_tokens` None means up to the end of the context.
+    `continuation`: the answer goes on from there; what it counts, `max_tokens` and the usage
+    include what came before, and stop strings may begin in it.
     """
 
     id: str
@@ -87,6 +102,7 @@ class Request:
     sampling: Sampling = field(default_factory=Sampling)
     max_tokens: int | None = None
     stop: tuple[str, ...] = ()
+    continuation: Continuation | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,10 +116,15 @@ class Usage:
 
 @dataclass(frozen=True, slots=True)
 class Delta:
-    """Some text, always whole UTF-8 characters, from `tokens` newly decoded tokens."""
+    """Some text, always whole UTF-8 characters, from `tokens` newly decoded tokens.
+
+    `ids` are these tokens; empty if the engine does not tell them, so that its answers cannot be
+    continued by another.
+    """
 
     text: str
     tokens: int = 1
+    ids: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,9 +19,9 @@ import traceback
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn
+from typing import Literal, NoReturn
 
-from meshnode.engine import wire
+from meshnode.engine import Usage, wire
 from meshnode.engine.cores import usable_cores
 from meshnode.engine.llama import LlamaModel, Sampler, quantize_q4_0
 from meshnode.engine.pace import Rates, Threads
@@ -39,6 +39,24 @@ EXIT_BUG = 1
 
 
 @dataclass(frozen=True, slots=True)
+class _Resumed:
+    """What an answer had when another engine was lost in it: tokens, now at the end of the
+    prompt, and characters shown beyond those that the tokens release by themselves."""
+
+    tokens: int = 0
+    chars_beyond: int = 0
+
+    def usage(self, usage: Usage) -> Usage:
+        """As the caller counts: what was decoded elsewhere is answer, not prompt."""
+        prompt_tokens = usage.prompt_tokens - self.tokens
+        return Usage(
+            prompt_tokens,
+            min(usage.cached_tokens, prompt_tokens),
+            usage.completion_tokens + self.tokens,
+        )
+
+
+@dataclass(frozen=True, slots=True)
 class _Start:
     """A request that was accepted: tokenised, checked, with its own sampler."""
 
@@ -48,17 +66,26 @@ class _Start:
     max_tokens: int | None
     sampler: Sampler
     text: AnswerText
+    resumed: _Resumed
 
 
 class _Answer:
     """What the main thread keeps of a sequence besides its tokens."""
 
-    __slots__ = ("sampler", "text", "tokens_unsent")
+    __slots__ = ("chars_beyond", "ids_unsent", "resumed", "sampler", "text")
 
     def __init__(self, start: _Start) -> None:
         self.sampler = start.sampler
         self.text = start.text
-        self.tokens_unsent = 0
+        self.resumed = start.resumed
+        self.chars_beyond = start.resumed.chars_beyond
+        self.ids_unsent: list[int] = []
+
+    def unshown(self, text: str) -> str:
+        """Without what was shown already."""
+        skipped = min(self.chars_beyond, len(text))
+        self.chars_beyond -= skipped
+        return text[skipped:]
 
 
 class _Pipe:
@@ -128,6 +155,7 @@ class Child:
             if not self._limits.fits(len(prompt), frame.max_tokens):
                 self._pipe.send(wire.TooLong(frame.number, len(prompt)))
                 return
+            text, resumed = self._resume(frame)
             sampler = self._model.sampler(frame.sampling)
         except RequestError as error:
             self._pipe.send(
@@ -135,16 +163,39 @@ class Child:
             )
             return
         self._pipe.send(wire.Accepted(frame.number, len(prompt)))
-        self._inbox.put(
-            _Start(
-                number=frame.number,
-                session=frame.session,
-                prompt=prompt,
-                max_tokens=frame.max_tokens,
-                sampler=sampler,
-                text=AnswerText(frame.stop),
-            )
-        )
+        if frame.continuation is not None:
+            prompt += frame.continuation.tokens
+        max_tokens = None if frame.max_tokens is None else frame.max_tokens - resumed.tokens
+        start = _Start(frame.number, frame.session, prompt, max_tokens, sampler, text, resumed)
+        full = not self._limits.fits(len(prompt), max_tokens)
+        if text.stopped or full or (max_tokens is not None and max_tokens <= 0):
+            self._end_at_once(start)
+        else:
+            self._inbox.put(start)
+
+    def _resume(self, frame: wire.Generate) -> tuple[AnswerText, _Resumed]:
+        """The answer's text as the lost engine had it: held back is what that one held back."""
+        text = AnswerText(frame.stop)
+        if frame.continuation is None:
+            return text, _Resumed()
+        tokens = frame.continuation.tokens
+        if any(not 0 <= token < self._model.vocabulary_size for token in tokens):
+            raise RequestError("The answer to be continued is not this model's.")
+        released = sum(len(text.feed(self._model.piece(token))) for token in tokens)
+        chars_beyond = frame.continuation.chars - released
+        if chars_beyond < 0:
+            raise RequestError("The answer to be continued shows less than it has.")
+        return text, _Resumed(len(tokens), chars_beyond)
+
+    def _end_at_once(self, start: _Start) -> None:
+        """The lost engine had decoded the last token, and only its end was not heard."""
+        start.sampler.close()
+        reason: Literal["stop", "length"] = "stop" if start.text.stopped else "length"
+        text = _Answer(start).unshown(start.text.flush())
+        if text:
+            self._pipe.send(wire.Text(start.number, text, 0, ()))
+        usage = start.resumed.usage(Usage(len(start.prompt), 0, 0))
+        self._pipe.send(wire.Done(start.number, reason, usage))
 
     # -- the main thread -----------------------------------------------------------------------
 
@@ -232,19 +283,20 @@ class Child:
         text, finish = "", sampled.finish
         if finish != "stop":
             text = answer.text.feed(self._model.piece(sampled.token))
-            answer.tokens_unsent += 1
+            answer.ids_unsent.append(sampled.token)
         if answer.text.stopped:
             if finish is None:
                 self._scheduler.end(sampled.sequence)
             finish = "stop"
         if finish is not None:
             text += answer.text.flush()
+        text = answer.unshown(text)
         if text:
-            yield wire.Text(sampled.sequence, text, answer.tokens_unsent)
-            answer.tokens_unsent = 0
+            ids, answer.ids_unsent = tuple(answer.ids_unsent), []
+            yield wire.Text(sampled.sequence, text, len(ids), ids)
         if finish is not None:
             self._answers.pop(sampled.sequence).sampler.close()
-            yield wire.Done(sampled.sequence, finish, sampled.usage)
+            yield wire.Done(sampled.sequence, finish, answer.resumed.usage(sampled.usage))
 
     def _send_status(self) -> None:
         now = time.monotonic()

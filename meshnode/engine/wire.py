@@ -12,7 +12,7 @@ from typing import Literal, TypeVar
 
 import msgspec
 
-from meshnode.engine import ChatMessage, Request, Sampling, Usage
+from meshnode.engine import ChatMessage, Continuation, Request, Sampling, Usage
 from meshnode.errors import LocalProtocolError
 
 # A prompt is at most a context: 1 Mi tokens of 6 bytes is more than any model here takes.
@@ -42,6 +42,7 @@ class Generate(msgspec.Struct, frozen=True, tag="generate"):
     sampling: Sampling
     max_tokens: int | None
     stop: tuple[str, ...]
+    continuation: Continuation | None = None
 
     @property
     def prompt(self) -> tuple[ChatMessage, ...] | str | tuple[int, ...]:
@@ -64,6 +65,7 @@ class Generate(msgspec.Struct, frozen=True, tag="generate"):
             sampling=request.sampling,
             max_tokens=request.max_tokens,
             stop=request.stop,
+            continuation=request.continuation,
         )
 
 
@@ -115,11 +117,12 @@ class TooLong(msgspec.Struct, frozen=True, tag="too_long"):
 
 
 class Text(msgspec.Struct, frozen=True, tag="text"):
-    """More of an answer."""
+    """More of an answer: `text` is what `tokens` new tokens, `ids`, have released."""
 
     number: int
     text: str
     tokens: int
+    ids: tuple[int, ...] = ()
 
 
 class Done(msgspec.Struct, frozen=True, tag="done"):

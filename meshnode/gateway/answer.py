@@ -1,12 +1,13 @@
 """One request, one answer: from a local engine, or through a tunnel from a peer.
 
 Decides when to turn to the next candidate and what a client sees when nobody can go on. Does not
-know how candidates were ranked, nor what the bytes of a peer's answer say.
+know how candidates were ranked, what a decision says, nor what the bytes of a peer's answer say.
 
 An attempt has three moments: it is *accepted* (the engine has queued it, or the peer sent its
 head), its *first bytes* come, and it *ends*. Until the first bytes of a stream, or until the end
 of a whole answer, nothing has reached the client, and the next candidate can take over unseen.
-After that a loss becomes an explicit error event; a client never sees a silent cut.
+After that another replica goes on where the lost one was (`resume.py`): the client sees a pause.
+If nobody can, it gets an explicit error event; it never sees a silent cut.
 
 A route follows a decision of the group. A peer that knows a newer one computes nothing and sends
 the proof of it instead: the node learns, and the request is routed again, unseen as well.
@@ -21,27 +22,37 @@ import time
 from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import AsyncExitStack, aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import msgspec
 import trio
 
-from meshnode.engine import Delta, Engine, Finish
+from meshnode.engine import Continuation, Delta, Engine, Finish
 from meshnode.errors import (
     EngineBusyError,
     EngineError,
     MeshnodeError,
+    NoReplicaError,
     PeerUnreachableError,
     RemoteProtocolError,
+    UnknownModelError,
 )
 from meshnode.fence import FENCE_HEADER
 from meshnode.gateway import Candidate, Mesh, Route
 from meshnode.gateway.openai import Call, Encoder, encode_error_event
+from meshnode.gateway.resume import (
+    CONTINUE_HEADER,
+    Progress,
+    join_continuation,
+    note,
+    opening_note,
+)
 from meshnode.messages import MESSAGE_BYTES_MAX
 from meshnode.transport.http import HttpResponse, TunnelPool
 
 __all__ = [
+    "CREATED_HEADER",
     "DECIDED_TYPE",
     "DIGEST_HEADER",
     "HOPS_HEADER",
@@ -61,6 +72,7 @@ __all__ = [
 HOPS_HEADER = "x-meshnode-hops"
 SESSION_HEADER = "x-meshnode-session"
 DIGEST_HEADER = "x-meshnode-digest"
+CREATED_HEADER = "x-meshnode-created"
 RETRY_HEADER = "x-meshnode-retry"
 REQUEST_ID_HEADER = "x-request-id"
 # 96 bits: unique among all requests of all nodes.
@@ -82,19 +94,31 @@ REFUSAL_BYTES_MAX = 16 * 1024
 # Each time this node has learned a newer decision. Epochs are seconds apart and a request is
 # routed in milliseconds: whoever fences a fourth time lies, or decides what we cannot verify.
 REROUTES_MAX = 3
+# A stream outlives this many replicas. A request that kills a third engine is what kills them.
+RESUMES_MAX = 2
+# Somebody should be able to go on by then: an engine is restarted within seconds, a standby is
+# loaded and serves within five (agreement). A client waits about as long for a first token.
+RESUME_WITHIN_S = 15.0
+RESUME_EVERY_S = 0.25
 # What a client should wait when everybody failed: about the time in which a peer is declared dead.
 RETRY_AFTER_FAILURE_S = 5.0
 
 
 @dataclass(frozen=True, slots=True)
 class Ask:
-    """A request on its way: understood, named, and still as it came."""
+    """A request on its way: understood, named, and still as it came.
+
+    `created` is the answer's date in Unix seconds, whoever gives it, and `continuation` how far
+    it has come.
+    """
 
     call: Call
     id: str
     session: bytes
     target: str
     body: bytes
+    created: int = field(default_factory=lambda: int(time.time()))
+    continuation: Continuation | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,6 +132,11 @@ class Answer:
     body: AsyncIterator[bytes]
 
     @property
+    def is_stream(self) -> bool:
+        """Whether the body is a sequence of events; all of ours are, but for refusals."""
+        return self.content_type.startswith("text/event-stream")
+
+    @property
     def headers(self) -> dict[str, str]:
         """What goes before the body, whoever carries it."""
         headers = {
@@ -115,7 +144,7 @@ class Answer:
             SERVED_BY_HEADER: self.served_by,
             ROUTE_HEADER: self.route,
         }
-        if self.content_type.startswith("text/event-stream"):
+        if self.is_stream:
             headers["cache-control"] = "no-cache"
             headers["x-accel-buffering"] = "no"  # nginx in between would hold the tokens back
         return headers
@@ -154,7 +183,12 @@ async def answer(mesh: Mesh, pool: TunnelPool, ask: Ask, stack: AsyncExitStack) 
     `stack` is closed when the request is over, however it ends.
     Raises `UnknownModelError`, `NoReplicaError`, `RequestError` or `NobodyAnsweredError`.
     """
-    return await _Search(mesh, pool, ask).begin(stack)
+    held = await stack.enter_async_context(AsyncExitStack())
+    begun = await _Search(mesh, pool, ask).begin(held)
+    if not begun.is_stream:
+        return begun
+    body = _carried_on(mesh, pool, ask, begun, held)
+    return replace(begun, body=await stack.enter_async_context(aclosing(body)))
 
 
 async def answer_locally(
@@ -162,12 +196,18 @@ async def answer_locally(
 ) -> Answer:
     """Answer from an engine of this node, from the moment it has accepted.
 
+    A stream has the notes of `resume.py` in it, for a gateway, here or far, to take off.
     The body raises `EngineError` if the engine dies midway. Raises what `Engine.generate` raises.
     """
-    events = await stack.enter_async_context(engine.generate(ask.call.request(ask.id, ask.session)))
-    encoder = Encoder(ask.call, ask.id, digest, int(time.time()))
+    request = replace(ask.call.request(ask.id, ask.session), continuation=ask.continuation)
+    events = await stack.enter_async_context(engine.generate(request))
+    encoder = Encoder(ask.call, ask.id, digest, ask.created)
     body = await stack.enter_async_context(
-        aclosing(_streamed(events, encoder) if ask.call.stream else _collected(events, encoder))
+        aclosing(
+            _streamed(events, encoder, opened=ask.continuation is not None)
+            if ask.call.stream
+            else _collected(events, encoder)
+        )
     )
     content_type = "text/event-stream" if ask.call.stream else "application/json"
     return Answer(200, content_type, peer_id, "local", body)
@@ -176,12 +216,16 @@ async def answer_locally(
 class _Search:
     """One request's way from candidate to candidate."""
 
-    def __init__(self, mesh: Mesh, pool: TunnelPool, ask: Ask) -> None:
-        """Raises `UnknownModelError` or `NoReplicaError`."""
+    def __init__(self, mesh: Mesh, pool: TunnelPool, ask: Ask, *, again: bool = False) -> None:
+        """`again`: it is not the first search for this request.
+
+        Raises `UnknownModelError` or `NoReplicaError`.
+        """
         self._mesh = mesh
         self._pool = pool
         self._ask = ask
-        self._route = mesh.route(ask.call.model, ask.session, len(ask.body))
+        self._again = again
+        self._route = mesh.route(ask.call.model, ask.session, len(ask.body), again=again)
         self._candidates = deque(self._route.candidates)
         self._attempts: list[Attempt] = []
         self._reroutes_left = REROUTES_MAX
@@ -209,7 +253,7 @@ class _Search:
                     self._route_again()
                 else:
                     self._lose(candidate, error)
-        if any(attempt.reason == "busy" for attempt in self._attempts):
+        if not self._again and any(attempt.reason == "busy" for attempt in self._attempts):
             self._mesh.refused(self._route)
         raise NobodyAnsweredError(self._route.model, self._attempts, self._retry_after_s)
 
@@ -247,18 +291,11 @@ async def _begin(
         accepted = await answer_locally(engine, ask, route.digest, mesh.peer_id, stack)
     else:
         accepted = await _answer_remotely(mesh, pool, ask, route.digest, candidate, stack)
-    if accepted.content_type.startswith("text/event-stream"):
-        first = await _first_bytes(accepted.body)
-        body = _explained(first, accepted.body, mesh, candidate.peer_id)
+    if accepted.is_stream:
+        body = _from_first(await _first_bytes(accepted.body), accepted.body)
     else:
         body = _once(await _whole(accepted.body))
-    return Answer(
-        accepted.status,
-        accepted.content_type,
-        accepted.served_by,
-        accepted.route,
-        await stack.enter_async_context(aclosing(body)),
-    )
+    return replace(accepted, body=await stack.enter_async_context(aclosing(body)))
 
 
 # ---------------------------------------------------------------------------------------------
@@ -267,17 +304,19 @@ async def _begin(
 
 
 async def _streamed(
-    events: AsyncIterator[Delta | Finish], encoder: Encoder
+    events: AsyncIterator[Delta | Finish], encoder: Encoder, *, opened: bool
 ) -> AsyncGenerator[bytes, None]:
     yield b""
     # The role goes out with the first text, not before: until then another replica may take over.
-    opening = encoder.opening()
+    opening = b"" if opened else encoder.opening()
     async for event in events:
         if isinstance(event, Finish):
             yield opening + encoder.closing(event)
             return
         if event.text:
-            yield opening + encoder.delta(event.text)
+            if opening:
+                opening = opening_note(event) + opening
+            yield opening + note(event) + encoder.delta(event.text)
             opening = b""
     raise EngineError("The engine ended without a finish.")
 
@@ -317,13 +356,18 @@ async def _answer_remotely(
         (SESSION_HEADER.encode(), ask.session.hex().encode()),
         (DIGEST_HEADER.encode(), digest.encode()),
         (REQUEST_ID_HEADER.encode(), ask.id.encode()),
+        (CREATED_HEADER.encode(), b"%d" % ask.created),
     ]
+    body = ask.body
+    if ask.continuation is not None:
+        come, body = join_continuation(ask.continuation, body)
+        headers.append((CONTINUE_HEADER.encode(), come.encode()))
     if candidate.fence is not None:
         headers.append((FENCE_HEADER.encode(), str(candidate.fence).encode()))
     try:
         with trio.fail_after(ACCEPT_TIMEOUT_S):
             response = await stack.enter_async_context(
-                pool.request(peer_id, "POST", ask.target, headers, ask.body)
+                pool.request(peer_id, "POST", ask.target, headers, body)
             )
             content_type = (response.header(b"content-type") or b"application/json").decode(
                 "latin-1"
@@ -342,8 +386,8 @@ async def _answer_remotely(
     if response.status != 200 and not 400 <= response.status < 500:
         raise RemoteProtocolError(f"Peer {peer_id} answered with status {response.status}.")
     passed_on = _events if content_type.startswith("text/event-stream") else _bytes
-    body = await stack.enter_async_context(aclosing(passed_on(response, peer_id)))
-    return Answer(response.status, content_type, peer_id, "tunnel", body)
+    answered = await stack.enter_async_context(aclosing(passed_on(response, peer_id)))
+    return Answer(response.status, content_type, peer_id, "tunnel", answered)
 
 
 class _RefusalError(msgspec.Struct):
@@ -422,20 +466,56 @@ async def _once(body: bytes) -> AsyncGenerator[bytes, None]:
     yield body
 
 
-async def _explained(
-    first: bytes, rest: AsyncIterator[bytes], mesh: Mesh, peer_id: str
-) -> AsyncGenerator[bytes, None]:
-    """A stream that ends either complete or with an error event that says why it is not."""
+async def _from_first(first: bytes, rest: AsyncIterator[bytes]) -> AsyncGenerator[bytes, None]:
     yield first
-    try:
-        async for chunk in rest:
-            yield chunk
-    except _Lost:
-        mesh.failed(peer_id)
-        yield encode_error_event(
-            f"The replica {peer_id} was lost in the middle of its answer. Ask again.",
-            "replica_lost",
-        )
+    async for chunk in rest:
+        yield chunk
+
+
+async def _carried_on(
+    mesh: Mesh, pool: TunnelPool, ask: Ask, begun: Answer, held: AsyncExitStack
+) -> AsyncGenerator[bytes, None]:
+    """A stream to its end, whoever decodes it, or to an error event that says why not.
+
+    `held` is what `begun` holds open, and takes what its successors do.
+    """
+    progress = Progress()
+    for resumes_left in range(RESUMES_MAX, -1, -1):
+        try:
+            async for events in begun.body:
+                if shown := progress.feed(events):
+                    yield shown
+            yield progress.end()
+            return
+        except _Lost:
+            mesh.failed(begun.served_by)
+        continuation = progress.continuation()
+        if continuation is None or not resumes_left:
+            break
+        await held.aclose()
+        successor = await _resume(mesh, pool, replace(ask, continuation=continuation), held)
+        if successor is None:
+            break
+        begun = successor
+    yield encode_error_event(
+        f"The replica {begun.served_by} was lost in the middle of its answer. Ask again.",
+        "replica_lost",
+    )
+
+
+async def _resume(mesh: Mesh, pool: TunnelPool, ask: Ask, held: AsyncExitStack) -> Answer | None:
+    """Another replica's stream from where `ask.continuation` ends; None if there will be none."""
+    with trio.move_on_after(RESUME_WITHIN_S):
+        while True:
+            try:
+                begun = await _Search(mesh, pool, ask, again=True).begin(held)
+            except (NoReplicaError, NobodyAnsweredError, UnknownModelError):
+                await trio.sleep(RESUME_EVERY_S)  # a standby may be on its way
+            except EngineError:
+                return None  # the request itself is refused: it cannot go on anywhere
+            else:
+                return begun if begun.is_stream else None
+    return None
 
 
 def _reason(error: Exception) -> str:

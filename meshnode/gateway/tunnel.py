@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import re
 import secrets
+import time
 from collections.abc import Awaitable, Callable
 from contextlib import AsyncExitStack
 
@@ -19,6 +20,7 @@ from meshnode.errors import MeshnodeError, RemoteProtocolError, RequestError
 from meshnode.fence import FENCE_HEADER, Fence, parse_fence
 from meshnode.gateway import Mesh
 from meshnode.gateway.answer import (
+    CREATED_HEADER,
     DECIDED_TYPE,
     DIGEST_HEADER,
     HOPS_HEADER,
@@ -33,6 +35,7 @@ from meshnode.gateway.answer import (
 )
 from meshnode.gateway.openai import decode_chat, decode_text, encode_error
 from meshnode.gateway.refusal import Refusal, refusal_of
+from meshnode.gateway.resume import CONTINUE_HEADER, split_continuation
 from meshnode.gateway.session import SESSION_BYTES
 from meshnode.messages import Decided, decode
 from meshnode.transport.http import BODY_BYTES_MAX, Message
@@ -45,6 +48,7 @@ BODY_TIMEOUT_S = 60
 _ROUTES = {"/v1/chat/completions": decode_chat, "/v1/completions": decode_text}
 _REQUEST_ID = re.compile(rf"[0-9a-f]{{{2 * REQUEST_ID_BYTES}}}")
 _SESSION = re.compile(rf"[0-9a-f]{{{2 * SESSION_BYTES}}}")
+_UNIX_SECONDS = re.compile(r"[0-9]{1,12}")
 _log = logging.getLogger(__name__)
 
 Receive = Callable[[], Awaitable[Message]]
@@ -104,7 +108,12 @@ class TunnelApp:
             return _refusal(408, "The body did not arrive in time.", "request_timeout")
         if body is None:
             return _refusal(413, "The body is too large.", "body_too_large")
+        continuation = None
+        if come := headers.get(CONTINUE_HEADER):
+            continuation, body = split_continuation(come, body)
         call = understand(body)
+        if continuation is not None and not call.stream:
+            raise RequestError("Only a stream can be continued.", param=CONTINUE_HEADER)
         digest = headers.get(DIGEST_HEADER, "")
         fence = _fence(headers)
         # After the body, which may take a while: nothing comes between this and the engine.
@@ -117,7 +126,7 @@ class TunnelApp:
             refusal = _refusal(503, message, "not_loaded")
             refusal.headers[RETRY_HEADER] = "elsewhere"
             return refusal
-        ask = Ask(call, request_id, _session(headers), path, body)
+        ask = Ask(call, request_id, _session(headers), path, body, _created(headers), continuation)
         return await answer_locally(engine, ask, digest, self._mesh.peer_id, owned)
 
     async def _read(self, receive: Receive) -> bytes | None:
@@ -164,6 +173,12 @@ def _session(headers: dict[str, str]) -> bytes:
             f"`{SESSION_HEADER}` must be {SESSION_BYTES} bytes in hex.", param=SESSION_HEADER
         )
     return bytes.fromhex(given)
+
+
+def _created(headers: dict[str, str]) -> int:
+    """The date that the gateway gave the answer; ours, if it gave none that could be one."""
+    given = headers.get(CREATED_HEADER, "")
+    return int(given) if _UNIX_SECONDS.fullmatch(given) else int(time.time())
 
 
 def _fence(headers: dict[str, str]) -> Fence | None:

@@ -26,6 +26,8 @@ __all__ = [
     "Connect",
     "Core",
     "Disconnect",
+    "DutiesChanged",
+    "Duty",
     "Effect",
     "Emit",
     "Event",
@@ -105,7 +107,24 @@ class MemberLost:
     reason: str
 
 
-Event = MemberJoined | MemberLost
+@dataclass(frozen=True, slots=True)
+class Duty:
+    """A model that this node owns (`load`), or would take over (keep its file at hand)."""
+
+    model: str
+    load: bool
+
+
+@dataclass(frozen=True, slots=True)
+class DutiesChanged:
+    """What the groups want of this node now. A model that is not named, nobody wants here, or
+    nobody knows of yet. `is_drained`: an operator wants nothing to run here at all."""
+
+    duties: tuple[Duty, ...]
+    is_drained: bool
+
+
+Event = MemberJoined | MemberLost | DutiesChanged
 
 
 @dataclass(frozen=True, slots=True)

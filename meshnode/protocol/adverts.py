@@ -20,11 +20,13 @@ from meshnode.errors import RemoteProtocolError
 from meshnode.identity import PeerId, Signed
 from meshnode.messages import (
     ADVERT_BYTES_MAX,
+    LINKS_MAX,
     MODELS_MAX,
     SESSION_HASH_BYTES,
     SESSIONS_MAX,
     Advert,
     Demand,
+    Link,
     Offer,
     decode,
     is_model_name,
@@ -41,6 +43,8 @@ of a core however large the mesh is. A model that comes or goes is told at once.
 CHANGE_RATIO = 0.2
 """A load figure that moved by less than a fifth is not news."""
 DEMAND_HALF_LIFE_S = 120.0
+DEMAND_STEP_PER_S = math.log(2) / DEMAND_HALF_LIFE_S
+"""What one request adds to the average."""
 DEMAND_FLOOR_PER_S = 1e-4
 SESSIONS_TOLD_MAX = 4 * SESSIONS_MAX
 """Of all models together, 8 KiB; the fullest legal advert is then half as long as the bound."""
@@ -70,6 +74,15 @@ class _Held:
     expires_at: float
 
 
+@dataclass(frozen=True, slots=True)
+class _Count:
+    """Requests per second for one model, averaged, when last counted."""
+
+    asked: float
+    refused: float
+    at: float
+
+
 class AdvertBook:
     """Our own advert and the newest of everyone else; a sans-IO core."""
 
@@ -93,10 +106,11 @@ class AdvertBook:
         self._sequences: dict[PeerId, int] = {}
         self._lost: dict[PeerId, None] = {}
         self._offers: tuple[Offer, ...] = ()
+        self._links: tuple[Link, ...] = ()
         self._said: tuple[Offer, ...] | None = None
         self._spoke_at = -math.inf
         self._speak_at: float | None = None
-        self._demand: dict[str, tuple[float, float]] = {}
+        self._demand: dict[str, _Count] = {}
         self.refused: Counter[str] = Counter()
 
     # --- others ---------------------------------------------------------------------------------
@@ -158,6 +172,14 @@ class AdvertBook:
             pause_s = max(CHANGE_MIN_INTERVAL_S, LOAD_INTERVAL_PER_PEER_S * len(self._held))
             self._speak_by(max(now, self._spoke_at + pause_s))
 
+    def measure(self, links: tuple[Link, ...]) -> None:
+        """How far the others are; said with whatever is said next."""
+        self._links = links[:LINKS_MAX]
+
+    def speak_again(self, now: float) -> None:
+        """Say it all once more, soon: some may have let go of what we said."""
+        self._speak_by(now + CHANGE_MIN_INTERVAL_S)
+
     def count_demand(self, model: str, now: float) -> None:
         """A client asked this gateway for `model`, whether or not anybody serves it.
 
@@ -167,15 +189,25 @@ class AdvertBook:
         if not is_model_name(model):
             return
         if model not in self._demand and len(self._demand) >= MODELS_MAX:
-            weakest = min(self._demand, key=lambda name: self._demand_rate(name, now))
+            weakest = min(self._demand, key=lambda name: self._counted(name, now).asked)
             del self._demand[weakest]
-        rate = self._demand_rate(model, now)
-        self._demand[model] = (rate + math.log(2) / DEMAND_HALF_LIFE_S, now)
+        count = self._counted(model, now)
+        self._demand[model] = _Count(count.asked + DEMAND_STEP_PER_S, count.refused, now)
+
+    def count_refused(self, model: str, now: float) -> None:
+        """A request that was counted found every replica of `model` full."""
+        if model in self._demand:
+            count = self._counted(model, now)
+            self._demand[model] = _Count(count.asked, count.refused + DEMAND_STEP_PER_S, now)
 
     def demand(self, now: float) -> tuple[Demand, ...]:
-        """Our own demand; an EWMA whose sum over all gateways is the mesh's."""
-        rates = ((name, self._demand_rate(name, now)) for name in self._demand)
-        return tuple(Demand(name, rate) for name, rate in rates if rate >= DEMAND_FLOOR_PER_S)
+        """Our own demand; EWMAs whose sums over all gateways are the mesh's."""
+        counts = ((name, self._counted(name, now)) for name in self._demand)
+        return tuple(
+            Demand(name, count.asked, count.refused)
+            for name, count in counts
+            if count.asked >= DEMAND_FLOOR_PER_S
+        )
 
     def fresh(self, now: float) -> Advert:
         """Our advert under a number of its own, for gossip or for a peer that has just come.
@@ -184,6 +216,10 @@ class AdvertBook:
         number twice.
         """
         self._sequence += 1
+        return self.own(now)
+
+    def own(self, now: float) -> Advert:
+        """What we would say of ourselves now, under the last number used: to read, not to send."""
         return Advert(
             mesh=self._mesh_id,
             sequence=self._sequence,
@@ -193,6 +229,7 @@ class AdvertBook:
             memory_bytes=self._node.memory_bytes,
             cores=self._node.cores,
             accelerator=self._node.accelerator,
+            links=self._links,
         )
 
     def tick(self, now: float) -> Advert | None:
@@ -219,9 +256,11 @@ class AdvertBook:
     def _speak_by(self, at: float) -> None:
         self._speak_at = at if self._speak_at is None else min(self._speak_at, at)
 
-    def _demand_rate(self, model: str, now: float) -> float:
-        rate, since = self._demand.get(model, (0.0, now))
-        return rate * math.exp2(-(now - since) / DEMAND_HALF_LIFE_S)
+    def _counted(self, model: str, now: float) -> _Count:
+        """What has been counted of a model, as much as is left of it by now."""
+        count = self._demand.get(model, _Count(0.0, 0.0, now))
+        left = math.exp2(-(now - count.at) / DEMAND_HALF_LIFE_S)
+        return _Count(count.asked * left, count.refused * left, now)
 
 
 def _bounded(offers: tuple[Offer, ...]) -> tuple[Offer, ...]:

@@ -154,6 +154,8 @@ class _Round:
     """(view, kind) → a voter's place → block and signature; the first word counts."""
     certificates: dict[tuple[int, VoteKind], QuorumCertificate] = field(default_factory=dict)
     casts: dict[tuple[int, VoteKind], _Cast] = field(default_factory=dict)
+    deferred: Proposal | None = None
+    """A proposal that was refused for what we knew then."""
     is_missing_block: bool = False
     """It is decided, and we have not seen what: the others are asked."""
 
@@ -208,6 +210,11 @@ class Register:
         self._round = _Round(1, genesis.voters)
         if journal is not None:
             self._restore(journal)
+
+    @staticmethod
+    def genesis_in(journal: bytes) -> bytes:
+        """The signed genesis that a journal begins with. Raises `ConfigError` if it is damaged."""
+        return _read(journal).genesis
 
     # --- what others ask ------------------------------------------------------------------------
 
@@ -269,6 +276,14 @@ class Register:
     def want(self, is_wanted: bool, now: float) -> list[Effect]:
         """Say whether the application would change something; asked for until it is decided."""
         self._is_wanted = is_wanted
+        return self._advance([], now)
+
+    def reconsider(self, now: float) -> list[Effect]:
+        """Judge the proposal again that was refused last: we know more now, say of a death."""
+        deferred, self._round.deferred = self._round.deferred, None
+        if deferred is None or not self.votes:
+            return []
+        self._on_proposal(deferred, now)
         return self._advance([], now)
 
     def receive(
@@ -385,6 +400,7 @@ class Register:
             reason = self._application.refuses(self.head, header, proposal.body, now)
             if reason is not None:
                 self.refused[reason] += 1
+                this.deferred = proposal
                 return
         this.proposals[view] = proposal
         this.blocks[block] = (header, proposal.body)
@@ -690,7 +706,7 @@ class Register:
         this = self._round
         return msgspec.msgpack.encode(
             _Journal(
-                genesis=msgspec.msgpack.encode(self.genesis),
+                genesis=self._envelope,
                 lineage=self.lineage.handovers,
                 newest=self.head.proof,
                 body=self.head.body,
@@ -705,13 +721,7 @@ class Register:
         )
 
     def _restore(self, data: bytes) -> None:
-        try:
-            journal = msgspec.msgpack.decode(data, type=_Journal)
-        except msgspec.DecodeError as error:
-            raise ConfigError(
-                f"the stored votes of group {self.group} are damaged ({error}): a node that forgot "
-                "its votes must come back under a new identity"
-            ) from error
+        journal = _read(data)
         self._has_memory = journal.has_memory
         first = self.lineage.genesis
         self.lineage = Lineage(first, self.genesis.faults, journal.lineage)
@@ -730,3 +740,13 @@ class Register:
                      cast.signature)
             )  # fmt: skip
         this.is_active = bool(this.casts)
+
+
+def _read(data: bytes) -> _Journal:
+    try:
+        return msgspec.msgpack.decode(data, type=_Journal)
+    except msgspec.DecodeError as error:
+        raise ConfigError(
+            f"the stored votes of a group are damaged ({error}): a node that forgot its votes "
+            "must come back under a new identity (delete node.key and join again)"
+        ) from error

@@ -32,15 +32,17 @@ What this needs of the caller, one `Grants` and one `Lease` for each group:
 * A promise counts for a group only if the voter, when it gave it, knew no newer epoch of the
   group than the owner does when it hears of it (`Heartbeat.standings`, `Support.standings`).
 * `withhold` in the same step as the decision to notarize, and again after a restart for every
-  stored vote in the undecided epoch; `resume` only when the epoch is decided.
+  stored vote in the undecided epoch. `resume` when the epoch is decided; before that only if each
+  view we voted in so has been nullified by a quorum, for then it decides nothing any more.
 * `restart` whenever the voters change, or an epoch was skipped and so may hide a change.
 * Heartbeats carry numbers that this identity never used before, also before a restart.
-* A right that is taken from a peer which has not itself given it back needs `is_promised` to be
-  False at the moment of the vote. Its own signed release needs nothing: it no longer relies.
+* A right is taken only if `is_promised` is False at the moment of the vote, anew in every view.
+  A release signed by the holder stands in for that if it is younger than its present claim, and
+  if the holder stopped relying before it signed and never resumes, not even after a restart.
 * `holds` is true at its `now`, not afterwards; receivers refuse what comes under an old epoch.
 
 Not covered: a recovery signed by the root moves rights without asking the old voters. It is safe
-only if a quorum of those is gone for `LEASE_S`.
+only after fewer than a quorum of those have been alive for `LEASE_S`.
 """
 
 from __future__ import annotations
@@ -50,13 +52,16 @@ import math
 __all__ = ["DRIFT", "LEASE_S", "TERM_S", "Grants", "Lease"]
 
 LEASE_S = 3.0
-"""Three heartbeats of a second: two may be lost. A dead holder's rights are free after this."""
-DRIFT = 1e-3
-"""How far a clock's rate may be from true. Crystals keep 1e-4, and NTP corrects by 5e-4 at most."""
+"""Of this the owner has two and a half heartbeats: one may be lost. A dead holder's rights are free
+after it."""
+DRIFT = 0.1
+"""How far a clock's rate may be from true. Crystals keep 1e-4; but what sets a clock right slews
+it, the kernel's NTP by 5e-4 and chrony by 8 % unless told otherwise."""
 TERM_S = LEASE_S * (1 - DRIFT) / (1 + DRIFT)
 """The owner's share of a promise, if its clock is as slow and the voter's as fast as assumed."""
 WAIT_S = LEASE_S * (1 + DRIFT) / (1 - DRIFT)
-"""A voter's wait after its start, measured by a clock that may differ from the one before."""
+"""A voter's wait after its start. `LEASE_S` would do, since `TERM_S` is shorter by both errors;
+this way the wait does not lean on what owners compute."""
 PEERS_MAX = 4096
 """As many as a node holds adverts of."""
 ASKED_MAX = 64
@@ -105,7 +110,7 @@ class Grants:
             self._withheld.update(peers)
 
     def resume(self) -> None:
-        """The epoch is decided: who knows of it may have promises again."""
+        """The epoch is decided, or our votes in it are void: promise to everybody again."""
         self._withheld.clear()
         self._withheld_from_all = False
 

@@ -59,7 +59,7 @@ PEERS_MAX = 4096
 VERIFIED_MAX = 2048
 """A rumour comes once from each of a dozen relays; its signature is checked the first time."""
 RUMOUR_BYTES_MAX = 512
-"""A sealed `Suspicion` has about 280 bytes."""
+"""A sealed `Suspicion` has about 270 bytes, an `Alive` 200."""
 RUMOURS_MAX = 64
 """Of either kind in one message (`messages.Rumours`)."""
 
@@ -137,7 +137,7 @@ class _Opened(Generic[_R]):
         self._mesh_id = mesh_id
         self._open = open_
         self._payload_type = payload_type
-        self._kind = kind
+        self._kind: type[_R] = kind
         self._verified: dict[bytes, tuple[PeerId, _R]] = {}
 
     def known(self, envelope: bytes) -> tuple[PeerId, _R] | None:
@@ -331,7 +331,7 @@ class Liveness:
         for envelope in rumours.refutations:
             word = self._read(state, self._opened_words, envelope, now)
             if word is not None:
-                self._on_word(*word, envelope, now)
+                self._on_word(sender, *word, envelope, now)
         for envelope in rumours.suspicions:
             accusation = self._read(state, self._opened_accusations, envelope, now)
             if accusation is not None:
@@ -374,7 +374,11 @@ class Liveness:
     # --- what it comes to -----------------------------------------------------------------------
 
     def status(self, peer: str, now: float) -> Status:
-        """`unknown` is a peer that we are not connected to and know nothing bad of."""
+        """`unknown` is a peer that we are not connected to and know nothing bad of.
+
+        A peer that is silent but still connected remains `suspect`: `dead` needs a broken
+        connection or accusers.
+        """
         if peer == self._own:
             return "alive"
         state = self._peers.get(PeerId(peer))
@@ -457,7 +461,9 @@ class Liveness:
             self.refused["forged rumour"] += 1
             raise
 
-    def _on_word(self, author: PeerId, word: Alive, envelope: bytes, now: float) -> None:
+    def _on_word(
+        self, sender: PeerId, author: PeerId, word: Alive, envelope: bytes, now: float
+    ) -> None:
         if author == self._own:
             if word.incarnation > self._incarnation:
                 # Of an earlier run, which our disk has forgotten: rise above it.
@@ -476,7 +482,7 @@ class Liveness:
         if state.since is None:
             state.acquit()
             self._newly_alive[author] = None
-        self._spread((author,), refutation=envelope)
+        self._spread((sender, author), refutation=envelope)
 
     def _on_accusation(
         self, sender: PeerId, by: PeerId, accusation: Suspicion, envelope: bytes, now: float
@@ -489,18 +495,14 @@ class Liveness:
                 self._write(sender, refutation=self._word)
             return
         state = self._peers.get(suspect)
-        incarnation = 0 if state is None else state.incarnation
-        if accusation.incarnation < incarnation:
+        if state is not None and accusation.incarnation < state.incarnation:
             # It has been answered, which the sender has not heard.
-            self._write(sender, refutation=None if state is None else state.word)
+            self._write(sender, refutation=state.word)
             return
+        if accusation.incarnation > (0 if state is None else state.incarnation):
+            return  # unproven: whoever could name numbers to come could not be answered
         accusations = {} if state is None else state.accusations
-        if (
-            # Unproven: an accuser that names numbers to come could not be answered.
-            accusation.incarnation > incarnation
-            or by in (self._own, suspect, *accusations)
-            or len(accusations) >= ACCUSERS_MAX
-        ):
+        if by in (self._own, suspect, *accusations) or len(accusations) >= ACCUSERS_MAX:
             return
         if not self._meter(by).take(now):
             self.refused["too many accusations"] += 1

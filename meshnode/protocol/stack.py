@@ -8,29 +8,35 @@ dispatcher on behalf of the gateway.
 
 from __future__ import annotations
 
+import math
 import random
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from enum import Enum, auto
+from functools import partial
 from itertools import accumulate
 
 from meshnode.credentials import CLOCK_SKEW_S, Membership, MeshDescriptor, verify_chain
-from meshnode.errors import NotAuthorizedError
-from meshnode.identity import KeyPair, PeerId, open_envelope, seal
+from meshnode.errors import NotAuthorizedError, RemoteProtocolError
+from meshnode.identity import KeyPair, PeerId, Signed, open_envelope, seal, verify_by
 from meshnode.messages import (
     ADDRS_MAX,
     MESSAGE_BYTES_MAX,
     Advert,
+    Agreed,
     GetPeers,
+    Heartbeat,
     Hello,
     Leaving,
+    Link,
     Message,
     NodeRecord,
     Offer,
     Peers,
     Refused,
     Role,
+    Rumours,
     Welcome,
     decode,
     encode,
@@ -48,8 +54,10 @@ from meshnode.protocol import (
     Send,
 )
 from meshnode.protocol.adverts import AdvertBook, Node, Verdict
+from meshnode.protocol.agreement import Action, Agreement, Holding, Peerage
 from meshnode.protocol.discovery import Discovery, Source
 from meshnode.protocol.dispatch import Dispatcher, Ranked, Resolved, resolve
+from meshnode.protocol.liveness import Liveness, Outcome
 from meshnode.protocol.records import KnownRecord, RecordBook
 
 PROTOCOL_VERSION = 1
@@ -124,6 +132,48 @@ class CountDemand:
 
 
 @dataclass(frozen=True, slots=True)
+class CountRefused:
+    """Every good replica of a model that a client asked for was full."""
+
+    model: str
+
+
+@dataclass(frozen=True, slots=True)
+class SetHoldings:
+    """Which models we have at hand, loaded or not."""
+
+    holdings: tuple[Holding, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class SetLinks:
+    """How far our peers are, as measured."""
+
+    links: tuple[Link, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class GiveOrder:
+    """The operator of this node asks the mesh's groups for something (`messages.Order`)."""
+
+    action: Action
+    subject: str
+    peer: str
+
+
+@dataclass(frozen=True, slots=True)
+class RecoverQuorum:
+    """The operator gives up on voters that are lost for ever."""
+
+
+@dataclass(frozen=True, slots=True)
+class CatchUp:
+    """`sender` has shown that it knows a newer epoch of a group: ask it."""
+
+    group: str
+
+
+@dataclass(frozen=True, slots=True)
 class Stop:
     """Shut down in good order: say goodbye."""
 
@@ -145,6 +195,8 @@ class _Link:
     hello_by: float
     membership: Membership | None = None
     clock_ahead_s: float = 0.0
+    is_dismissed: bool = False
+    """We have hung up on it: that is no reason to call it dead."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,9 +224,12 @@ class Stack:
         unix_of: Callable[[float], float],
         rng: random.Random,
         first_sequence: int,
+        root: KeyPair | None = None,
+        journals: Mapping[str, bytes] | None = None,
     ) -> None:
-        """`chain` proves our own membership; `unix_of` maps the monotonic clock to wall time;
-        `first_sequence` exceeds all numbers this identity has used.
+        """`chain` proves our own membership; `unix_of` maps the node's clock to wall time;
+        `first_sequence` exceeds all numbers this identity has used. `root` is the mesh's root
+        key, on the node that has it; `journals` are what earlier runs asked to `Persist`.
         """
         self.own = key.peer_id
         self._mesh = mesh
@@ -193,6 +248,31 @@ class Stack:
             first_sequence,
         )
         self.discovery = Discovery(self.own, rng)
+        self.liveness = Liveness(
+            mesh.mesh_id, self.own, self._seal, self._open, max(first_sequence, 1), rng
+        )
+        self.agreement = Agreement(
+            self.own,
+            mesh.mesh_id,
+            "byzantine" if mesh.admission == "open" else "crash",
+            mesh.root_peer_id,
+            sign=key.sign,
+            verify=verify_by,
+            seal=self._seal,
+            open_=self._open,
+            peerage=Peerage(
+                lambda: tuple(self._members()),
+                self._is_node,
+                self.liveness.is_alive,
+                self.liveness.since,
+                self._adverts,
+            ),
+            memory_bytes=node.memory_bytes,
+            first_sequence=first_sequence,
+            seal_as_root=None if root is None else partial(_seal_as, root),
+            journals=journals,
+        )
+        self._now = -math.inf
         self.dispatcher = Dispatcher()
         self.refused: Counter[str] = Counter()
         self._links: dict[PeerId, _Link] = {}
@@ -207,6 +287,7 @@ class Stack:
     # --- the contract ---------------------------------------------------------------------------
 
     def receive(self, sender: PeerId, message: Input, now: float) -> list[Effect]:
+        self._now = now
         match message:
             case Connected():
                 return self._on_connected(sender, now)
@@ -225,6 +306,18 @@ class Stack:
                 return self._on_addrs(addrs, now)
             case CountDemand(model):
                 self.adverts.count_demand(model, now)
+            case CountRefused(model):
+                self.adverts.count_refused(model, now)
+            case SetHoldings(holdings):
+                return self.agreement.hold(holdings, now)
+            case SetLinks(links):
+                self.adverts.measure(links)
+            case GiveOrder(action, subject, peer):
+                return self.agreement.order(action, subject, peer, now)
+            case RecoverQuorum():
+                return self.agreement.recover(now)
+            case CatchUp(group):
+                return self.agreement.question(sender, group)
             case Stop():
                 return [Send(peer, Leaving()) for peer in self._members()]
             case Message():
@@ -232,7 +325,9 @@ class Stack:
         return self.tick(now) if isinstance(message, Learn | DialFailed | RecordFound) else []
 
     def tick(self, now: float) -> list[Effect]:
-        effects: list[Effect] = []
+        self._now = now
+        self.liveness.expects(self.agreement.watched(), now)
+        effects = self._apply(self.liveness.tick(now), now)
         for peer, link in tuple(self._links.items()):
             if link.stage is not _Stage.MEMBER and link.hello_by <= now:
                 effects.append(Disconnect(peer, "no valid hello in time"))
@@ -246,6 +341,7 @@ class Stack:
         if advert is not None:
             effects.append(Publish(self._seal(_ADVERT, advert)))
         effects.extend(self.discovery.tick(now))
+        effects.extend(self.agreement.tick(now))
         return effects
 
     def deadline(self) -> float | None:
@@ -253,6 +349,8 @@ class Stack:
             self.records.deadline(),
             self.adverts.deadline(),
             self.discovery.deadline(),
+            self.liveness.deadline(),
+            self.agreement.deadline(),
             self._refresh_at,
             *(link.hello_by for link in self._links.values() if link.stage is not _Stage.MEMBER),
         ]
@@ -313,8 +411,15 @@ class Stack:
     ) -> tuple[Resolved, tuple[Ranked, ...]]:
         """Rank the replicas of `model`. Raises `UnknownModelError` or `NoReplicaError`."""
         resolved = resolve(model, self.offers())
+        assigned = self.agreement.assigned(resolved.digest)
         return resolved, self.dispatcher.rank(
-            resolved, session, prompt_bytes, self.own, rtts_s, now
+            resolved,
+            session,
+            prompt_bytes,
+            self.own,
+            rtts_s,
+            now,
+            None if assigned is None else assigned.states(),
         )
 
     # --- a peer's life --------------------------------------------------------------------------
@@ -329,7 +434,7 @@ class Stack:
         self.discovery.disconnected(peer, now)
         if link is None or link.stage is not _Stage.MEMBER:
             return self.tick(now)
-        return [*self._forget(peer, reason), *self.tick(now)]
+        return self._lose(peer, reason, now, left=link.is_dismissed)
 
     def _on_message(self, peer: PeerId, message: Message, now: float) -> list[Effect]:
         link = self._links.get(peer)
@@ -345,6 +450,17 @@ class Stack:
                 return [Disconnect(peer, f"the peer refused us: {reason}")]
         if link.stage is not _Stage.MEMBER:
             return [Disconnect(peer, f"{type(message).__name__} before the handshake was over")]
+        try:
+            return self._on_member_message(peer, link, message, now)
+        except RemoteProtocolError as error:
+            self.refused[str(error).partition(":")[0]] += 1
+            link.is_dismissed = True
+            return [Disconnect(peer, reason_of(error))]
+
+    def _on_member_message(
+        self, peer: PeerId, link: _Link, message: Message, now: float
+    ) -> list[Effect]:
+        """Raises `RemoteProtocolError` for what only a liar sends."""
         match message:
             case GetPeers(count):
                 return [Send(peer, Peers(self._records_for(peer, count)))]
@@ -352,11 +468,18 @@ class Stack:
                 for envelope in records:
                     self._on_record(envelope, now)
                 return self.tick(now)
+            case Rumours():
+                return self._apply(self.liveness.receive(peer, message, now), now)
             case Leaving():
                 self.discovery.left(peer)
                 link.stage = _Stage.GREETED
                 link.hello_by = now + HELLO_TIMEOUT_S
-                return [*self._forget(peer, "it left"), Disconnect(peer, "it left")]
+                lost = self._lose(peer, "it left", now, left=True)
+                return [*lost, Disconnect(peer, "it left")]
+            case Heartbeat():
+                self.liveness.heard(peer, now)
+        if isinstance(message, Agreed):
+            return self.agreement.receive(peer, message, now)
         return [Disconnect(peer, f"unexpected {type(message).__name__}")]
 
     def _on_hello(self, peer: PeerId, link: _Link, hello: Hello, now: float) -> list[Effect]:
@@ -381,12 +504,44 @@ class Stack:
         self._on_record(welcome.record, now)
         self.adverts.receive(welcome.advert, now)
         self.discovery.joined(peer, now)
-        return [Emit(MemberJoined(peer)), *self.tick(now)]
+        self.liveness.connected(peer, now)
+        told = self.agreement.connected(peer, now)
+        return [Emit(MemberJoined(peer)), *told, *self.tick(now)]
 
-    def _forget(self, peer: PeerId, reason: str) -> list[Effect]:
+    def _lose(self, peer: PeerId, reason: str, now: float, *, left: bool) -> list[Effect]:
+        """A member's connection is gone: it can serve nothing that we could ask for."""
         self.adverts.lose(peer)
         self.dispatcher.lose(peer)
-        return [Emit(MemberLost(peer, reason))]
+        self.liveness.disconnected(peer, now, left=left)
+        lost = self.agreement.lost(peer, now)
+        return [Emit(MemberLost(peer, reason)), *lost, *self.tick(now)]
+
+    def _apply(self, outcome: Outcome, now: float) -> list[Effect]:
+        """What the rumours mean for everybody else."""
+        effects: list[Effect] = []
+        for peer in outcome.alive:
+            self.adverts.connected(peer)
+        for peer in outcome.dead:
+            self.adverts.lose(peer)
+            self.dispatcher.lose(peer)
+            effects.extend(self.agreement.lost(peer, now))
+        if outcome.refuted:
+            self.adverts.speak_again(now)
+        return [*effects, *(Send(peer, rumours) for peer, rumours in outcome.rumours)]
+
+    def _adverts(self) -> dict[str, Advert]:
+        """Everybody's newest, our own included."""
+        view = {str(peer): advert for peer, advert in self.adverts.view().items()}
+        view[self.own] = self.adverts.own(self._now)
+        return view
+
+    def _is_node(self, peer: str) -> bool:
+        if peer == self.own:
+            return "node" in self._roles
+        link = self._links.get(PeerId(peer))
+        return (
+            link is not None and link.membership is not None and ("node" in link.membership.roles)
+        )
 
     # --- records and adverts --------------------------------------------------------------------
 
@@ -458,22 +613,35 @@ class Stack:
         return self._unix_of(now) > membership.not_after + CLOCK_SKEW_S
 
     def _seal(self, kind: bytes, message: Message) -> bytes:
-        return seal(self._key, _DOMAIN, kind, encode(message))
+        return _seal_as(self._key, kind, message)
+
+    def _open(self, envelope: bytes, kind: bytes) -> Signed:
+        return open_envelope(envelope, _DOMAIN, kind)
 
     def _members(self) -> list[PeerId]:
         return [peer for peer, link in self._links.items() if link.stage is _Stage.MEMBER]
 
 
+def _seal_as(key: KeyPair, kind: bytes, message: Message) -> bytes:
+    return seal(key, _DOMAIN, kind, encode(message))
+
+
 __all__ = [
+    "CatchUp",
     "Connected",
     "CountDemand",
+    "CountRefused",
     "DialFailed",
     "Disconnected",
+    "GiveOrder",
     "KnownRecord",
     "Learn",
     "Member",
     "RecordFound",
+    "RecoverQuorum",
     "SetAddrs",
+    "SetHoldings",
+    "SetLinks",
     "SetOffers",
     "Stack",
     "Stop",

@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 
+import httpx
 import pytest
 
 from meshnode.fence import Fence
 from meshnode.gateway import answer as answer_module
+from meshnode.gateway.tunnel import TunnelApp
 from meshnode.messages import MESSAGE_BYTES_MAX
 from tests.fakes import DIGEST, GROUP, MODEL, FakeMesh, WordEngine, a_decision, tunnel_to
 from tests.gateway.link import CHAT, Link, text_of
@@ -172,10 +174,6 @@ async def test_our_own_engine_is_fenced_as_a_peers_is(nursery):
 
 
 async def ask_tunnel(mesh: FakeMesh, epoch: str | None):
-    import httpx
-
-    from meshnode.gateway.tunnel import TunnelApp
-
     headers = {
         "x-meshnode-hops": "1",
         "x-meshnode-session": "00" * 16,

@@ -5,29 +5,34 @@ hops; for a given set of hosts filling them by speed is optimal, so the search i
 their order. `widest`: the most tokens of many requests together, from several pipelines that share
 no host, each cut so that its slowest stage is as fast as can be.
 
-Local search with a budget of evaluations. It does not know hosts, only seats.
+Both search locally within a budget of evaluations. Hosts are only seats here, with room and speed.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import permutations
 
-from meshnode.protocol.placement.cost import MICROTOKENS, stage_us, up
+from meshnode.protocol.placement.cost import MICROTOKENS, stage_us
 
 SEATS_MAX = 48
-"""`fastest` looks at so many: two thirds the fastest, the rest the largest of the others."""
+"""`fastest` looks at so many if they have the room."""
+STAGES_MAX = 8
+"""Of each of several pipelines: another stage adds rate, but it is one more hop for every token
+and one more host that all the others fail with."""
 SEEDS_MAX = 16
 """Pipelines are grown from so many of the fastest seats."""
 SEARCHES_MAX = 4
 """So many of the pipelines grown are then improved."""
 FAST_EVALUATIONS_MAX = 6_000
-"""Sets looked at in one search of `fastest`: about 50 ms."""
+"""Sets looked at in one search of `fastest`: some 50 ms."""
 WIDE_EVALUATIONS_MAX = 3_000
-"""Exchanges looked at in one search of `widest`: about 0.1 s."""
+"""Exchanges looked at in one search of `widest`: some 100 ms."""
+BOTTLENECK_STEPS = 1000
+"""How finely the time of the slowest stage is told: measured times are no better."""
 BALANCE_SLACK_PERCENT = 1
-"""A pipeline may be so much slower than the fastest cut if its slowest stage gains by that."""
+"""A pipeline may be so much slower than the fastest cut if that relieves its slowest stage."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +44,382 @@ class Seat:
     us: int
 
 
-type Hop = Callable[[str, str], int]
+Hop = Callable[[str, str], int]
 """Microseconds between two peers, the same both ways."""
-type Stages = tuple[tuple[str, int], ...]
+Stages = tuple[tuple[str, int], ...]
 """Peers in the order of the layers, and how many each has."""
+_Ring = tuple[int, ...]
+"""Places in a list of seats, in pipeline order; the last is followed by the first."""
+
+
+def fastest(seats: Iterable[Seat], layers: int, hop: Hop) -> Stages | None:
+    """The pipeline with the least time a token that the search finds; None if the room is short."""
+    usable = _by_speed(seat for seat in seats if seat.layers_max > 0)
+    chosen = _shortlist(usable, SEATS_MAX)
+    if sum(seat.layers_max for seat in chosen) < layers:
+        chosen = usable  # many small hosts: slower to search, but better than no pipeline
+    search = _Search(chosen, layers, hop)
+    starts = sorted(set(search.starts()), key=lambda ring: (search.cost(ring), ring))
+    rings = [search.improve(ring) for ring in starts[:SEARCHES_MAX]]
+    if not rings:
+        return None
+    best = min(rings, key=lambda ring: (search.cost(ring), len(ring), ring))
+    return _stages(search.seats, best, _balanced(search.seats, best, layers))
+
+
+def widest(seats: Iterable[Seat], layers: int, hop: Hop, count: int) -> list[Stages]:
+    """Up to `count` pipelines, and as many as possible; then the most tokens altogether."""
+    usable = _by_speed(seat for seat in seats if seat.layers_max > 0)
+    room = sum(seat.layers_max for seat in usable)
+    for number in range(min(count, room // layers), 0, -1):
+        groups = _Grouping(_shortlist(usable, number * STAGES_MAX), layers).search(number)
+        if groups is not None:
+            return [_ordered(group, layers, hop) for group in groups]
+    return []
+
+
+def _by_speed(seats: Iterable[Seat]) -> list[Seat]:
+    return sorted(seats, key=lambda seat: (seat.us, seat.peer))
+
+
+def _shortlist(seats: list[Seat], count: int) -> list[Seat]:
+    """So many worth looking at: two thirds the fastest, the others the largest of the rest."""
+    fast = seats[: count * 2 // 3]
+    rest = sorted(seats[len(fast) :], key=lambda seat: (-seat.layers_max, seat.us, seat.peer))
+    return _by_speed(fast + rest[: count - len(fast)])
+
+
+class _Search:
+    """Over rings of seats that are sorted by speed, so that `sorted(ring)` is the order to fill."""
+
+    def __init__(self, seats: list[Seat], layers: int, hop: Hop) -> None:
+        self.seats = seats
+        self.layers = layers
+        self._hop = hop
+        self._hops: dict[tuple[int, int], int] = {}
+
+    def hop(self, one: int, other: int) -> int:
+        if one == other:
+            return 0
+        key = (one, other) if one < other else (other, one)
+        if key not in self._hops:
+            self._hops[key] = self._hop(self.seats[one].peer, self.seats[other].peer)
+        return self._hops[key]
+
+    def cost(self, ring: _Ring) -> int:
+        """Microseconds a token; `ring` has room and no idle seat."""
+        compute = self.fill_us(ring)
+        assert compute is not None
+        return compute + self.length(ring)
+
+    def length(self, ring: _Ring) -> int:
+        return sum(self.hop(ring[i - 1], ring[i]) for i in range(len(ring)))
+
+    def fill_us(self, members: Iterable[int]) -> int | None:
+        """The layers' time if the fastest are filled first; None if short of room or one idle."""
+        left, total = self.layers, 0
+        for place in sorted(members):
+            if left == 0:
+                return None
+            seat = self.seats[place]
+            taken = min(seat.layers_max, left)
+            total += stage_us(seat.us, taken, self.layers)
+            left -= taken
+        return total if left == 0 else None
+
+    def insertion(self, ring: _Ring, place: int) -> tuple[int, int]:
+        """How much longer `ring` gets with `place` where it fits best, and where that is."""
+        if not ring:
+            return 0, 0
+        return min(
+            (
+                self.hop(ring[i - 1], place)
+                + self.hop(place, ring[i])
+                - self.hop(ring[i - 1], ring[i]),
+                i,
+            )
+            for i in range(len(ring))
+        )
+
+    # --- where to start ---------------------------------------------------------------------
+
+    def starts(self) -> Iterator[_Ring]:
+        """Fastest first, largest first, and grown around each of the fastest."""
+        places = range(len(self.seats))
+        by_room = sorted(places, key=lambda place: (-self.seats[place].layers_max, place))
+        for order in (places, by_room):
+            if (ring := self._filled(order)) is not None:
+                yield ring
+        for seed in places[:SEEDS_MAX]:
+            if (ring := self._grown(seed)) is not None:
+                yield ring
+
+    def _filled(self, order: Iterable[int]) -> _Ring | None:
+        ring: _Ring = ()
+        room = 0
+        for place in order:
+            if room >= self.layers:
+                break
+            ring = self._with(ring, place)
+            room += self.seats[place].layers_max
+        return self._trimmed(ring) if room >= self.layers else None
+
+    def _grown(self, seed: int) -> _Ring | None:
+        """From `seed`, always by the seat whose layers cost least, the detour included."""
+        ring: _Ring = (seed,)
+        left = self.layers - self.seats[seed].layers_max
+        others = [place for place in range(len(self.seats)) if place != seed]
+        while left > 0 and others:
+            best = min(others, key=lambda place: (self._us_per_layer(ring, place, left), place))
+            ring = self._with(ring, best)
+            others.remove(best)
+            left -= self.seats[best].layers_max
+        return self._trimmed(ring) if left <= 0 else None
+
+    def _us_per_layer(self, ring: _Ring, place: int, left: int) -> int:
+        seat = self.seats[place]
+        taken = min(seat.layers_max, left)
+        return (stage_us(seat.us, taken, self.layers) + self.insertion(ring, place)[0]) // taken
+
+    def _trimmed(self, ring: _Ring) -> _Ring:
+        """Without the slow seats that the faster ones leave nothing to."""
+        while self.fill_us(ring) is None:
+            slowest = max(ring)
+            ring = tuple(place for place in ring if place != slowest)
+        return ring
+
+    def ring(self, places: Iterable[int]) -> _Ring:
+        """A short ring through `places`."""
+        ring: _Ring = ()
+        for place in places:
+            ring = self._with(ring, place)
+        return self._reordered(ring)
+
+    def _with(self, ring: _Ring, place: int) -> _Ring:
+        where = self.insertion(ring, place)[1]
+        return (*ring[:where], place, *ring[where:])
+
+    # --- better sets, better order ----------------------------------------------------------
+
+    def improve(self, ring: _Ring) -> _Ring:
+        """Drop, add, exchange or reorder while that helps and the budget lasts."""
+        left = FAST_EVALUATIONS_MAX
+        ring = self._reordered(ring)
+        cost = self.cost(ring)
+        while left > 0:
+            best_cost, best = cost, ring
+            for without, place in self._neighbours(ring):
+                left -= 1
+                members = without if place is None else (*without, place)
+                compute = self.fill_us(members)
+                if compute is None or compute >= best_cost:
+                    continue
+                length = self.length(without)
+                where = 0
+                if place is not None:
+                    more, where = self.insertion(without, place)
+                    length += more
+                if compute + length < best_cost:
+                    best_cost = compute + length
+                    best = without
+                    if place is not None:
+                        best = (*without[:where], place, *without[where:])
+                if left <= 0:
+                    break
+            if best == ring:
+                break
+            ring = self._reordered(best)
+            cost = self.cost(ring)
+        return ring
+
+    def _neighbours(self, ring: _Ring) -> Iterator[tuple[_Ring, int | None]]:
+        """A ring with one seat less or none, and the place that then joins."""
+        others = [place for place in range(len(self.seats)) if place not in ring]
+        for place in others:
+            yield ring, place
+        for i in range(len(ring)):
+            without = ring[:i] + ring[i + 1 :]
+            yield without, None
+            yield without, ring[i]
+            for place in others:
+                yield without, place
+
+    def _reordered(self, ring: _Ring) -> _Ring:
+        """Two-opt: turn a stretch round while that makes the ring shorter."""
+        length = self.length(ring)
+        found = True
+        while found:
+            found = False
+            for i in range(1, len(ring) - 1):
+                for j in range(i + 1, len(ring)):
+                    turned = ring[:i] + ring[i : j + 1][::-1] + ring[j + 1 :]
+                    if (shorter := self.length(turned)) < length:
+                        ring, length, found = turned, shorter, True
+        return ring
+
+
+# --- cutting for one set -------------------------------------------------------------------------
+
+
+def _fill(seats: Sequence[Seat], layers: int, stage_us_max: int | None = None) -> list[int] | None:
+    """Layers for each seat, the fastest first (`seats` are sorted so); None if short of room."""
+    counts = []
+    left = layers
+    for seat in seats:
+        taken = min(seat.layers_max, left)
+        if stage_us_max is not None:
+            taken = min(taken, stage_us_max * layers // seat.us)
+        counts.append(taken)
+        left -= taken
+    return counts if left == 0 else None
+
+
+def _fill_us(seats: Sequence[Seat], counts: Sequence[int], layers: int) -> int:
+    return sum(stage_us(seat.us, n, layers) for seat, n in zip(seats, counts, strict=True))
+
+
+def _balanced(seats: Sequence[Seat], ring: _Ring, layers: int) -> dict[int, int]:
+    """Layers by place: nearly the least time in all, and then the fastest slowest stage."""
+    places = sorted(ring)
+    members = [seats[place] for place in places]
+    greedy = _fill(members, layers)
+    assert greedy is not None
+    allowed = _fill_us(members, greedy, layers) * (100 + BALANCE_SLACK_PERCENT) // 100
+    low, high = (
+        0,
+        max(stage_us(seat.us, n, layers) for seat, n in zip(members, greedy, strict=True)),
+    )
+    best = greedy
+    while low + 1 < high:  # a tighter bound never makes the cut faster in all
+        middle = (low + high) // 2
+        counts = _fill(members, layers, middle)
+        if counts is not None and _fill_us(members, counts, layers) <= allowed:
+            best, high = counts, middle
+        else:
+            low = middle
+    return dict(zip(places, best, strict=True))
+
+
+def _stages(seats: Sequence[Seat], ring: _Ring, counts: dict[int, int]) -> Stages:
+    """In ring order from the fastest seat; of both directions the one by peer id."""
+    used = [place for place in ring if counts[place] > 0]
+    start = used.index(min(used))
+    onward = used[start:] + used[:start]
+    backward = onward[:1] + onward[:0:-1]
+    ways = [
+        tuple((seats[place].peer, counts[place]) for place in way) for way in (onward, backward)
+    ]
+    return min(ways)
+
+
+# --- several pipelines ---------------------------------------------------------------------------
+
+
+_Merit = tuple[int, int]
+"""Layers that are missing, negative, and then millionths of tokens a second."""
+
+
+class _Grouping:
+    """Over ways to share out seats over a number of pipelines."""
+
+    def __init__(self, seats: list[Seat], layers: int) -> None:
+        self._seats = seats
+        self._layers = layers
+        self._merits: dict[frozenset[Seat], _Merit] = {}
+
+    def search(self, number: int) -> list[list[Seat]] | None:
+        """The best sharing out over so many that all have room; None if none was found."""
+        by_room = sorted(self._seats, key=lambda seat: (-seat.layers_max, seat.us, seat.peer))
+        best: tuple[_Merit, list[list[Seat]]] | None = None
+        for order in (by_room, self._seats):
+            groups = self._exchanged(self._dealt(order, number))
+            total = _sum(self._merit(group) for group in groups)
+            if best is None or total > best[0]:
+                best = (total, groups)
+        assert best is not None
+        return best[1] if best[0][0] == 0 else None
+
+    def _merit(self, group: Sequence[Seat]) -> _Merit:
+        members = frozenset(group)
+        if members not in self._merits:
+            bottleneck = _bottleneck_us(group, self._layers)
+            if bottleneck is None:
+                merit = (sum(seat.layers_max for seat in group) - self._layers, 0)
+            else:
+                merit = (0, MICROTOKENS // bottleneck)
+            self._merits[members] = merit
+        return self._merits[members]
+
+    def _dealt(self, order: Sequence[Seat], number: int) -> list[list[Seat]]:
+        """Each seat to the pipeline with the least room, or if all have enough, the least rate."""
+        groups: list[list[Seat]] = [[] for _ in range(number)]
+        for seat in order:
+            open_ = [i for i in range(number) if len(groups[i]) < STAGES_MAX]
+            least = min(open_, key=lambda i: (self._merit(groups[i]), i))
+            groups[least].append(seat)
+        return groups
+
+    def _exchanged(self, groups: list[list[Seat]]) -> list[list[Seat]]:
+        """Moves and swaps of seats between two pipelines while they help and the budget lasts."""
+        left = WIDE_EVALUATIONS_MAX
+        found = True
+        while found:
+            found = False
+            for a, b in permutations(range(len(groups)), 2):
+                now = _sum((self._merit(groups[a]), self._merit(groups[b])))
+                for one, other in _exchanges(groups[a], groups[b], swaps=a < b):
+                    if left == 0:
+                        return groups
+                    left -= 1
+                    if _sum((self._merit(one), self._merit(other))) > now:
+                        groups[a], groups[b] = one, other
+                        found = True
+                        break
+        return groups
+
+
+def _exchanges(
+    one: list[Seat], other: list[Seat], *, swaps: bool
+) -> Iterator[tuple[list[Seat], list[Seat]]]:
+    """One seat of `one` goes over, or, if `swaps`, is exchanged for one of `other`."""
+    for i, seat in enumerate(one):
+        rest = one[:i] + one[i + 1 :]
+        if len(other) < STAGES_MAX:
+            yield rest, [*other, seat]
+        if swaps:
+            for j, back in enumerate(other):
+                yield [*rest, back], [*other[:j], *other[j + 1 :], seat]
+
+
+def _sum(merits: Iterable[_Merit]) -> _Merit:
+    missing, rates = zip(*merits, strict=True)
+    return sum(missing), sum(rates)
+
+
+def _bottleneck_us(group: Sequence[Seat], layers: int) -> int | None:
+    """A time in which the slowest stage can be done, within a thousandth of the least; None if
+    the room is short."""
+    if sum(seat.layers_max for seat in group) < layers:
+        return None
+    low, high = 0, max(seat.us for seat in group)
+    while low + 1 + high // BOTTLENECK_STEPS < high:
+        middle = (low + high) // 2
+        room = 0
+        for seat in group:
+            room += min(seat.layers_max, middle * layers // seat.us)
+        if room >= layers:
+            high = middle
+        else:
+            low = middle
+    return high
+
+
+def _ordered(group: list[Seat], layers: int, hop: Hop) -> Stages:
+    """Cut for its slowest stage, in the order of the shortest ring that is found."""
+    members = _by_speed(group)
+    counts = _fill(members, layers, _bottleneck_us(members, layers))
+    assert counts is not None
+    used = [(seat, n) for seat, n in zip(members, counts, strict=True) if n > 0]
+    search = _Search([seat for seat, _ in used], layers, hop)
+    ring = search.ring(range(len(used)))
+    return _stages(search.seats, ring, dict(enumerate(n for _, n in used)))

@@ -74,8 +74,8 @@ class Want:
     """How much of a model is wanted: replicas by demand, and where an operator pinned it."""
 
     replicas: int
-    """At least this many, if they fit; 1 keeps a model served that nobody asks for now. A model
-    that must be cut is cut for the time of a token at 1, for all requests together above."""
+    """At least this many, if they fit; 1 keeps a model served that nobody asks for now. Several
+    pipelines of a model that must be cut are cut for throughput, one alone for its latency."""
     pins: tuple[str, ...] = ()
     weight: int = 1
     """Its requests per 1000 s: models compete for scarce memory by it."""
@@ -157,4 +157,4 @@ class Plan:
     missing: tuple[tuple[str, str], ...]
     """Models that cannot be placed at all, each with what would fix it."""
     postponed: int = 0
-    """Loads that would help but have to wait for a later plan; 0: planning again changes nothing."""
+    """Loads that would help but wait for a later plan; at 0 planning again changes nothing."""
