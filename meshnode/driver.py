@@ -16,16 +16,19 @@ from typing import cast
 
 import trio
 
+from meshnode import clock
 from meshnode.errors import PeerUnreachableError, RemoteProtocolError
 from meshnode.identity import PeerId
-from meshnode.messages import MESSAGE_BYTES_MAX, Control, decode, encode
+from meshnode.messages import MESSAGE_BYTES_MAX, Control, Decided, decode, encode
 from meshnode.protocol import (
     Connect,
     Disconnect,
+    DutiesChanged,
     Effect,
     Emit,
     Event,
     Input,
+    Persist,
     Publish,
     PublishRecord,
     Send,
@@ -51,7 +54,10 @@ CONTROL_PROTOCOL = "/meshnode/control/1"
 OUTBOX_MAX = 64
 """Control messages waiting for one peer; they are small and rare, more means it does not read."""
 FRAMES_PER_S_MAX = 50
-"""A peer that sends more control messages is read more slowly; a lively mesh sends one a second."""
+"""A peer that sends more control messages is read more slowly; a lively mesh sends a few a second.
+"""
+FRAMES_AT_ONCE_MAX = 100
+"""An epoch takes a handful of messages from each voter within milliseconds: no reason to wait."""
 GOODBYE_S = 1.0
 """How long a shutdown waits for the goodbyes to leave."""
 LOOKUP_FIRST_S = 5.0
@@ -71,20 +77,42 @@ class _Outbox:
     """The peer has opened its own half; it may do so once."""
 
 
+class _Pace:
+    """Lets `FRAMES_AT_ONCE_MAX` pass, and then `FRAMES_PER_S_MAX`."""
+
+    def __init__(self) -> None:
+        self._free_at = -math.inf
+
+    async def wait(self) -> None:
+        """One more has passed."""
+        now = trio.current_time()
+        self._free_at = max(self._free_at, now) + 1.0 / FRAMES_PER_S_MAX
+        await trio.sleep_until(self._free_at - FRAMES_AT_ONCE_MAX / FRAMES_PER_S_MAX)
+
+
 class Driver:
     """Runs one `Stack` on a real network."""
 
     def __init__(
-        self, stack: Stack, host: Libp2pHost, mesh_id: str, on_event: Callable[[Event], None]
+        self,
+        stack: Stack,
+        host: Libp2pHost,
+        mesh_id: str,
+        on_event: Callable[[Event], None],
+        persist: Callable[[str, bytes], None],
     ) -> None:
+        """`persist(name, data)` returns when the data is durable. If it raises, the driver stops:
+        a node that cannot remember its votes must not cast any.
+        """
         self.stack = stack
+        self._persist = persist
         self._host = host
         self._on_event = on_event
         self._gossip = Gossip(host, mesh_id, self._on_advert)
         self._dht = Dht(
             host,
             mesh_id,
-            lambda value: stack.check_record(value, trio.current_time()),
+            lambda value: stack.check_record(value, clock.now()),
             stack.newest_record,
         )
         self._outboxes: dict[PeerId, _Outbox] = {}
@@ -98,7 +126,11 @@ class Driver:
 
     def submit(self, sender: PeerId, message: Input) -> None:
         """Give the stack one message or command, now."""
-        self._perform(self.stack.receive(sender, message, trio.current_time()))
+        self._perform(self.stack.receive(sender, message, clock.now()))
+
+    def learn(self, peer: PeerId, decided: Decided) -> None:
+        """Take a proof that came beside the control streams. Raises `RemoteProtocolError`."""
+        self._perform(self.stack.learn(peer, decided, clock.now()))
 
     def connected(self, peer: PeerId) -> None:
         if self._nursery is None:
@@ -118,7 +150,7 @@ class Driver:
         self.submit(peer, Disconnected(reason))
 
     def _on_advert(self, envelope: bytes) -> bool:
-        may_spread = self.stack.gossip(envelope, trio.current_time())
+        may_spread = self.stack.gossip(envelope, clock.now())
         self._deadline_moved.set()
         return may_spread
 
@@ -155,9 +187,10 @@ class Driver:
     async def _keep_time(self) -> None:
         while True:
             deadline = self.stack.deadline()
-            with trio.move_on_at(math.inf if deadline is None else deadline):
+            wait_s = math.inf if deadline is None else max(deadline - clock.now(), 0.0)
+            with trio.move_on_after(wait_s):
                 await self._deadline_moved.wait()
-            self._perform(self.stack.tick(trio.current_time()))
+            self._perform(self.stack.tick(clock.now()))
             # After the effects, which set it: the deadline is looked at next in any case.
             self._deadline_moved = trio.Event()
 
@@ -198,11 +231,16 @@ class Driver:
                     nursery.start_soon(self._gossip.publish, advert)
                 case PublishRecord(record, models):
                     nursery.start_soon(self._publish_record, record, models)
+                case Persist(name, data):
+                    self._persist(name, data)
                 case Emit(event):
                     self._on_emit(nursery, event)
         self._deadline_moved.set()
 
     def _on_emit(self, nursery: trio.Nursery, event: Event) -> None:
+        if isinstance(event, DutiesChanged):
+            self._on_event(event)
+            return
         peer = event.peer
         if self.stack.is_member(peer):
             self._host.admit(peer)
@@ -276,11 +314,12 @@ class Driver:
             if outbox is None or outbox.is_answered:
                 raise RemoteProtocolError("a control stream too many")
             outbox.is_answered = True
+            pace = _Pace()
             while (frame := await receive_frame(stream, MESSAGE_BYTES_MAX)) is not None:
                 if self._outboxes.get(peer) is not outbox:
                     return  # said on a connection that has been replaced
                 self.submit(peer, decode(frame, cast(type[Control], Control)))
-                await trio.sleep(1.0 / FRAMES_PER_S_MAX)
+                await pace.wait()
             await stream.send_eof()
         except RemoteProtocolError as error:
             logger.warning("hanging up on %s: %s", peer, error)

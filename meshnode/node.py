@@ -9,6 +9,7 @@ module that knows every layer; the layers know only those below them.
 from __future__ import annotations
 
 import logging
+import math
 import os
 import random
 import statistics
@@ -19,10 +20,9 @@ from dataclasses import dataclass
 from functools import partial
 
 import msgspec
-import psutil
 import trio
 
-from meshnode import __version__
+from meshnode import __version__, clock
 from meshnode.config import P2P_PORT, Config, split_host_port
 from meshnode.console.routes import Console, InviteOrder, InviteTicket, mount
 from meshnode.console.snapshot import (
@@ -35,7 +35,9 @@ from meshnode.console.snapshot import (
 from meshnode.credentials import BOOTSTRAP_ADDRS_MAX, create_invite
 from meshnode.driver import Driver
 from meshnode.engine import Engine
+from meshnode.engine.memory import memory_budget_bytes
 from meshnode.errors import ConfigError
+from meshnode.fence import Fence, shard_text
 from meshnode.gateway import Candidate, Route, ServedModel
 from meshnode.gateway.app import create_api_app
 from meshnode.gateway.door import Door, open_door
@@ -45,11 +47,21 @@ from meshnode.hosted import HostedModel, find_models, run_models
 from meshnode.identity import KeyPair, PeerId
 from meshnode.joining import JOIN_PROTOCOL, Issuer
 from meshnode.membership import find_membership
-from meshnode.messages import Offer, Role
-from meshnode.protocol import Event, MemberJoined, MemberLost
+from meshnode.messages import Decided, Link, Offer, Role, decode
+from meshnode.protocol import DutiesChanged, Event, MemberJoined, MemberLost
 from meshnode.protocol.adverts import Node as NodeFacts
+from meshnode.protocol.agreement import Assigned, Holding
 from meshnode.protocol.dispatch import resolve
-from meshnode.protocol.stack import CountDemand, Learn, SetAddrs, SetOffers, Stack
+from meshnode.protocol.stack import (
+    CountDemand,
+    CountRefused,
+    Learn,
+    SetAddrs,
+    SetHoldings,
+    SetLinks,
+    SetOffers,
+    Stack,
+)
 from meshnode.store import DataDir, Membership
 from meshnode.transport import Stream
 from meshnode.transport.addresses import advertised, with_free_ports
@@ -60,8 +72,11 @@ from meshnode.transport.mdns import announced
 logger = logging.getLogger(__name__)
 
 HTTP_PROTOCOL = "/http/1.1"
+MODELS_LOOK_S = 0.1
+"""How often the models are looked at for a change of state: a standby that has loaded is news."""
 OFFERS_EVERY_S = 0.5
-"""How often the engines are looked at for news; how often it is told is the core's to decide."""
+"""How often their load is looked at; how often it is told is the core's to decide."""
+LINKS_EVERY_S = 10.0
 PEERS_SAVED_EVERY_S = 5.0
 """Written only when they have changed."""
 DRAIN_S = 10.0
@@ -93,9 +108,11 @@ async def run_node(
     with data.locked():
         # First: a node that may not open its API should not have joined a mesh in vain.
         door = open_door(config)
+        models = find_models(config)
+        memory_bytes = memory_budget_bytes(config.memory_bytes)
         key = data.key()
         membership = await find_membership(config, data, key)
-        node = Node(config, data, key, membership, find_models(config), door)
+        node = Node(config, data, key, membership, models, memory_bytes, door)
         await node.run(task_status=task_status)
 
 
@@ -109,8 +126,10 @@ class Node:
         key: KeyPair,
         membership: Membership,
         models: tuple[HostedModel, ...],
+        memory_bytes: int,
         door: Door | None,
     ) -> None:
+        """`memory_bytes` is what the mesh may use here for models."""
         self._config = config
         self._data = data
         self._key = key
@@ -121,6 +140,8 @@ class Node:
         self._started_unix = int(time.time())
         self._stopping = trio.Event()
         self._told: tuple[Offer, ...] = ()
+        self._held: tuple[Holding, ...] = ()
+        self._duties = DutiesChanged((), is_drained=False)
         self._api_url = ""
         self._addrs: tuple[str, ...] = ()
         roles: tuple[Role, ...] = (config.role,)
@@ -133,10 +154,12 @@ class Node:
             self._mesh,
             membership.chain,
             roles if root is None else (*roles, "issuer"),
-            NodeFacts(psutil.virtual_memory().total, os.cpu_count() or 1, "cpu"),
+            NodeFacts(memory_bytes, os.cpu_count() or 1, "cpu"),
             unix_of=lambda now: time.time(),
             rng=random.Random(),
             first_sequence=data.first_sequence(int(time.time() * 1000)),
+            root=root,
+            journals=data.journals(self._mesh.mesh_id),
         )
         listen = with_free_ports(config.listen) if config.listen_is_default else config.listen
         if listen != config.listen:
@@ -144,7 +167,13 @@ class Node:
         self._host = Libp2pHost(
             key.seed, listen, HostEvents(self._on_connected, self._on_disconnected)
         )
-        self._driver = Driver(self._stack, self._host, self._mesh.mesh_id, self._on_event)
+        self._driver = Driver(
+            self._stack,
+            self._host,
+            self._mesh.mesh_id,
+            self._on_event,
+            partial(data.save_journal, self._mesh.mesh_id),
+        )
 
     # --- life -----------------------------------------------------------------------------------
 
@@ -171,7 +200,8 @@ class Node:
                     lan = announced(self._mesh.mesh_id, self.own, self._addrs, self._learn)
                     await stack.enter_async_context(lan)
                 nursery.start_soon(run_models, self._models)
-                nursery.start_soon(self._keep_telling_offers)
+                nursery.start_soon(self._keep_telling_models)
+                nursery.start_soon(self._keep_telling_links)
                 nursery.start_soon(self._save_peers)
                 async with trio.open_nursery() as api:
                     if self._config.api:
@@ -195,6 +225,7 @@ class Node:
     async def _drain(self) -> None:
         """Offer nothing more, and let what peers have asked of our engines come to its end."""
         self._driver.submit(self.own, SetOffers(()))
+        self._driver.submit(self.own, SetHoldings(()))
         with trio.move_on_after(DRAIN_S):
             # The engines report their load by themselves, a few times a second.
             while any(model.is_busy() for model in self._models):  # noqa: ASYNC110
@@ -224,11 +255,59 @@ class Node:
             task_status.started()
         self._data.withdraw_api()
 
-    async def _keep_telling_offers(self) -> None:
-        """Let the mesh know what our engines have, whenever that changes."""
+    async def _keep_telling_models(self) -> None:
+        """Do what the mesh has decided about our models, and let it know what has come of it."""
+        states: tuple[str, ...] = ()
+        told_at = -math.inf
         while not self._stopping.is_set():
-            self._tell_offers()
-            await trio.sleep(OFFERS_EVERY_S)
+            self._follow_duties()
+            found = tuple(model.state for model in self._models)
+            if found != states or trio.current_time() >= told_at + OFFERS_EVERY_S:
+                states, told_at = found, trio.current_time()
+                self._tell_models()
+            await trio.sleep(MODELS_LOOK_S)
+
+    def _follow_duties(self) -> None:
+        """What our operator told this node to serve it serves, unless the mesh drains it; the
+        rest as the mesh decides."""
+        wanted = {duty.model: duty.load for duty in self._duties.duties}
+        for model in self._models:
+            holding = model.holding()
+            is_wanted = holding is not None and wanted.get(holding.digest, False)
+            model.assign(is_wanted or (model.pinned and not self._duties.is_drained))
+
+    def _tell_models(self) -> None:
+        self._tell_offers()
+        held: dict[str, Holding] = {}
+        for model in self._models:
+            holding = model.holding()
+            if holding is not None:
+                held.setdefault(
+                    holding.digest,
+                    Holding(
+                        model=holding.digest,
+                        name=holding.name,
+                        state="file" if holding.state == "loading" else holding.state,
+                        wanted=holding.wanted,
+                        bytes=holding.bytes,
+                        weight_bytes=holding.weight_bytes,
+                        kv_bytes=holding.kv_bytes_per_token * holding.context_tokens,
+                        layers=holding.layers,
+                    ),
+                )
+        holdings = tuple(held.values())
+        if holdings != self._held and not self._stopping.is_set():
+            self._held = holdings
+            self._driver.submit(self.own, SetHoldings(holdings))
+
+    async def _keep_telling_links(self) -> None:
+        """Let the mesh know how far our peers are, as measured by what we send them anyway."""
+        while not self._stopping.is_set():
+            links = tuple(
+                Link(peer, round(1e6 * rtt_s)) for peer, rtt_s in sorted(self._rtts_s().items())
+            )
+            self._driver.submit(self.own, SetLinks(links))
+            await trio.sleep(LINKS_EVERY_S)
 
     def _tell_offers(self) -> None:
         offers = tuple(offer for model in self._models if (offer := model.offer()) is not None)
@@ -264,6 +343,9 @@ class Node:
                 logger.info("member joined: %s", peer)
             case MemberLost(peer, reason):
                 logger.info("member lost: %s (%s)", peer, reason)
+            case DutiesChanged():
+                self._duties = event
+                self._follow_duties()
 
     def _learn(self, peer: PeerId, addrs: tuple[str, ...]) -> None:
         self._driver.submit(peer, Learn(addrs))
@@ -274,7 +356,7 @@ class Node:
             self.own,
             tuple(f"{address}/p2p/{self.own}" for address in self._addrs),
             self._mesh.name,
-            tuple(model.name for model in self._models),
+            tuple(model.name for model in self._models if model.pinned),
             asks_for_key=self._door is not None and self._door.keys is not None,
         )
 
@@ -314,17 +396,39 @@ class Node:
             )
         return tuple(served)
 
-    def route(self, model: str, session: bytes, prompt_bytes: int) -> Route:
+    def route(self, model: str, session: bytes, prompt_bytes: int, *, again: bool = False) -> Route:
         self._tell_offers()  # whoever saw `ready` turn true may ask in the same instant
-        self._driver.submit(self.own, CountDemand(model))
+        if not again:
+            self._driver.submit(self.own, CountDemand(model))
         resolved, ranked = self._stack.route(
-            model, session, prompt_bytes, self._rtts_s(), trio.current_time()
+            model, session, prompt_bytes, self._rtts_s(), clock.now()
         )
+        assigned = self._stack.agreement.assigned(resolved.digest)
         return Route(
             model=resolved.name,
             digest=resolved.digest,
-            candidates=tuple(Candidate(each.peer, each.local, each.reason) for each in ranked),
+            candidates=tuple(
+                Candidate(each.peer, each.local, each.reason, _fence(assigned, each.peer))
+                for each in ranked
+            ),
         )
+
+    def refused(self, route: Route) -> None:
+        self._driver.submit(self.own, CountRefused(route.model))
+
+    def check(self, fence: Fence | None, digest: str) -> bytes | None:
+        agreement = self._stack.agreement
+        assigned = agreement.assigned(digest)
+        if fence is None:
+            return None if assigned is None else agreement.proof(assigned.group)
+        epoch = agreement.epoch(fence.group)
+        if epoch is not None and fence.epoch < epoch:
+            return agreement.proof(fence.group)
+        # Whoever is ahead of us has told us so, or will with its next heartbeat.
+        return None
+
+    def learn(self, peer_id: str, decided: bytes) -> None:
+        self._driver.learn(PeerId(peer_id), decode(decided, Decided))
 
     def routed(self, route: Route, peer_id: str, session: bytes) -> None:
         self._stack.dispatcher.routed(route.digest, session, peer_id)
@@ -333,28 +437,26 @@ class Node:
         self._stack.dispatcher.finished(route.digest, peer_id)
 
     def failed(self, peer_id: str) -> None:
-        self._stack.dispatcher.failed(peer_id, trio.current_time())
+        self._stack.dispatcher.failed(peer_id, clock.now())
 
     def engine(self, digest: str) -> Engine | None:
-        for model in self._models:
-            stats = model.stats()
-            if stats is not None and stats.card.digest == digest and stats.state == "ready":
-                return model.engine
-        return None
+        engines = (model.engine_for(digest) for model in self._models)
+        return next((engine for engine in engines if engine is not None), None)
 
     async def open_tunnel(self, peer_id: str) -> Stream:
         return await self._host.open_stream(PeerId(peer_id), HTTP_PROTOCOL)
 
     def ready(self) -> tuple[bool, str]:
-        """A node is ready when it can answer for every model it was told to run, or, without
-        models of its own, when it knows a peer that can answer."""
-        states = [model.snapshot().state for model in self._models]
-        if not states:
+        """A node is ready when it can answer for every model it was told to run; without any of
+        its own, or drained of them, when it or a peer that it knows can answer at all."""
+        pinned = [model for model in self._models if model.pinned]
+        if not pinned or self._duties.is_drained:
             served = any(model.served_by for model in self.models())
-            return (True, "ready") if served else (False, "no peer serves a model yet")
-        if "loading" in states:
+            return (True, "ready") if served else (False, "nobody serves a model yet")
+        if not all(model.is_settled for model in pinned):
             return False, "loading"
-        return ("ready" in states, "ready" if "ready" in states else "no model could be loaded")
+        can_answer = any(model.state == "ready" for model in pinned)
+        return can_answer, "ready" if can_answer else "no model could be loaded"
 
     def _rtts_s(self) -> dict[str, float]:
         """Round-trip times of the members that can be tunnelled to now."""
@@ -445,3 +547,12 @@ class Node:
             not_after=expires_at,
         )
         return InviteTicket(token, expires_at)
+
+
+def _fence(assigned: Assigned | None, peer: str) -> Fence | None:
+    """What a request to `peer` stands on: its own item, or the one that it stands in for."""
+    if assigned is None:
+        return None
+    items = assigned.items
+    item = next((item for item in items if item.owner == peer), items[0])
+    return Fence(assigned.group, assigned.epoch, shard_text(item))

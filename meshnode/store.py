@@ -157,6 +157,19 @@ class DataDir:
         kept = dict(list(peers.items())[:PEERS_KEPT_MAX])
         self._write(self.path / "peers" / f"{mesh}.json", msgspec.json.encode(kept))
 
+    def journals(self, mesh: str) -> dict[str, bytes]:
+        """What agreement has to remember across a crash, by name."""
+        folder = self.path / "agreement" / mesh
+        if not folder.is_dir():
+            return {}
+        files = sorted(entry for entry in folder.iterdir() if not entry.name.endswith(".new"))
+        found = {entry.name: self._read(entry) for entry in files}
+        return {name: data for name, data in found.items() if data is not None}
+
+    def save_journal(self, mesh: str, name: str, data: bytes) -> None:
+        """Durable when it returns: what it says may then be said to others."""
+        self._write(self.path / "agreement" / mesh / name, data)
+
     # --- where the running node is ---------------------------------------------------------------
 
     def publish_api(self, url: str) -> None:

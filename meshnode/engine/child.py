@@ -165,6 +165,7 @@ class Child:
         self._pipe.send(wire.Accepted(frame.number, len(prompt)))
         if frame.continuation is not None:
             prompt += frame.continuation.tokens
+            sampler.remember(frame.continuation.tokens)
         max_tokens = None if frame.max_tokens is None else frame.max_tokens - resumed.tokens
         start = _Start(frame.number, frame.session, prompt, max_tokens, sampler, text, resumed)
         full = not self._limits.fits(len(prompt), max_tokens)

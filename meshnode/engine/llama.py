@@ -119,6 +119,11 @@ class Sampler:
         """The next token, from row `row` of the last batch; it must have wanted logits."""
         return int(_llama.llama_sampler_sample(self._chain, context, row))
 
+    def remember(self, tokens: Sequence[int]) -> None:
+        """Count tokens that another engine drew, as if drawn here; the seed does not move on."""
+        for token in tokens:
+            _llama.llama_sampler_accept(self._chain, token)
+
     def close(self) -> None:
         if self._chain:
             _llama.llama_sampler_free(self._chain)

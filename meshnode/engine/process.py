@@ -80,6 +80,7 @@ class _Answer:
         self._accepted = False
         self._text: list[str] = []
         self._tokens = 0
+        self._ids: tuple[int, ...] = ()
         self._finish: Finish | None = None
         self._error: EngineError | None = None
         self._arrived = trio.Event()
@@ -90,9 +91,10 @@ class _Answer:
         self._accepted = True
         self._arrived.set()
 
-    def add(self, text: str, tokens: int) -> None:
+    def add(self, text: str, tokens: int, ids: tuple[int, ...]) -> None:
         self._text.append(text)
         self._tokens += tokens
+        self._ids += ids
         self._arrived.set()
 
     def finish(self, finish: Finish) -> None:
@@ -118,8 +120,8 @@ class _Answer:
         await trio.lowlevel.checkpoint()
         while True:
             if self._text:
-                delta = Delta("".join(self._text), self._tokens)
-                self._text, self._tokens = [], 0
+                delta = Delta("".join(self._text), self._tokens, self._ids)
+                self._text, self._tokens, self._ids = [], 0, ()
                 return delta
             if self._error is not None:
                 raise self._error
@@ -386,8 +388,8 @@ class EngineProcess:
                 )
             case wire.TooLong(number=number, prompt_tokens=prompt_tokens):
                 self._ended(number).fail(_TooLongError(prompt_tokens))
-            case wire.Text(number=number, text=text, tokens=tokens):
-                self._answers[number].add(text, tokens)
+            case wire.Text(number=number, text=text, tokens=tokens, ids=ids):
+                self._answers[number].add(text, tokens, ids)
             case wire.Done(number=number, reason=reason, usage=usage):
                 answer = self._ended(number)
                 if reason != "cancelled":

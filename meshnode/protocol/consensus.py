@@ -330,7 +330,9 @@ class Register:
         if not self.votes:
             return None
         times = [this.resend_at]
-        is_open = not self._has_given_up() and not this.is_missing_block
+        # Whoever came back from a crash may have finalized the view that it is in again.
+        may_end = not {(this.view, "nullify"), (this.view, "finalize")} & this.casts.keys()
+        is_open = may_end and not this.is_missing_block
         if this.clock_from is not None and is_open:
             times.append(this.clock_from + self._timing.timeout_s(this.view))
             if self._may_carry_on():

@@ -195,7 +195,8 @@ class Lineage:
     def extended(self, handover: Handover) -> Lineage:
         """With a proven block, kept only if it changed the voters or was a recovery."""
         changed = handover.header.voters != self.voters_of(handover.header.epoch)
-        if not changed and handover.recovery is None:
+        is_known = handover.header.epoch <= self.anchor
+        if is_known or (not changed and handover.recovery is None):
             return self
         return Lineage(self.genesis, self.faults, (*self.handovers, handover))
 

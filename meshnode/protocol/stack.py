@@ -25,6 +25,7 @@ from meshnode.messages import (
     MESSAGE_BYTES_MAX,
     Advert,
     Agreed,
+    Decided,
     GetPeers,
     Heartbeat,
     Hello,
@@ -355,6 +356,14 @@ class Stack:
             *(link.hello_by for link in self._links.values() if link.stage is not _Stage.MEMBER),
         ]
         return min((at for at in waits if at is not None), default=None)
+
+    def learn(self, peer: PeerId, decided: Decided, now: float) -> list[Effect]:
+        """Take a proof that a peer sent beside its control stream.
+
+        Raises `RemoteProtocolError` if it proves nothing.
+        """
+        self._now = now
+        return self.agreement.receive(peer, decided, now)
 
     # --- what the node asks ---------------------------------------------------------------------
 

@@ -100,7 +100,7 @@ def make_node(
             disconnected=lambda peer, reason: driver.disconnected(peer, reason),
         ),
     )
-    driver = Driver(stack, host, MESH.mesh_id, events.append)
+    driver = Driver(stack, host, MESH.mesh_id, events.append, disk.__setitem__)
     host.handle(HTTP_PROTOCOL, echo)
     return LiveNode(key, stack, host, driver, events)
 

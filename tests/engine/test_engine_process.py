@@ -124,9 +124,9 @@ async def test_a_character_of_three_tokens_comes_out_whole(engine: EngineProcess
             return [event async for event in events]
 
     whole, _ = await draw(3)
-    assert whole == Delta("🦙", tokens=3)
+    assert whole == Delta("🦙", tokens=3, ids=(10813, 116, 243))
     half, _ = await draw(2)
-    assert half == Delta("\ufffd", tokens=2)
+    assert half == Delta("\ufffd", tokens=2, ids=(10813, 116))
 
 
 async def test_four_sessions_interleave(engine: EngineProcess) -> None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import random
+import subprocess
+import sys
 from collections import Counter, defaultdict
 from dataclasses import replace
 from typing import Literal
@@ -24,6 +27,7 @@ from meshnode.protocol.placement import (
     plan,
 )
 from meshnode.protocol.placement.replicas import MOVES_MAX
+from meshnode.protocol.placement.several import STAGES_MAX
 
 GB = 10**9
 LAN = Way(rtt_us=500, bytes_per_s=100_000_000)
@@ -166,6 +170,7 @@ def test_scarce_memory_goes_where_the_demand_is() -> None:
     made = plan(a_problem(models, hosts, {"m": Want(1, weight=3), "n": Want(1, weight=5)}))
     assert owners(made, "n") == [("x",)]
     assert made.missing == (("m", "needs 3.3 GB more on one node, or nodes that can run stages"),)
+    assert reason(made, "x", "n") == "in: holds the file, fastest"
     assert reason(made, "x", "m") == "out: 4.2 GB needed, 0.8 GB free"
 
 
@@ -228,8 +233,10 @@ def on(peer: str, *, model: str = "m", number: int = 0) -> Replica:
 def test_a_replica_moves_only_for_a_gain_that_pays(us: int, load: int, owner: str) -> None:
     hosts = [a_host("old", "m", us=20_000, state="ready"), a_host("new", "m", us=us, load=load)]
     made = plan(a_problem([a_model()], hosts, current=(on("old", number=7),)))
+    why = "serves it already" if owner == "old" else "holds the file, fastest"
     assert owners(made) == [(owner,)]
     assert made.replicas[0].number == (7 if owner == "old" else -1)
+    assert reason(made, owner) == f"in: {why}"
     if (us, owner) == (18_000, "old"):
         assert made.predictions[0].note == "slower than new alone: 80 ms a token, not 72"
 
@@ -431,6 +438,12 @@ def test_several_pipelines_share_no_host() -> None:
     assert owners(made) == [("h0", "h3"), ("h1", "h4"), ("h2", "h5")]
 
 
+def test_one_of_several_pipelines_has_only_so_many_stages() -> None:
+    hosts = [staged(f"h{i:02}", gb=4, us=10_000 + i) for i in range(4 * STAGES_MAX)]
+    made = settled(a_problem([BIG], hosts, {"m": Want(2)}))
+    assert [len(one.parts) for one in made.replicas] == [STAGES_MAX, STAGES_MAX]
+
+
 @pytest.mark.parametrize("layers", [0, 1])
 def test_a_model_that_has_no_layers_to_cut_stays_whole(layers: int) -> None:
     model = a_model(layers=layers)
@@ -595,6 +608,45 @@ def test_planning_again_changes_nothing(problem: Problem) -> None:
     made = settled(problem)
     again = plan(replace(problem, current=enacted(made)))
     assert again.replicas == enacted(made)
+
+
+@settings(max_examples=150, deadline=None)
+@given(problems(), st.dictionaries(st.sampled_from(["m0", "m1", "m2"]), st.integers(0, 3)))
+def test_other_demand_moves_few_replicas_at_once(problem: Problem, more: dict[str, int]) -> None:
+    before = settled(problem)
+    wants = {
+        model: replace(problem.wants.get(model, Want(1)), replicas=count, weight=7 * count)
+        for model, count in more.items()
+        if model in problem.models
+    }
+    wants = dict(problem.wants) | wants
+    after = plan(replace(problem, wants=wants, current=enacted(before)))
+    if {one.model for one in after.replicas} <= {one.model for one in before.replicas}:
+        new = [one for one in after.replicas if one.number == -1]
+        assert len(new) <= MOVES_MAX
+
+
+def test_every_process_makes_the_same_plan() -> None:
+    """Voters compute plans apart from each other: no order of a set may show in one."""
+    source = (
+        "from tests.protocol.test_placement import *\n"
+        "models = [a_model(f'm{i}', gb=1 + 5 * i) for i in range(4)]\n"
+        "names = [model.digest for model in models]\n"
+        "hosts = [a_host(f'h{i}', *names[i % 2:], stages=True) for i in range(9)]\n"
+        "print(plan(a_problem(models, hosts, {name: Want(2) for name in names})))\n"
+    )
+    said = {
+        subprocess.run(
+            [sys.executable, "-c", source],
+            env={**os.environ, "PYTHONHASHSEED": seed, "PYTHONPATH": os.pathsep.join(sys.path)},
+            stdout=subprocess.PIPE,
+            check=True,
+            timeout=60,
+        ).stdout
+        for seed in ("1", "2", "3")
+    }
+    assert len(said) == 1
+    assert b"Replica(" in said.pop()
 
 
 @settings(max_examples=200, deadline=None)

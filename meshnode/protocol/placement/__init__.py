@@ -7,6 +7,7 @@ same plan. It does not know who is proposing, which epoch it is, or what a messa
 * `terms.py`     the facts and the plan
 * `cost.py`      what a model takes and how long it takes, on one host and between two
 * `pipeline.py`  how a model that fits on no host is cut into stages
+* `several.py`   how several such pipelines share the hosts
 * `ledger.py`    what each host owns and has free while a plan is made
 * `replicas.py`  who owns what, and what is worth moving
 * `standbys.py`  who would take over

@@ -108,9 +108,10 @@ class _Scene:
         self._parts = {part.owner: part for one in own for part in one.parts}
         self._standbys = {peer for one in own for peers in one.standbys for peer in peers}
         self._cut = not fits_one(problem, model)
-        self._fastest = min(
-            ((whole_us(model, problem.hosts[peer]), peer) for peer in self._parts), default=(0, "")
-        )[1]
+        self._fastest = _best_single(problem, model)[1]
+        self._before = {
+            part.owner for one in problem.current if one.model == model.digest for part in one.parts
+        }
 
     def verdict(self, peer: str, host: Host) -> tuple[bool, str]:
         if peer in self._parts:
@@ -129,7 +130,7 @@ class _Scene:
             return "its operator serves it here"
         if peer == self._fastest:
             return "holds the file, fastest"
-        return "holds the file, one more replica is wanted"
+        return "serves it already" if peer in self._before else "holds the file and has room"
 
     def _why_out(self, peer: str, host: Host) -> str:
         held = host.holdings.get(self._model.digest)

@@ -17,7 +17,8 @@ from meshnode.protocol.placement.cost import (
     whole_bytes,
     whole_us,
 )
-from meshnode.protocol.placement.pipeline import Hop, Seat, Stages, fastest, widest
+from meshnode.protocol.placement.pipeline import Hop, Seat, Stages, fastest
+from meshnode.protocol.placement.several import widest
 from meshnode.protocol.placement.terms import Host, Model, Part, Problem, Replica
 
 Key = tuple[str, tuple[tuple[str, int, int], ...]]

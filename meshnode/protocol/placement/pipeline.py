@@ -1,36 +1,25 @@
-"""How a model that fits on no host is cut into stages on several.
+"""How a model that fits on no host is cut into stages on several: the fastest pipeline.
 
-Two aims. `fastest`: the least time of one token, which is the layers on the fastest hosts and few
-hops; for a given set of hosts filling them by speed is optimal, so the search is over sets and
-their order. `widest`: the most tokens of many requests together, from several pipelines that share
-no host, each cut so that its slowest stage is as fast as can be.
-
-Both search locally within a budget of evaluations. Hosts are only seats here, with room and speed.
+The least time of one token is the layers on the fastest hosts and few hops. For a given set of
+hosts filling them by speed is optimal, so the search is over sets and their order: local, within a
+budget of evaluations. Hosts are only seats here, with room and speed.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import permutations
 
-from meshnode.protocol.placement.cost import MICROTOKENS, stage_us
+from meshnode.protocol.placement.cost import stage_us
 
 SEATS_MAX = 48
-"""`fastest` looks at so many if they have the room."""
-STAGES_MAX = 8
-"""Of each of several pipelines: another stage adds rate, but it is one more hop for every token
-and one more host that all the others fail with."""
+"""The search looks at so many if they have the room."""
 SEEDS_MAX = 16
 """Pipelines are grown from so many of the fastest seats."""
 SEARCHES_MAX = 4
 """So many of the pipelines grown are then improved."""
-FAST_EVALUATIONS_MAX = 6_000
-"""Sets looked at in one search of `fastest`: some 50 ms."""
-WIDE_EVALUATIONS_MAX = 3_000
-"""Exchanges looked at in one search of `widest`: some 100 ms."""
-BOTTLENECK_STEPS = 1000
-"""How finely the time of the slowest stage is told: measured times are no better."""
+EVALUATIONS_MAX = 6_000
+"""Sets looked at from each start: some 50 ms in all."""
 BALANCE_SLACK_PERCENT = 1
 """A pipeline may be so much slower than the fastest cut if that relieves its slowest stage."""
 
@@ -48,48 +37,37 @@ Hop = Callable[[str, str], int]
 """Microseconds between two peers, the same both ways."""
 Stages = tuple[tuple[str, int], ...]
 """Peers in the order of the layers, and how many each has."""
-_Ring = tuple[int, ...]
+Ring = tuple[int, ...]
 """Places in a list of seats, in pipeline order; the last is followed by the first."""
 
 
 def fastest(seats: Iterable[Seat], layers: int, hop: Hop) -> Stages | None:
     """The pipeline with the least time a token that the search finds; None if the room is short."""
-    usable = _by_speed(seat for seat in seats if seat.layers_max > 0)
-    chosen = _shortlist(usable, SEATS_MAX)
+    usable = by_speed(seat for seat in seats if seat.layers_max > 0)
+    chosen = shortlist(usable, SEATS_MAX)
     if sum(seat.layers_max for seat in chosen) < layers:
         chosen = usable  # many small hosts: slower to search, but better than no pipeline
-    search = _Search(chosen, layers, hop)
+    search = Search(chosen, layers, hop)
     starts = sorted(set(search.starts()), key=lambda ring: (search.cost(ring), ring))
     rings = [search.improve(ring) for ring in starts[:SEARCHES_MAX]]
     if not rings:
         return None
     best = min(rings, key=lambda ring: (search.cost(ring), len(ring), ring))
-    return _stages(search.seats, best, _balanced(search.seats, best, layers))
+    return in_order(search.seats, best, _balanced(search.seats, best, layers))
 
 
-def widest(seats: Iterable[Seat], layers: int, hop: Hop, count: int) -> list[Stages]:
-    """Up to `count` pipelines, and as many as possible; then the most tokens altogether."""
-    usable = _by_speed(seat for seat in seats if seat.layers_max > 0)
-    room = sum(seat.layers_max for seat in usable)
-    for number in range(min(count, room // layers), 0, -1):
-        groups = _Grouping(_shortlist(usable, number * STAGES_MAX), layers).search(number)
-        if groups is not None:
-            return [_ordered(group, layers, hop) for group in groups]
-    return []
-
-
-def _by_speed(seats: Iterable[Seat]) -> list[Seat]:
+def by_speed(seats: Iterable[Seat]) -> list[Seat]:
     return sorted(seats, key=lambda seat: (seat.us, seat.peer))
 
 
-def _shortlist(seats: list[Seat], count: int) -> list[Seat]:
+def shortlist(seats: list[Seat], count: int) -> list[Seat]:
     """So many worth looking at: two thirds the fastest, the others the largest of the rest."""
     fast = seats[: count * 2 // 3]
     rest = sorted(seats[len(fast) :], key=lambda seat: (-seat.layers_max, seat.us, seat.peer))
-    return _by_speed(fast + rest[: count - len(fast)])
+    return by_speed(fast + rest[: count - len(fast)])
 
 
-class _Search:
+class Search:
     """Over rings of seats that are sorted by speed, so that `sorted(ring)` is the order to fill."""
 
     def __init__(self, seats: list[Seat], layers: int, hop: Hop) -> None:
@@ -106,13 +84,13 @@ class _Search:
             self._hops[key] = self._hop(self.seats[one].peer, self.seats[other].peer)
         return self._hops[key]
 
-    def cost(self, ring: _Ring) -> int:
+    def cost(self, ring: Ring) -> int:
         """Microseconds a token; `ring` has room and no idle seat."""
         compute = self.fill_us(ring)
         assert compute is not None
         return compute + self.length(ring)
 
-    def length(self, ring: _Ring) -> int:
+    def length(self, ring: Ring) -> int:
         return sum(self.hop(ring[i - 1], ring[i]) for i in range(len(ring)))
 
     def fill_us(self, members: Iterable[int]) -> int | None:
@@ -127,7 +105,7 @@ class _Search:
             left -= taken
         return total if left == 0 else None
 
-    def insertion(self, ring: _Ring, place: int) -> tuple[int, int]:
+    def insertion(self, ring: Ring, place: int) -> tuple[int, int]:
         """How much longer `ring` gets with `place` where it fits best, and where that is."""
         if not ring:
             return 0, 0
@@ -143,7 +121,7 @@ class _Search:
 
     # --- where to start ---------------------------------------------------------------------
 
-    def starts(self) -> Iterator[_Ring]:
+    def starts(self) -> Iterator[Ring]:
         """Fastest first, largest first, and grown around each of the fastest."""
         places = range(len(self.seats))
         by_room = sorted(places, key=lambda place: (-self.seats[place].layers_max, place))
@@ -154,8 +132,8 @@ class _Search:
             if (ring := self._grown(seed)) is not None:
                 yield ring
 
-    def _filled(self, order: Iterable[int]) -> _Ring | None:
-        ring: _Ring = ()
+    def _filled(self, order: Iterable[int]) -> Ring | None:
+        ring: Ring = ()
         room = 0
         for place in order:
             if room >= self.layers:
@@ -164,9 +142,9 @@ class _Search:
             room += self.seats[place].layers_max
         return self._trimmed(ring) if room >= self.layers else None
 
-    def _grown(self, seed: int) -> _Ring | None:
+    def _grown(self, seed: int) -> Ring | None:
         """From `seed`, always by the seat whose layers cost least, the detour included."""
-        ring: _Ring = (seed,)
+        ring: Ring = (seed,)
         left = self.layers - self.seats[seed].layers_max
         others = [place for place in range(len(self.seats)) if place != seed]
         while left > 0 and others:
@@ -176,34 +154,34 @@ class _Search:
             left -= self.seats[best].layers_max
         return self._trimmed(ring) if left <= 0 else None
 
-    def _us_per_layer(self, ring: _Ring, place: int, left: int) -> int:
+    def _us_per_layer(self, ring: Ring, place: int, left: int) -> int:
         seat = self.seats[place]
         taken = min(seat.layers_max, left)
         return (stage_us(seat.us, taken, self.layers) + self.insertion(ring, place)[0]) // taken
 
-    def _trimmed(self, ring: _Ring) -> _Ring:
+    def _trimmed(self, ring: Ring) -> Ring:
         """Without the slow seats that the faster ones leave nothing to."""
         while self.fill_us(ring) is None:
             slowest = max(ring)
             ring = tuple(place for place in ring if place != slowest)
         return ring
 
-    def ring(self, places: Iterable[int]) -> _Ring:
+    def ring(self, places: Iterable[int]) -> Ring:
         """A short ring through `places`."""
-        ring: _Ring = ()
+        ring: Ring = ()
         for place in places:
             ring = self._with(ring, place)
         return self._reordered(ring)
 
-    def _with(self, ring: _Ring, place: int) -> _Ring:
+    def _with(self, ring: Ring, place: int) -> Ring:
         where = self.insertion(ring, place)[1]
         return (*ring[:where], place, *ring[where:])
 
     # --- better sets, better order ----------------------------------------------------------
 
-    def improve(self, ring: _Ring) -> _Ring:
+    def improve(self, ring: Ring) -> Ring:
         """Drop, add, exchange or reorder while that helps and the budget lasts."""
-        left = FAST_EVALUATIONS_MAX
+        left = EVALUATIONS_MAX
         ring = self._reordered(ring)
         cost = self.cost(ring)
         while left > 0:
@@ -232,7 +210,7 @@ class _Search:
             cost = self.cost(ring)
         return ring
 
-    def _neighbours(self, ring: _Ring) -> Iterator[tuple[_Ring, int | None]]:
+    def _neighbours(self, ring: Ring) -> Iterator[tuple[Ring, int | None]]:
         """A ring with one seat less or none, and the place that then joins."""
         others = [place for place in range(len(self.seats)) if place not in ring]
         for place in others:
@@ -244,7 +222,7 @@ class _Search:
             for place in others:
                 yield without, place
 
-    def _reordered(self, ring: _Ring) -> _Ring:
+    def _reordered(self, ring: Ring) -> Ring:
         """Two-opt: turn a stretch round while that makes the ring shorter."""
         length = self.length(ring)
         found = True
@@ -261,7 +239,7 @@ class _Search:
 # --- cutting for one set -------------------------------------------------------------------------
 
 
-def _fill(seats: Sequence[Seat], layers: int, stage_us_max: int | None = None) -> list[int] | None:
+def fill(seats: Sequence[Seat], layers: int, stage_us_max: int | None = None) -> list[int] | None:
     """Layers for each seat, the fastest first (`seats` are sorted so); None if short of room."""
     counts = []
     left = layers
@@ -278,11 +256,11 @@ def _fill_us(seats: Sequence[Seat], counts: Sequence[int], layers: int) -> int:
     return sum(stage_us(seat.us, n, layers) for seat, n in zip(seats, counts, strict=True))
 
 
-def _balanced(seats: Sequence[Seat], ring: _Ring, layers: int) -> dict[int, int]:
+def _balanced(seats: Sequence[Seat], ring: Ring, layers: int) -> dict[int, int]:
     """Layers by place: nearly the least time in all, and then the fastest slowest stage."""
     places = sorted(ring)
     members = [seats[place] for place in places]
-    greedy = _fill(members, layers)
+    greedy = fill(members, layers)
     assert greedy is not None
     allowed = _fill_us(members, greedy, layers) * (100 + BALANCE_SLACK_PERCENT) // 100
     low, high = (
@@ -292,7 +270,7 @@ def _balanced(seats: Sequence[Seat], ring: _Ring, layers: int) -> dict[int, int]
     best = greedy
     while low + 1 < high:  # a tighter bound never makes the cut faster in all
         middle = (low + high) // 2
-        counts = _fill(members, layers, middle)
+        counts = fill(members, layers, middle)
         if counts is not None and _fill_us(members, counts, layers) <= allowed:
             best, high = counts, middle
         else:
@@ -300,7 +278,7 @@ def _balanced(seats: Sequence[Seat], ring: _Ring, layers: int) -> dict[int, int]
     return dict(zip(places, best, strict=True))
 
 
-def _stages(seats: Sequence[Seat], ring: _Ring, counts: dict[int, int]) -> Stages:
+def in_order(seats: Sequence[Seat], ring: Ring, counts: dict[int, int]) -> Stages:
     """In ring order from the fastest seat; of both directions the one by peer id."""
     used = [place for place in ring if counts[place] > 0]
     start = used.index(min(used))
@@ -310,116 +288,3 @@ def _stages(seats: Sequence[Seat], ring: _Ring, counts: dict[int, int]) -> Stage
         tuple((seats[place].peer, counts[place]) for place in way) for way in (onward, backward)
     ]
     return min(ways)
-
-
-# --- several pipelines ---------------------------------------------------------------------------
-
-
-_Merit = tuple[int, int]
-"""Layers that are missing, negative, and then millionths of tokens a second."""
-
-
-class _Grouping:
-    """Over ways to share out seats over a number of pipelines."""
-
-    def __init__(self, seats: list[Seat], layers: int) -> None:
-        self._seats = seats
-        self._layers = layers
-        self._merits: dict[frozenset[Seat], _Merit] = {}
-
-    def search(self, number: int) -> list[list[Seat]] | None:
-        """The best sharing out over so many that all have room; None if none was found."""
-        by_room = sorted(self._seats, key=lambda seat: (-seat.layers_max, seat.us, seat.peer))
-        best: tuple[_Merit, list[list[Seat]]] | None = None
-        for order in (by_room, self._seats):
-            groups = self._exchanged(self._dealt(order, number))
-            total = _sum(self._merit(group) for group in groups)
-            if best is None or total > best[0]:
-                best = (total, groups)
-        assert best is not None
-        return best[1] if best[0][0] == 0 else None
-
-    def _merit(self, group: Sequence[Seat]) -> _Merit:
-        members = frozenset(group)
-        if members not in self._merits:
-            bottleneck = _bottleneck_us(group, self._layers)
-            if bottleneck is None:
-                merit = (sum(seat.layers_max for seat in group) - self._layers, 0)
-            else:
-                merit = (0, MICROTOKENS // bottleneck)
-            self._merits[members] = merit
-        return self._merits[members]
-
-    def _dealt(self, order: Sequence[Seat], number: int) -> list[list[Seat]]:
-        """Each seat to the pipeline with the least room, or if all have enough, the least rate."""
-        groups: list[list[Seat]] = [[] for _ in range(number)]
-        for seat in order:
-            open_ = [i for i in range(number) if len(groups[i]) < STAGES_MAX]
-            least = min(open_, key=lambda i: (self._merit(groups[i]), i))
-            groups[least].append(seat)
-        return groups
-
-    def _exchanged(self, groups: list[list[Seat]]) -> list[list[Seat]]:
-        """Moves and swaps of seats between two pipelines while they help and the budget lasts."""
-        left = WIDE_EVALUATIONS_MAX
-        found = True
-        while found:
-            found = False
-            for a, b in permutations(range(len(groups)), 2):
-                now = _sum((self._merit(groups[a]), self._merit(groups[b])))
-                for one, other in _exchanges(groups[a], groups[b], swaps=a < b):
-                    if left == 0:
-                        return groups
-                    left -= 1
-                    if _sum((self._merit(one), self._merit(other))) > now:
-                        groups[a], groups[b] = one, other
-                        found = True
-                        break
-        return groups
-
-
-def _exchanges(
-    one: list[Seat], other: list[Seat], *, swaps: bool
-) -> Iterator[tuple[list[Seat], list[Seat]]]:
-    """One seat of `one` goes over, or, if `swaps`, is exchanged for one of `other`."""
-    for i, seat in enumerate(one):
-        rest = one[:i] + one[i + 1 :]
-        if len(other) < STAGES_MAX:
-            yield rest, [*other, seat]
-        if swaps:
-            for j, back in enumerate(other):
-                yield [*rest, back], [*other[:j], *other[j + 1 :], seat]
-
-
-def _sum(merits: Iterable[_Merit]) -> _Merit:
-    missing, rates = zip(*merits, strict=True)
-    return sum(missing), sum(rates)
-
-
-def _bottleneck_us(group: Sequence[Seat], layers: int) -> int | None:
-    """A time in which the slowest stage can be done, within a thousandth of the least; None if
-    the room is short."""
-    if sum(seat.layers_max for seat in group) < layers:
-        return None
-    low, high = 0, max(seat.us for seat in group)
-    while low + 1 + high // BOTTLENECK_STEPS < high:
-        middle = (low + high) // 2
-        room = 0
-        for seat in group:
-            room += min(seat.layers_max, middle * layers // seat.us)
-        if room >= layers:
-            high = middle
-        else:
-            low = middle
-    return high
-
-
-def _ordered(group: list[Seat], layers: int, hop: Hop) -> Stages:
-    """Cut for its slowest stage, in the order of the shortest ring that is found."""
-    members = _by_speed(group)
-    counts = _fill(members, layers, _bottleneck_us(members, layers))
-    assert counts is not None
-    used = [(seat, n) for seat, n in zip(members, counts, strict=True) if n > 0]
-    search = _Search([seat for seat, _ in used], layers, hop)
-    ring = search.ring(range(len(used)))
-    return _stages(search.seats, ring, dict(enumerate(n for _, n in used)))

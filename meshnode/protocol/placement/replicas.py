@@ -88,13 +88,16 @@ class _Budget:
     loading: set[str] = field(default_factory=set)
     postponed: int = 0
 
-    def take(self, peers: Iterable[str]) -> bool:
-        """Whether these hosts may load something now; if not it is put off."""
+    def take(self, peers: Iterable[str], replicas: int = 1) -> bool:
+        """Whether these hosts may load so many replicas now; if not it is put off.
+
+        More than fit the bound are allowed if nothing else moves, or they would wait for ever.
+        """
         peers = set(peers)
-        if self.left == 0 or peers & self.loading:
+        if (replicas > self.left and self.left < MOVES_MAX) or peers & self.loading:
             self.postponed += 1
             return False
-        self.left -= 1
+        self.left = max(0, self.left - replicas)
         self.loading |= peers
         return True
 
@@ -307,9 +310,8 @@ class _Draft:
         for one in present:
             self._ledger.remove(one)
         new = self._ledger.pipelines(model, want(self._problem, model).replicas)
-        more = len(new) > len(present) and self._budget.take(
-            part.owner for one in new for part in one.parts
-        )
+        owners = [part.owner for one in new for part in one.parts]
+        more = len(new) > len(present) and self._budget.take(owners, len(new) - len(present))
         for one in new if more else present:
             self._ledger.add(one)
         return more
@@ -376,7 +378,8 @@ class _Draft:
         if any(key(one) not in self._before for one in old):
             self._budget.postponed += 1
             return
-        if self._budget.take(part.owner for one in new for part in self._ledger.to_load(one)):
+        loading = [part.owner for one in new for part in self._ledger.to_load(one)]
+        if self._budget.take(loading, len(new)):
             for one in old:
                 self._ledger.remove(one)
             for one in new:

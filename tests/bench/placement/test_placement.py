@@ -1,8 +1,7 @@
-"""`make bench` measures plans; one that misses its goals fails. MESHNODE_BENCH_QUICK=1: a tenth."""
+"""`make bench` measures plans; a planner that misses its goals fails."""
 
 from __future__ import annotations
 
-import os
 import statistics
 
 from tests.bench.placement.measure import as_text, measure
@@ -12,7 +11,7 @@ THROUGHPUT_RATIO_MIN = 0.98
 
 
 def test_placement() -> None:
-    report = measure(quick=bool(os.environ.get("MESHNODE_BENCH_QUICK")))
+    report = measure()
     print("\n" + as_text(report))
     medians = {
         objective: statistics.median(planners["meshnode"])

@@ -6,20 +6,20 @@ takes everything but the last `Persist`, and may strike between the effects of o
 not a register but a heap of signed messages that may arrive at any time.
 
 What a register does depends on its own state and on what arrives, so each such step runs once and
-is then looked up: registers are executed thousands of times, states are counted in the hundred
-thousands. States that differ only in which quorum signed a certificate are one.
+is then looked up. Two reductions, neither of which hides a behaviour:
+
+* states that differ only in which quorum signed a certificate are one;
+* a vote that changes nothing yet is held back until it does: a voter hears equal votes together,
+  as many of those that were cast as make it act. Until then it acts as if it had none of them.
 
 The search is breadth-first, so the story of a violation is a shortest one.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from time import process_time
-
-import msgspec
 
 from meshnode.errors import RemoteProtocolError
 from meshnode.messages import Decided, GetDecided, Handover, Proposal, QuorumCertificate, Vote
@@ -47,6 +47,8 @@ from tests.protocol.consensus.parts import (
 )
 
 RESEND, CARRY_ON, TIME_OUT, CRASH = -1, -2, -3, -4
+VOTES = -10
+"""Events from here downwards are votes heard together, by the bits of their numbers."""
 TIMING = Timing(
     view_s=3.0, view_step_s=0.0, view_max_s=3.0, carry_on_s=2.0, resend_s=1.0
 )
@@ -72,7 +74,11 @@ class Model:
     views: int = 2
     crashes: int = 1
     liar: str | None = None
-    resends: bool = True
+    resends: bool = False
+    """Whether certificates are told, too. What they show, votes show as well."""
+    last_view_ends: bool = False
+    """Whether the last view may be nullified. It leads out of the model; what is left to find
+    there is a voter that finalizes and nullifies it."""
     states_max: int = 10_000_000
     check: frozenset[str] = frozenset({"S1", "S2", "S3", "S10", "honest"})
 
@@ -134,8 +140,13 @@ class Checker:
         self._node_ids: dict[object, int] = {}
         self._messages: list[Said] = []
         self._message_ids: dict[object, int] = {}
+        self._ballots: dict[object, int] = {}
+        """Equal votes of different voters, as bits."""
+        self._single = -1
+        """The messages that are heard one by one, as bits."""
         self._conflicts: list[int] = []
         """For each message, the messages that no honest voter says beside it."""
+        self._disks: dict[bytes | None, object] = {}
         self._executed = 0
 
     def run(self) -> Explored:
@@ -173,11 +184,11 @@ class Checker:
         places, said, crashes = state
         for place, at in enumerate(places):
             node = self._nodes[at]
-            events = said & node.useful
-            while events:
-                lowest = events & -events
-                events ^= lowest
-                yield from self._step(state, place, node, lowest.bit_length() - 1)
+            for alike in self._ballots.values():
+                if said & alike:
+                    yield from self._step(state, place, node, VOTES - (said & alike))
+            for number in _bits(said & node.useful & self._single):
+                yield from self._step(state, place, node, number)
             for event in (RESEND, CARRY_ON, TIME_OUT) if self.model.resends else (
                 CARRY_ON, TIME_OUT,
             ):  # fmt: skip
@@ -208,8 +219,11 @@ class Checker:
             return None if back == at else _Move(back, said, None)
         self._executed += 1
         register = twin(node.register)
+        if event <= VOTES:
+            return self._hear_votes(at, node, register, VOTES - event)
         if event < 0:
-            if register.view > self.model.views or register.deadline() is None:
+            last = self.model.views - (event == TIME_OUT and not self.model.last_view_ends)
+            if register.view > last or register.deadline() is None:
                 return None
             effects = register.tick(UNTIL[event])
         else:
@@ -227,6 +241,16 @@ class Checker:
             node.useful &= ~(1 << event)
         return None if after == at and not said else _Move(after, said, cut)
 
+    def _hear_votes(self, at: int, node: _Node, register: Register, votes: int) -> _Move | None:
+        """Hear equal votes until they make a difference."""
+        silent = _behaviour(register)
+        for number in _bits(votes):
+            effects = register.receive(peer(NAMES[0]), self._messages[number], 0.0)
+            if effects or _behaviour(register) != silent:
+                after, _, said, cut = self._after(node.name, register, effects, node.disk)
+                return None if after == at and not said else _Move(after, said, cut)
+        return None
+
     def _after(
         self, name: str, register: Register, effects: list[Effect], disk: bytes | None
     ) -> tuple[int, bytes | None, int, tuple[int, int] | None]:
@@ -235,7 +259,7 @@ class Checker:
         for effect in effects:
             match effect:
                 case Persist():
-                    if said:
+                    if said and self.model.crashes:
                         back, _, more, _ = self._restarted(name, disk)
                         cut = (back, said | more)
                     disk = effect.data
@@ -257,18 +281,13 @@ class Checker:
         if this.clock_from is not None:
             this.clock_from, this.resend_at = 0.0, TIMING.resend_s
         register._answered.clear()
-        content = {
-            key: _content(value)
-            for key, value in (*vars(register).items(), *vars(this).items())
-            if key not in NOT_BEHAVIOUR and key not in ("votes", "_round")
-        }
         # A vote adds nothing to a certificate.
-        content["votes"] = frozenset(
+        votes = frozenset(
             (key, _content(votes))
             for key, votes in this.votes.items()
             if key not in this.certificates
         )
-        identity = (name, disk, frozenset(content.items()))
+        identity = (name, self._kept(name, disk), _behaviour(register), votes)
         known = self._node_ids.get(identity)
         if known is None:
             known = self._node_ids[identity] = len(self._nodes)
@@ -277,6 +296,15 @@ class Checker:
             if "S2" in self.model.check and proof is not None:
                 self._check_proof(name, proof)
         return known
+
+    def _kept(self, name: str, disk: bytes | None) -> object:
+        """What a disk is good for."""
+        if not self.model.crashes:
+            return None
+        if disk not in self._disks:
+            back = a_register(name, self._genesis, journal=disk, kind=self._kind)
+            self._disks[disk] = _behaviour(back)
+        return self._disks[disk]
 
     def _check_proof(self, name: str, proof: Handover) -> None:
         if not is_proven(proof, self._genesis.voters, self._genesis.faults):
@@ -298,6 +326,10 @@ class Checker:
                 known = self._message_ids[content] = len(self._messages)
                 self._messages.append(message)
                 self._conflicts.append(self._note_conflicts(known, message))
+                if isinstance(message, Vote):
+                    alike = (message.view, message.kind, message.block)
+                    self._ballots[alike] = self._ballots.get(alike, 0) | 1 << known
+                    self._single &= ~(1 << known)
             bits |= 1 << known
         return bits
 
@@ -327,16 +359,15 @@ class Checker:
         if liar is None:
             return []
         genesis = self._genesis
-        bodies = [a_body("one thing"), a_body("another")]
+        bodies = [a_body("this"), a_body("that")]
         own = [a_block(genesis, liar, body) for body in bodies]
-        theirs = [a_block(genesis, name, Wishes().body or a_body("")) for name in ()]
         honest = [
             a_block(genesis, name) for name in NAMES[: self.model.views] if name != liar
         ]
         lies: list[Said] = []
         for view in range(1, self.model.views + 1):
             lies.append(a_vote(liar, own[0], view, "nullify"))
-            for block in (*own, *honest, *theirs):
+            for block in (*own, *honest):
                 lies.append(a_vote(liar, block, view, "notarize"))
                 lies.append(a_vote(liar, block, view, "finalize"))
             if NAMES[view - 1] == liar:
@@ -351,12 +382,9 @@ class Checker:
     def _broken(self, before: State, after: State, place: int, event: int) -> str | None:
         check = self.model.check
         if "S10" in check:
-            fresh = after[1] & ~before[1]
-            while fresh:
-                lowest = fresh & -fresh
-                fresh ^= lowest
-                if self._conflicts[lowest.bit_length() - 1] & after[1]:
-                    vote = votes_in(self._messages[lowest.bit_length() - 1])[0]
+            for number in _bits(after[1] & ~before[1]):
+                if self._conflicts[number] & after[1]:
+                    vote = votes_in(self._messages[number])[0]
                     return f"S10: {name_of(vote.voter)} has said two things that exclude each other"
         was, now = before[0][place], after[0][place]
         if was == now:
@@ -387,18 +415,37 @@ class Checker:
         return "\n".join([broken, *told])
 
     def _told(self, before: State, after: State, place: int, event: int) -> str:
-        what = DOES[event] if event < 0 else f"hears {in_words(self._messages[event])}"
+        if event <= VOTES:
+            heard = [self._messages[number] for number in _bits(VOTES - event)]
+            who = " and ".join(name_of(vote.voter) for vote in heard if isinstance(vote, Vote))
+            what = f"hears {who}: {in_words(heard[0])}"
+        else:
+            what = DOES[event] if event < 0 else f"hears {in_words(self._messages[event])}"
         if event != CRASH and before[2] != after[2]:
             what += ", and crashes before that is durable"
-        fresh, said = after[1] & ~before[1], []
-        for number, message in enumerate(self._messages):
-            if fresh >> number & 1:
-                said.append(in_words(message))
+        said = [in_words(self._messages[number]) for number in _bits(after[1] & ~before[1])]
         line = f"{self._honest[place]} {what}"
         head = self._nodes[after[0][place]].register.head
         if head.epoch > self._nodes[before[0][place]].register.head.epoch:
             said.append(f"epoch {head.epoch} is block {block_in_words(head.header)}")
         return line + "".join(f"\n       → {each}" for each in said)
+
+
+def _bits(mask: int) -> Iterator[int]:
+    """The places of the ones."""
+    while mask:
+        lowest = mask & -mask
+        mask ^= lowest
+        yield lowest.bit_length() - 1
+
+
+def _behaviour(register: Register) -> object:
+    """All that decides what a register does next, but for votes that are not enough yet."""
+    return frozenset(
+        (key, _content(value))
+        for key, value in (*vars(register).items(), *vars(register._round).items())
+        if key not in NOT_BEHAVIOUR and key not in ("votes", "_round")
+    )
 
 
 def _content(value: object) -> object:
@@ -420,8 +467,6 @@ def _content(value: object) -> object:
             return ("question", value.epoch)
         case dict():
             return frozenset((key, _content(each)) for key, each in value.items())
-        case msgspec.Struct() | float() if value == math.inf:
-            return "never"
         case tuple():
             return tuple(_content(each) for each in value)
         case _ if hasattr(value, "proof"):

@@ -89,11 +89,17 @@ class Wishes:
 
     body: Body | None = None
     voters: tuple[str, ...] | None = None
+    swap: tuple[int, str] | None = None
+    """Another voter for one place, whoever has it now."""
     refusal: str | None = None
     dead: set[str] = dataclasses.field(default_factory=set)
 
     def propose(self, head: Head, now: float) -> tuple[Body, tuple[str, ...]]:
-        return self.body or head.body, self.voters or head.header.voters
+        voters = self.voters or head.header.voters
+        if self.swap is not None and self.swap[1] not in voters:
+            place, newcomer = self.swap
+            voters = (*voters[:place], newcomer, *voters[place + 1 :])
+        return self.body or head.body, voters
 
     def refuses(self, head: Head, header: Header, body: Body, now: float) -> str | None:
         return self.refusal
