@@ -250,7 +250,7 @@ class Agreement:
         self._groups: dict[str, _Group] = {}
         self._journals = dict(journals or {})
         self._holdings: tuple[Holding, ...] = ()
-        self._duties: DutiesChanged | None = None
+        self._duties = DutiesChanged((), is_drained=False)
         self._claimed: dict[str, None] = {}
         self._opened: dict[tuple[bytes, bytes], Signed] = {}
         self._beat_at = -math.inf

@@ -92,6 +92,7 @@ def make_node(
         first_sequence=first_sequence,
     )
     events: list[Event] = []
+    disk: dict[str, bytes] = {}
     host = Libp2pHost(
         key.seed,
         LISTEN,

@@ -1,8 +1,9 @@
 """Stacks joined by a make-believe network with a clock of its own.
 
 Everything that decides is the real thing: `Stack`s, signatures, encoded messages. Made up are the
-links (reliable, in order, `LATENCY_S` each way), dialling, a gossip that floods, and the time.
-One run is a function of its seed; `trace` is what happened, fit to be read and compared.
+links (reliable, in order, `LATENCY_S` each way; a lost packet is a delay), dialling, a gossip that
+floods, disks, models that load in `LOAD_S`, and the time. One run is a function of its seed;
+`trace` is what happened, fit to be read and compared.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import heapq
 import random
+from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -18,7 +20,7 @@ from typing import cast
 
 from meshnode.credentials import MeshDescriptor, issue_certificate
 from meshnode.identity import KeyPair, PeerId
-from meshnode.messages import Control, GetPeers, Offer, Peers, Refused, decode, encode
+from meshnode.messages import Control, GetPeers, Offer, Peers, Refused, Role, decode, encode
 from meshnode.protocol import (
     Connect,
     Disconnect,
@@ -55,6 +57,8 @@ LOAD_S = 0.7
 """A warm standby has a small model in memory after this long (measured: 0.4 to 0.6 s)."""
 DIAL_TIMEOUT_S = 5.0
 """A dial that nobody answers fails after this long (transport/libp2p.py)."""
+RESEND_S = 0.2
+"""What a lost packet costs on a stream that repairs it: everything behind it waits so long."""
 
 ROOT = KeyPair.from_seed(hashlib.sha256(b"root").digest())
 MESH = MeshDescriptor(name="lab", root=ROOT.public.hex(), admission="invite")
@@ -64,8 +68,13 @@ def key_of(name: str) -> KeyPair:
     return KeyPair.from_seed(hashlib.sha256(name.encode()).digest())
 
 
-def chain_of(name: str, mesh: MeshDescriptor = MESH, root: KeyPair = ROOT) -> tuple[bytes, ...]:
-    return (issue_certificate(root, mesh, key_of(name).peer_id, ("node",), EPOCH_S),)
+def chain_of(
+    name: str,
+    mesh: MeshDescriptor = MESH,
+    root: KeyPair = ROOT,
+    roles: tuple[Role, ...] = ("node",),
+) -> tuple[bytes, ...]:
+    return (issue_certificate(root, mesh, key_of(name).peer_id, roles, EPOCH_S),)
 
 
 def an_offer(name: str = "smol", digest: str = "ab" * 32, **changes: object) -> Offer:
@@ -114,6 +123,11 @@ class Machine:
     is_root: bool = False
     links: dict[str, int] = field(default_factory=dict)
     """The machines it is connected to, as far as it knows, and the number of the connection."""
+    is_asleep: bool = False
+    missed: list[Callable[[], None]] = field(default_factory=list)
+    """What happened to it while it was asleep: it finds out when it wakes."""
+    effects_left: int | None = None
+    """It loses power after so many more effects, maybe in the middle of one step."""
 
     @property
     def peer_id(self) -> PeerId:
@@ -123,6 +137,10 @@ class Machine:
     def live(self) -> Stack:
         assert self.stack is not None, f"{self.name} is not running"
         return self.stack
+
+    @property
+    def is_awake(self) -> bool:
+        return self.stack is not None and not self.is_asleep
 
     def lost(self) -> list[PeerId]:
         return [event.peer for event in self.events if isinstance(event, MemberLost)]
@@ -136,8 +154,19 @@ class Cluster:
         self.trace: list[str] = []
         self.machines: dict[str, Machine] = {}
         self.dht: dict[PeerId, bytes] = {}
+        self.delivered: Counter[str] = Counter()
+        """Messages that arrived, by kind."""
+        self.loss = 0.0
+        """The share of messages whose packet is lost and sent again."""
+        self.watch: Callable[[str, Effect], None] | None = None
+        """Called with every effect of every machine, before it is performed."""
+        self.check: Callable[[], None] | None = None
+        """Called after everything that happens."""
         self._mesh = mesh
         self._seed = seed
+        self._rng = random.Random(f"{seed}/network")
+        self._arrival: dict[tuple[str, str], float] = {}
+        self._severed: set[frozenset[str]] = set()
         self._order = count()
         self._queue: list[tuple[float, int, Callable[[], None]]] = []
         self._island: dict[str, int] = {}
@@ -155,6 +184,8 @@ class Cluster:
         chain: tuple[bytes, ...] | None = None,
         models: tuple[tuple[Offer, Holding], ...] = (),
         is_root: bool = False,
+        memory_bytes: int = 2**33,
+        roles: tuple[Role, ...] = ("node",),
     ) -> Machine:
         """Switch a machine on, for the first time or again. `is_root`: it made the mesh; of
         `models` it has the files, and it does what its duties say about them.
@@ -162,7 +193,7 @@ class Cluster:
         machine = self.machines.get(name)
         if machine is None:
             address = f"/ip4/10.0.0.{len(self.machines) + 1}/udp/9338/quic-v1"
-            proof = chain_of(name, self._mesh) if chain is None else chain
+            proof = chain_of(name, self._mesh, roles=roles) if chain is None else chain
             machine = Machine(name, address, proof, clock_ahead_s)
             self.machines[name] = machine
             self._names[machine.peer_id] = name
@@ -171,14 +202,15 @@ class Cluster:
         machine.events.clear()
         machine.seen.clear()
         machine.loaded.clear()
+        machine.effects_left = None
         machine.is_root = machine.is_root or is_root
         machine.models.update({holding.model: (offer, holding) for offer, holding in models})
         machine.stack = Stack(
             key_of(name),
             self._mesh,
             machine.chain,
-            ("node",),
-            Node(memory_bytes=2**33, cores=2, accelerator="cpu"),
+            roles,
+            Node(memory_bytes=memory_bytes, cores=2, accelerator="cpu"),
             unix_of=lambda now: EPOCH_S + now + machine.clock_ahead_s,
             rng=random.Random(f"{self._seed}/{name}/{machine.starts}"),
             first_sequence=machine.starts * 1_000_000,
@@ -205,6 +237,8 @@ class Cluster:
         self._note(f"{name} is killed")
         machine = self.machines[name]
         machine.stack = None
+        machine.is_asleep = False
+        machine.missed.clear()
         for other in tuple(machine.links):
             self.cut(name, other, SILENCE_S)
         machine.links.clear()
@@ -215,6 +249,39 @@ class Cluster:
             if far in near.links:
                 self._later(after_s, self._loss(near, far, near.links[far]))
 
+    def crash_within(self, name: str, effects: int) -> None:
+        """Power off after so many more effects: its disk may have a vote that nobody heard."""
+        self.machines[name].effects_left = effects
+
+    def sleep(self, name: str) -> None:
+        """Suspend a machine: nothing runs there until it wakes, but its clock goes on."""
+        self._note(f"{name} falls asleep")
+        machine = self.machines[name]
+        machine.is_asleep = True
+        run = machine.starts
+        lost = dict(machine.links)
+
+        def missed() -> None:
+            if machine.is_asleep and machine.starts == run:
+                for other, link in lost.items():
+                    if machine.links.get(other) == link:
+                        self.cut(name, other)
+
+        self._later(SILENCE_S, missed)
+
+    def wake(self, name: str) -> None:
+        self._note(f"{name} wakes")
+        machine = self.machines[name]
+        machine.is_asleep = False
+        missed, machine.missed = machine.missed, []
+        for action in missed:
+            self._later(0.0, action)
+
+    def sever(self, one: str, other: str) -> None:
+        """No way between these two until `heal`, though each may reach everybody else."""
+        self._severed.add(frozenset((one, other)))
+        self.cut(one, other, SILENCE_S)
+
     def partition(self, *islands: Iterable[str]) -> None:
         """Let only machines of one island reach each other, until `heal`."""
         self._island = {name: place for place, names in enumerate(islands) for name in names}
@@ -224,6 +291,7 @@ class Cluster:
 
     def heal(self) -> None:
         self._island = {}
+        self._severed.clear()
 
     def run(self, seconds: float) -> None:
         """Let so much time pass."""
@@ -268,20 +336,27 @@ class Cluster:
         waits = [
             (deadline, machine)
             for machine in self.machines.values()
-            if machine.stack is not None and (deadline := machine.stack.deadline()) is not None
+            if machine.is_awake and (deadline := machine.live.deadline()) is not None
         ]
         due, machine = min(waits, key=lambda wait: wait[0], default=(float("inf"), None))
         if self._queue and self._queue[0][0] <= min(due, end):
             self.now, _, action = heapq.heappop(self._queue)
             action()
+            self._checked()
             return True
         if machine is None or due > end:
             return False
         self.now = max(self.now, due)
         self._perform(machine, machine.live.tick(self.now))
-        after = machine.live.deadline()
-        assert after is None or after > self.now, f"{machine.name} would spin: its deadline stays"
+        if machine.stack is not None:
+            after = machine.stack.deadline()
+            assert after is None or after > self.now, f"{machine.name} would spin"
+        self._checked()
         return True
+
+    def _checked(self) -> None:
+        if self.check is not None:
+            self.check()
 
     def _later(self, delay_s: float, action: Callable[[], None]) -> None:
         heapq.heappush(self._queue, (self.now + delay_s, next(self._order), action))
@@ -289,11 +364,19 @@ class Cluster:
     def _perform(self, machine: Machine, effects: list[Effect]) -> None:
         name = machine.name
         for effect in effects:
+            if machine.effects_left is not None:
+                if machine.effects_left == 0:
+                    machine.effects_left = None
+                    self.kill(name)
+                    return
+                machine.effects_left -= 1
+            if self.watch is not None:
+                self.watch(name, effect)
             match effect:
                 case Send(peer, message):
                     other = self._names[peer]
                     self._note(f"{name} → {other}: {_shown(message)}")
-                    self._later(LATENCY_S, self._delivery(machine, other, encode(message)))
+                    self._transmit(machine, other, message)
                 case Connect(peer, addrs):
                     self._note(f"{name} dials {self._names.get(peer, 'a stranger')}")
                     self._dial(machine, peer, addrs)
@@ -326,7 +409,9 @@ class Cluster:
 
         def loaded(model: str) -> Callable[[], None]:
             def action() -> None:
-                if machine.stack is not None and machine.starts == run:
+                if machine.is_asleep:
+                    machine.missed.append(action)
+                elif machine.stack is not None and machine.starts == run:
                     machine.loaded[model] = None
                     self._tell_models(machine)
 
@@ -342,22 +427,35 @@ class Cluster:
             self._later(0.0, partial(self._tell_models, machine))
 
     def _tell_models(self, machine: Machine) -> None:
-        if machine.stack is None:
+        if not machine.is_awake:
             return
         self.tell(machine.name, SetOffers(tuple(machine.models[m][0] for m in machine.loaded)))
         holdings = tuple(
             replace(holding, state="ready" if model in machine.loaded else holding.state)
             for model, (_, holding) in machine.models.items()
         )
-        self.tell(machine.name, SetHoldings(holdings))
+        if machine.stack is not None:
+            self.tell(machine.name, SetHoldings(holdings))
+
+    def _transmit(self, sender: Machine, receiver: str, message: Control) -> None:
+        """In order, and all of it: what is lost arrives later, and what follows waits for it."""
+        at = self.now + LATENCY_S
+        while self.loss and self._rng.random() < self.loss:
+            at += RESEND_S
+        at = max(at, self._arrival.get((sender.name, receiver), 0.0))
+        self._arrival[sender.name, receiver] = at
+        self._later(at - self.now, self._delivery(sender, receiver, encode(message)))
 
     def _delivery(self, sender: Machine, receiver_name: str, data: bytes) -> Callable[[], None]:
         receiver = self.machines[receiver_name]
         link = sender.links.get(receiver_name)
 
         def deliver() -> None:
-            if receiver.links.get(sender.name) == link and self._reachable(sender, receiver):
+            if receiver.is_asleep:
+                receiver.missed.append(deliver)
+            elif receiver.links.get(sender.name) == link and self._reachable(sender, receiver):
                 message = decode(data, cast(type[Control], Control))
+                self.delivered[type(message).__name__] += 1
                 self.tell(receiver.name, message, sender=sender.peer_id)
 
         return deliver
@@ -367,16 +465,21 @@ class Cluster:
         other = self.machines.get(self._names.get(peer, ""))
 
         def arrive() -> None:
+            if machine.is_asleep:
+                machine.missed.append(arrive)
+                return
             if machine.stack is None or machine.starts != run:
                 return
-            answers = other is not None and other.stack is not None and other.address in addrs
+            answers = other is not None and other.is_awake and other.address in addrs
             if other is None or not answers or not self._reachable(machine, other):
                 self._later(DIAL_TIMEOUT_S, fail)
             elif other.name not in machine.links:
                 self._connect(machine, other)
 
         def fail() -> None:
-            if machine.stack is not None and machine.starts == run:
+            if machine.is_asleep:
+                machine.missed.append(fail)
+            elif machine.stack is not None and machine.starts == run:
                 self.tell(machine.name, DialFailed("no answer"), sender=peer)
 
         self._later(2 * LATENCY_S, arrive)
@@ -392,7 +495,9 @@ class Cluster:
         """The machine notices that this connection is gone, if it has not yet."""
 
         def notice() -> None:
-            if machine.stack is not None and machine.links.get(peer) == link:
+            if machine.is_asleep:
+                machine.missed.append(notice)
+            elif machine.stack is not None and machine.links.get(peer) == link:
                 del machine.links[peer]
                 self.tell(
                     machine.name, Disconnected("link cut"), sender=self.machines[peer].peer_id
@@ -408,7 +513,7 @@ class Cluster:
     def _gossip(self, sender: Machine, receiver: Machine, advert: bytes) -> Callable[[], None]:
 
         def arrive() -> None:
-            there = receiver.stack is not None and sender.name in receiver.links
+            there = receiver.is_awake and sender.name in receiver.links
             if there and advert not in receiver.seen and self._reachable(sender, receiver):
                 receiver.seen.add(advert)
                 if receiver.live.gossip(advert, self.now):
@@ -417,7 +522,8 @@ class Cluster:
         return arrive
 
     def _reachable(self, one: Machine, other: Machine) -> bool:
-        return self._island.get(one.name) == self._island.get(other.name)
+        together = self._island.get(one.name) == self._island.get(other.name)
+        return together and frozenset((one.name, other.name)) not in self._severed
 
     def _note(self, line: str) -> None:
         self.trace.append(f"{self.now:9.3f}  {line}")

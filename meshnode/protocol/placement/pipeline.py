@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from meshnode.protocol.placement.cost import stage_us
 
 SEATS_MAX = 48
-"""The search looks at so many if they have the room."""
+"""The search looks at so many, and so a pipeline has no more stages."""
 SEEDS_MAX = 16
 """Pipelines are grown from so many of the fastest seats."""
 SEARCHES_MAX = 4
@@ -46,7 +46,8 @@ def fastest(seats: Iterable[Seat], layers: int, hop: Hop) -> Stages | None:
     usable = by_speed(seat for seat in seats if seat.layers_max > 0)
     chosen = shortlist(usable, SEATS_MAX)
     if sum(seat.layers_max for seat in chosen) < layers:
-        chosen = usable  # many small hosts: slower to search, but better than no pipeline
+        roomy = sorted(usable, key=lambda seat: (-seat.layers_max, seat.us, seat.peer))
+        chosen = by_speed(roomy[:SEATS_MAX])
     search = Search(chosen, layers, hop)
     starts = sorted(set(search.starts()), key=lambda ring: (search.cost(ring), ring))
     rings = [search.improve(ring) for ring in starts[:SEARCHES_MAX]]
