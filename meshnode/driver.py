@@ -58,6 +58,8 @@ FRAMES_PER_S_MAX = 50
 """
 FRAMES_AT_ONCE_MAX = 100
 """An epoch takes a handful of messages from each voter within milliseconds: no reason to wait."""
+FRAME_BYTES_USUAL = 4096
+"""A longer message counts as several: 64 records take ten milliseconds to verify."""
 GOODBYE_S = 1.0
 """How long a shutdown waits for the goodbyes to leave."""
 LOOKUP_FIRST_S = 5.0
@@ -78,15 +80,16 @@ class _Outbox:
 
 
 class _Pace:
-    """Lets `FRAMES_AT_ONCE_MAX` pass, and then `FRAMES_PER_S_MAX`."""
+    """Lets `FRAMES_AT_ONCE_MAX` usual frames pass, and then `FRAMES_PER_S_MAX`."""
 
     def __init__(self) -> None:
         self._free_at = -math.inf
 
-    async def wait(self) -> None:
-        """One more has passed."""
+    async def wait(self, frame_bytes: int) -> None:
+        """Such a frame has passed."""
         now = trio.current_time()
-        self._free_at = max(self._free_at, now) + 1.0 / FRAMES_PER_S_MAX
+        cost = max(1.0, frame_bytes / FRAME_BYTES_USUAL)
+        self._free_at = max(self._free_at, now) + cost / FRAMES_PER_S_MAX
         await trio.sleep_until(self._free_at - FRAMES_AT_ONCE_MAX / FRAMES_PER_S_MAX)
 
 
@@ -319,7 +322,7 @@ class Driver:
                 if self._outboxes.get(peer) is not outbox:
                     return  # said on a connection that has been replaced
                 self.submit(peer, decode(frame, cast(type[Control], Control)))
-                await pace.wait()
+                await pace.wait(len(frame))
             await stream.send_eof()
         except RemoteProtocolError as error:
             logger.warning("hanging up on %s: %s", peer, error)

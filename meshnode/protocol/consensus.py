@@ -125,13 +125,15 @@ class _Cast(Struct, frozen=True):
 
 
 class _Journal(Struct, frozen=True):
-    """What survives a crash: the newest block, and every word given in the epoch after it."""
+    """What survives a crash: the newest block, and every word given in the epoch after it, with
+    what entitled us to it."""
 
     genesis: bytes
     lineage: tuple[Handover, ...]
     newest: Handover | None
     body: Body
     casts: tuple[_Cast, ...]
+    certificates: tuple[QuorumCertificate, ...]
     proposals: tuple[Proposal, ...]
     has_memory: bool
 
@@ -240,7 +242,7 @@ class Register:
     @property
     def has_memory(self) -> bool:
         """False if this node is named a voter, and has lost what it said as one: it abstains."""
-        return self._has_memory
+        return self._has_memory or self.own not in self._round.voters
 
     @property
     def view(self) -> int:
@@ -307,7 +309,7 @@ class Register:
         if epoch < self._round.epoch:
             # It does not know yet that this is over.
             behind = isinstance(message, Proposal | Vote) and self.head.proof is not None
-            return self._answer(sender, self.decided(0), now) if behind else []
+            return self._answer(sender, self.decided(epoch - 1), now) if behind else []
         if not self.votes:
             return []
         match message:
@@ -358,9 +360,13 @@ class Register:
     def recover(self, recovery: bytes, now: float) -> list[Effect]:
         """Go on from a `Recovery` of the mesh's root. Raises `RemoteProtocolError`."""
         handover = Handover(self._open_recovery(recovery), None, recovery)
-        return self._on_decided(
+        effects = self._on_decided(
             self.own, Decided(self._envelope, (), handover, self.head.body), now
         )
+        if self.head.proof == handover:
+            # Whatever we said and forgot, it was not about the epoch that begins now.
+            self._has_memory = self._dirty = True
+        return self._advance(effects, now)
 
     # --- the three kinds of message of an open epoch --------------------------------------------
 
@@ -424,7 +430,8 @@ class Register:
     def _on_vote(self, vote: Vote) -> None:
         if vote.view > self._round.view + VIEWS_AHEAD_MAX:
             return
-        if not vote_is_valid(vote, self._round.voters, self._verify):
+        is_ours = vote.group == self.group
+        if not is_ours or not vote_is_valid(vote, self._round.voters, self._verify):
             raise RemoteProtocolError("a vote that nobody entitled has cast")
         self._count(vote)
 
@@ -604,8 +611,9 @@ class Register:
     def _should_give_up(self, now: float) -> bool:
         """Whether to nullify the present view.
 
-        After its time; or at once when its leader is dead; or when so many others have that it
-        cannot be finalized any more.
+        After its time; or at once when its leader is dead, for one round of leaders: whoever takes
+        all of them for dead is wrong about somebody, and views must not fly past. Or when so many
+        others have given up that it cannot be finalized any more.
         """
         this = self._round
         if self._has_given_up() or (this.view, "finalize") in this.casts:
@@ -617,7 +625,8 @@ class Register:
             return False
         leader = self.leader()
         has_proposed = this.view in this.proposals or leader == self.own
-        if not has_proposed and not self._application.is_alive(leader):
+        is_first_round = this.view <= len(this.voters)
+        if is_first_round and not has_proposed and not self._application.is_alive(leader):
             return True
         since = now if this.clock_from is None else this.clock_from
         return now >= since + self._timing.timeout_s(this.view)
@@ -641,18 +650,26 @@ class Register:
         this = self._round
         this.resend_at = now + self._timing.resend_s
         notarized = this.notarized()
-        since = this.view - 1 if notarized is None else min(notarized.view, this.view - 1)
-        since = max(since, this.view - VIEWS_AHEAD_MAX)
+        parent = 0 if notarized is None else notarized.view
+        # Whoever leads next must show the nullifications of every view since the parent.
+        since = max(parent, this.view - JUSTIFICATION_MAX)
+        recent = max(parent, this.view - 1)
         messages: list[Proposal | Vote | QuorumCertificate | GetDecided] = [
-            certificate for (view, _), certificate in this.certificates.items() if view >= since
+            certificate
+            for (view, kind), certificate in this.certificates.items()
+            if view >= since or kind == "finalize"
         ]
         if this.is_missing_block:
             messages.append(self._question())
-        messages.extend(p for view, p in sorted(this.proposals.items()) if view >= since)
+        messages.extend(
+            proposal
+            for view, proposal in sorted(this.proposals.items())
+            if view >= recent or view == parent
+        )
         messages.extend(
             Vote(self.group, this.epoch, cast.view, cast.kind, cast.block, self.own, cast.signature)
             for cast in this.casts.values()
-            if cast.view >= since
+            if cast.view >= since and (cast.view, cast.kind) not in this.certificates
         )
         return [effect for message in messages for effect in self._to_voters(message)]
 
@@ -666,17 +683,17 @@ class Register:
     def _on_decided(self, sender: str, decided: Decided, now: float) -> list[Effect]:
         if decided.newest is not None and decided.newest.header.epoch <= self.head.epoch:
             return []
-        before, is_first = self.lineage.anchor, self._is_new
+        before = self.lineage.anchor
         self.lineage = self.lineage.follow(decided, self._verify, self._open_recovery)
+        if self._is_new:
+            # Nobody is named a voter who has not known the group before. If we are, our disk has
+            # lost it, with what we have said: until others have replaced us we say nothing.
+            self._has_memory = False
         if decided.newest is None or decided.body is None:
             # Only a part of the voters' history: ask for the rest, if it was news.
             more = self.lineage.anchor > before
             return self._advance([Send(PeerId(sender), self._question())] if more else [], now)
         self._enter_epoch(Head(decided.newest.header, decided.body, decided.newest))
-        if is_first and self.own in self.voters:
-            # Nobody is named a voter who has not known the group before: we have, and our disk
-            # has lost it, with what we have said. Until others have replaced us we say nothing.
-            self._has_memory = False
         return self._advance([], now)
 
     def _enter_epoch(self, head: Head) -> None:
@@ -713,6 +730,7 @@ class Register:
                 newest=self.head.proof,
                 body=self.head.body,
                 casts=tuple(this.casts.values()),
+                certificates=tuple(this.certificates.values()),
                 proposals=tuple(
                     this.proposals[view]
                     for view, kind in this.casts
@@ -733,8 +751,8 @@ class Register:
         for proposal in journal.proposals:
             this.proposals[proposal.vote.view] = proposal
             this.blocks[header_hash(proposal.header)] = (proposal.header, proposal.body)
-            for certificate in proposal.justification:
-                this.certificates[certificate.view, certificate.kind] = certificate
+        for certificate in journal.certificates:
+            this.certificates[certificate.view, certificate.kind] = certificate
         for cast in journal.casts:
             this.casts[cast.view, cast.kind] = cast
             self._count(

@@ -29,6 +29,7 @@ from meshnode.protocol import (
     Emit,
     Event,
     Input,
+    MemberJoined,
     MemberLost,
     Persist,
     Publish,
@@ -120,6 +121,10 @@ class Machine:
     """What it was asked to persist; survives a crash."""
     models: dict[str, tuple[Offer, Holding]] = field(default_factory=dict)
     loaded: dict[str, None] = field(default_factory=dict)
+    running: tuple[str, ...] = ()
+    """The models that it has loaded or is loading."""
+    loads: int = 0
+    """How often it has begun to load one, in all its runs."""
     is_root: bool = False
     links: dict[str, int] = field(default_factory=dict)
     """The machines it is connected to, as far as it knows, and the number of the connection."""
@@ -202,6 +207,7 @@ class Cluster:
         machine.events.clear()
         machine.seen.clear()
         machine.loaded.clear()
+        machine.running = ()
         machine.effects_left = None
         machine.is_root = machine.is_root or is_root
         machine.models.update({holding.model: (offer, holding) for offer, holding in models})
@@ -221,6 +227,7 @@ class Cluster:
         self.tell(name, SetOffers(offers))
         if machine.models:
             self._tell_models(machine)
+            self._do_duties(machine, DutiesChanged((), is_drained=False))
         for other in bootstrap:
             known = self.machines[other]
             self.tell(name, Learn((known.address,), permanent=True), sender=known.peer_id)
@@ -395,15 +402,25 @@ class Cluster:
                 case Emit(DutiesChanged() as event):
                     machine.events.append(event)
                     self._do_duties(machine, event)
-                case Emit(event):
+                case Emit(MemberJoined() | MemberLost() as event):
                     what = f"lost ({event.reason})" if isinstance(event, MemberLost) else "joined"
                     self._note(f"{name}: member {self._names[event.peer]} {what}")
                     machine.events.append(event)
 
-    def _do_duties(self, machine: Machine, event: DutiesChanged) -> None:
-        """Load what is to be loaded, in `LOAD_S`, and let go of what is not."""
+    def _do_duties(self, machine: Machine, duties: DutiesChanged) -> None:
+        """Load what is to be loaded, in `LOAD_S`, and let go of what is not. What its own operator
+        wants here stays, unless the node is drained, as in `node.py`.
+        """
         run = machine.starts
-        wanted = [duty.model for duty in event.duties if duty.load and duty.model in machine.models]
+        owned = {duty.model for duty in duties.duties if duty.load}
+        wanted = [
+            model
+            for model, (_, holding) in sorted(machine.models.items())
+            if model in owned or (holding.wanted and not duties.is_drained)
+        ]
+        if wanted == list(machine.running):
+            return
+        machine.running = tuple(wanted)
         shown = [machine.models[model][0].name for model in wanted]
         self._note(f"{machine.name} is to run {' '.join(shown) or 'nothing'}")
 
@@ -411,7 +428,7 @@ class Cluster:
             def action() -> None:
                 if machine.is_asleep:
                     machine.missed.append(action)
-                elif machine.stack is not None and machine.starts == run:
+                elif machine.starts == run and model in machine.running:
                     machine.loaded[model] = None
                     self._tell_models(machine)
 
@@ -419,6 +436,7 @@ class Cluster:
 
         for model in wanted:
             if model not in machine.loaded:
+                machine.loads += 1
                 self._later(LOAD_S, loaded(model))
         dropped = [model for model in machine.loaded if model not in wanted]
         for model in dropped:
