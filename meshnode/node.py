@@ -46,8 +46,9 @@ from meshnode.gateway.tunnel import TunnelApp
 from meshnode.hosted import HostedModel, find_models, run_models
 from meshnode.identity import KeyPair, PeerId
 from meshnode.joining import JOIN_PROTOCOL, Issuer
+from meshnode.links import Links
 from meshnode.membership import find_membership
-from meshnode.messages import Decided, Link, Offer, Role, decode
+from meshnode.messages import Decided, Offer, Role, decode
 from meshnode.protocol import DutiesChanged, Event, MemberJoined, MemberLost
 from meshnode.protocol.adverts import Node as NodeFacts
 from meshnode.protocol.agreement import Assigned, Holding
@@ -167,6 +168,7 @@ class Node:
         self._host = Libp2pHost(
             key.seed, listen, HostEvents(self._on_connected, self._on_disconnected)
         )
+        self._links = Links(self._host)
         self._driver = Driver(
             self._stack,
             self._host,
@@ -202,6 +204,7 @@ class Node:
                 nursery.start_soon(run_models, self._models)
                 nursery.start_soon(self._keep_telling_models)
                 nursery.start_soon(self._keep_telling_links)
+                nursery.start_soon(self._links.run, self._peers)
                 nursery.start_soon(self._save_peers)
                 async with trio.open_nursery() as api:
                     if self._config.api:
@@ -301,12 +304,9 @@ class Node:
             self._driver.submit(self.own, SetHoldings(holdings))
 
     async def _keep_telling_links(self) -> None:
-        """Let the mesh know how far our peers are, as measured by what we send them anyway."""
+        """Let the mesh know how far our peers are."""
         while not self._stopping.is_set():
-            links = tuple(
-                Link(peer, round(1e6 * rtt_s)) for peer, rtt_s in sorted(self._rtts_s().items())
-            )
-            self._driver.submit(self.own, SetLinks(links))
+            self._driver.submit(self.own, SetLinks(self._links.measured(self._peers())))
             await trio.sleep(LINKS_EVERY_S)
 
     def _tell_offers(self) -> None:
@@ -457,6 +457,9 @@ class Node:
             return False, "loading"
         can_answer = any(model.state == "ready" for model in pinned)
         return can_answer, "ready" if can_answer else "no model could be loaded"
+
+    def _peers(self) -> tuple[PeerId, ...]:
+        return tuple(member.peer for member in self._stack.members())
 
     def _rtts_s(self) -> dict[str, float]:
         """Round-trip times of the members that can be tunnelled to now."""

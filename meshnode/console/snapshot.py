@@ -6,13 +6,17 @@ from msgspec import Struct
 
 
 class MeshSnapshot(Struct, frozen=True):
+    """`root_key_here`: this node made the mesh, founds its group and may recover it."""
+
     name: str
     id: str
     admission: str
+    root_key_here: bool = False
 
 
 class ModelSnapshot(Struct, frozen=True):
-    """One of our own engines. `progress` is 0..1 while loading; rates are tokens per second."""
+    """One of our own models, loaded or not. `progress` is 0..1 while loading; rates are tokens per
+    second."""
 
     name: str
     digest: str
@@ -60,6 +64,78 @@ class MeshModelSnapshot(Struct, frozen=True):
     served_by: tuple[str, ...]
 
 
+class VoterSnapshot(Struct, frozen=True):
+    """`alive`, as far as this node can tell."""
+
+    peer_id: str
+    alive: bool
+
+
+class ItemSnapshot(Struct, frozen=True):
+    """One row of the register: a part of a replica of a model, and who has it.
+
+    `layers` is empty for a whole replica, else such as "0–11 of 30".
+    """
+
+    model: str
+    name: str
+    replica: int
+    layers: str
+    owner: str
+    standbys: tuple[str, ...]
+    state: str
+    bytes: int
+
+
+class ClaimSnapshot(Struct, frozen=True):
+    """An exclusive right, and who holds it since which epoch."""
+
+    right: str
+    holder: str
+    since: int
+
+
+class OrderSnapshot(Struct, frozen=True):
+    """An order in force. `subject` is a model's digest, `name` what people call it."""
+
+    action: str
+    subject: str
+    name: str
+    peer: str
+    given_by: str
+
+
+class TroubleSnapshot(Struct, frozen=True):
+    """What is degraded, and what would fix it."""
+
+    what: str
+    fix: str
+
+
+class GroupSnapshot(Struct, frozen=True):
+    """Who decides, what is decided, and how well that goes.
+
+    `faults` is "crash" or "byzantine"; `votes`: this node is a voter; `abstains`: and has lost
+    what it said as one. `lease_s`: how much longer its own exclusive rights are safe.
+    """
+
+    id: str
+    epoch: int
+    faults: str
+    voters: tuple[VoterSnapshot, ...]
+    quorum: int
+    leader: str
+    votes: bool
+    abstains: bool
+    deciding: bool
+    view: int
+    items: tuple[ItemSnapshot, ...]
+    claims: tuple[ClaimSnapshot, ...]
+    orders: tuple[OrderSnapshot, ...]
+    lease_s: float
+    trouble: tuple[TroubleSnapshot, ...]
+
+
 class Snapshot(Struct, frozen=True):
     """Everything; `refused` counts what this node turned away, by reason."""
 
@@ -75,6 +151,7 @@ class Snapshot(Struct, frozen=True):
     models: tuple[ModelSnapshot, ...]
     peers: tuple[PeerSnapshot, ...]
     mesh_models: tuple[MeshModelSnapshot, ...]
+    groups: tuple[GroupSnapshot, ...]
     refused: dict[str, int]
     dht_peers: int
     warnings: tuple[str, ...]

@@ -86,6 +86,8 @@ EPOCH_GAP_S = 2.0
 """Between two blocks, unless a model has lost its last replica or can get its first."""
 PATIENCE_S = 2.0
 """For so long a voter that would decide otherwise leaves it to a leader that is alive."""
+MOVE_GAP_S = 60.0
+"""No node is given something new twice within this time, unless something was lost (L3)."""
 DRAIN_S = 10.0
 """What is in flight at an owner that drains has this time before the owner is let go: as long as
 a node gives its own clients when it stops."""
@@ -93,6 +95,11 @@ EPOCHS_AT_ONCE_MAX = 4
 """A lone voter decides as soon as it wants to, and may want the next step at once."""
 FOUND_AFTER_S = 1.0
 """A root that finds nobody to tell it of a group founds one after this long."""
+SLEPT_S = 1.0
+"""Woken so late, this node was suspended; the loop's ordinary lateness under load is 0.05 s."""
+SETTLE_S = 3.0
+"""Who has just started or woken knows of nobody yet whether it lives, and decides nothing for so
+long, unless all owners answer sooner: a dial and a handshake, once over."""
 US_PER_GB_UNMEASURED = 100_000
 """A token reads all weights once; ten GB/s is what an ordinary machine's memory yields."""
 LOAD_BYTES_PER_S = 500_000_000
@@ -201,6 +208,8 @@ class _Group:
     """Signer → its newest order that a block has heeded: nobody brings an older one again."""
     standings: dict[str, Standing] = field(default_factory=dict)
     draining_since: dict[tuple[ItemKey, str], float] = field(default_factory=dict)
+    moved: dict[str, float] = field(default_factory=dict)
+    """When a node was last given something."""
     absent_since: dict[str, float] = field(default_factory=dict)
     needed: dict[str, int] = field(default_factory=dict)
     """Model → the replicas that its demand calls for."""
@@ -255,6 +264,7 @@ class Agreement:
         self._opened: dict[tuple[bytes, bytes], Signed] = {}
         self._beat_at = -math.inf
         self._plan_at = -math.inf
+        self._settled_at = -math.inf
         self._found_at: float | None = None
         self._now = -math.inf
         self._has_started = False
@@ -263,7 +273,7 @@ class Agreement:
 
     def receive(self, sender: PeerId, message: Message, now: float) -> list[Effect]:
         """Take a member's message. Raises `RemoteProtocolError` if only a liar would send it."""
-        self._now = now
+        self._attend(now)
         effects = self._start(now)
         match message:
             case Heartbeat():
@@ -285,7 +295,7 @@ class Agreement:
         return effects
 
     def tick(self, now: float) -> list[Effect]:
-        self._now = now
+        self._attend(now)
         effects = self._start(now)
         effects += self._found(now)
         if self._beat_at <= now:
@@ -310,6 +320,20 @@ class Agreement:
         if not self._has_started:
             times.append(-math.inf)
         return min((at for at in times if at is not None), default=None)
+
+    def _attend(self, now: float) -> None:
+        """We are awake; and if we were not for a while, or are for the first time, what we think
+        of others is out of date."""
+        self._now = now
+        if now > self._plan_at + SLEPT_S:
+            self._plan_at = now
+            self._settled_at = now + SETTLE_S
+
+    def _is_settled(self, group: _Group, now: float) -> bool:
+        """Whether who does not answer is dead, and not just not back in touch with us."""
+        return now >= self._settled_at or all(
+            self.is_alive(item.owner) for item in group.register.head.body.items
+        )
 
     # --- what the node says ---------------------------------------------------------------------
 
@@ -368,19 +392,27 @@ class Agreement:
         return effects
 
     def connected(self, peer: PeerId, now: float) -> list[Effect]:
-        """A member has come: tell it what we have and how far we are."""
-        self._now = now
+        """A member has come: tell it what we have, what we ask for and how far we are."""
+        self._attend(now)
         effects: list[Effect] = []
         told = self._own_consents()
         if told.consents:
             effects.append(Send(peer, told))
+        pending = tuple(
+            envelope
+            for group in self._groups.values()
+            for envelope, (signer, _, _) in group.orders.items()
+            if signer == self.own and peer in group.register.voters
+        )
+        if pending:
+            effects.append(Send(peer, Orders(pending[:ORDERS_MAX])))
         if self._groups:
             effects.append(Send(peer, News(self._standings())))
         return [*effects, *self._reconsider(now)]
 
     def lost(self, peer: PeerId, now: float) -> list[Effect]:
         """A peer does not answer any more, or has left."""
-        self._now = now
+        self._attend(now)
         for group in self._groups.values():
             group.standings.pop(peer, None)
         self._plan_at = min(self._plan_at, now + BATCH_S)
@@ -440,6 +472,16 @@ class Agreement:
         peers.pop(self.own, None)
         return tuple(PeerId(peer) for peer in peers)
 
+    def engaged(self) -> tuple[PeerId, ...]:
+        """Who votes or owns anything: whom this node should be connected to, however many members
+        the mesh has."""
+        peers: dict[str, None] = {}
+        for group in self._groups.values():
+            peers.update(dict.fromkeys(group.register.voters))
+            peers.update(dict.fromkeys(item.owner for item in group.register.head.body.items))
+        peers.pop(self.own, None)
+        return tuple(PeerId(peer) for peer in peers)
+
     def views(self, now: float) -> tuple[GroupView, ...]:
         return tuple(self._view(group, now) for group in self._groups.values())
 
@@ -461,7 +503,7 @@ class Agreement:
             if name.startswith("register-") and len(self._groups) < GROUPS_MAX:
                 self._open_group(Register.genesis_in(journal), now, journal)
         if self._seal_as_root is not None and not self._groups:
-            self._found_at = now + (FOUND_AFTER_S if self._peerage.members() else 0.0)
+            self._found_at = now + FOUND_AFTER_S
         return []
 
     def _found(self, now: float) -> list[Effect]:
@@ -732,8 +774,8 @@ class Agreement:
                 self._redraft(group, now)
             effects += group.register.want(self._wants(group, now), now)
             if group.register.head.epoch == before.epoch:
-                break
-        return effects
+                return effects
+        return [*effects, *self._on_epoch(group, before, sender, now)]
 
     def _on_epoch(
         self, group: _Group, before: Head, sender: str | None, now: float
@@ -741,6 +783,11 @@ class Agreement:
         """A new block stands: promises, orders and duties follow it; and it is told on."""
         register, head = group.register, group.register.head
         group.decided_at = now
+        owned = {(item_key(item), item.owner) for item in before.body.items}
+        for item in head.body.items:
+            if (item_key(item), item.owner) not in owned:
+                group.moved[item.owner] = now
+        group.moved = {p: at for p, at in group.moved.items() if now < at + MOVE_GAP_S}
         group.grants.resume()
         if head.header.voters != before.header.voters or head.epoch > before.epoch + 1:
             group.grants.restart(now)
@@ -775,13 +822,19 @@ class Agreement:
         is_led = register.leader(1) == self.own
         if not is_led and self.is_alive(register.leader(1)):
             return waited_s >= PATIENCE_S
-        is_time = draft.is_urgent or now >= group.decided_at + EPOCH_GAP_S
-        return is_time and waited_s >= BATCH_S
+        if waited_s < BATCH_S:
+            return False
+        if draft.is_urgent:
+            return True
+        owned = {(item_key(item), item.owner) for item in register.head.body.items}
+        moves = {i.owner for i in draft.body.items if (item_key(i), i.owner) not in owned}
+        has_rest = all(now >= group.moved.get(peer, -math.inf) + MOVE_GAP_S for peer in moves)
+        return has_rest and now >= group.decided_at + EPOCH_GAP_S
 
     def _redraft(self, group: _Group, now: float) -> None:
         """What would this node decide now?"""
         register, head = group.register, group.register.head
-        if not register.votes:
+        if not register.votes or not self._is_settled(group, now):
             group.draft = None
             return
         body, voters = self._drafted(group, now)
@@ -1001,13 +1054,18 @@ class Agreement:
         return peer == self.own or self._peerage.is_alive(peer, self._now)
 
     def proposal(self, name: str, now: float) -> tuple[Body, tuple[str, ...]]:
-        return self._drafted(self._groups[name], now)
+        group = self._groups[name]
+        if not self._is_settled(group, now):
+            return group.register.head.body, group.register.voters
+        return self._drafted(group, now)
 
     def refusal(self, name: str, head: Head, header: Header, body: Body, now: float) -> str | None:
         group = self._groups[name]
         came = [voter for voter in header.voters if voter not in head.header.voters]
         if any(not self.is_alive(voter) for voter in came):
             return "a new voter that does not answer"
+        if any(not self._peerage.is_node(voter) for voter in came):
+            return "a new voter that is no node"
         witness = Witness(
             name,
             self._open_consent,
@@ -1033,7 +1091,8 @@ class Agreement:
             )
             for item in head.body.items:
                 heirs = [peer for peer in item.standbys if self.is_alive(peer)]
-                is_heir = heirs[:1] == [self.own] and not self.is_alive(item.owner)
+                is_orphan = not self.is_alive(item.owner) and self._is_settled(group, self._now)
+                is_heir = is_orphan and heirs[:1] == [self.own]
                 if item.owner == self.own or is_heir:
                     wanted[item.model] = True
                 elif self.own in item.standbys:
@@ -1091,6 +1150,13 @@ class Agreement:
                 (
                     f"{len(dead)} of {len(register.voters)} voters do not answer",
                     "nothing to do: another node takes its place in half a minute, if there is one",
+                )
+            )
+        elif len(register.voters) == 1 and len(self._peerage.members()) > 0:
+            found.append(
+                (
+                    "one voter decides alone: while it is away nobody takes over",
+                    "nothing to do for two nodes; a third makes three voters, of whom one may fail",
                 )
             )
         served = serving_models(body)

@@ -75,6 +75,7 @@ class Discovery:
         self._rng = rng
         self._peers: dict[PeerId, _Peer] = {}
         self._members: dict[PeerId, None] = {}
+        self._preferred: dict[PeerId, None] = {}
         self._asked = 0
         self._ask_at = 0.0
 
@@ -100,6 +101,10 @@ class Discovery:
         if before and known.addrs != before:
             known.failures = 0
             known.dial_at = min(known.dial_at, now)
+
+    def prefer(self, peers: tuple[PeerId, ...]) -> None:
+        """Be connected to these, whether or not there is room for more members."""
+        self._preferred = dict.fromkeys(peers)
 
     def connected(self, peer: PeerId) -> None:
         known = self._peers.setdefault(peer, _Peer())
@@ -133,8 +138,10 @@ class Discovery:
         busy = sum(peer.state is _State.DIALLING for peer in self._peers.values())
         room = CONNECTIONS_TARGET - busy - len(self._members)
         for peer_id, peer in self._peers.items():
-            if busy >= DIALS_MAX or room <= 0:
+            if busy >= DIALS_MAX:
                 break
+            if room <= 0 and peer_id not in self._preferred:
+                continue
             if peer.state is _State.IDLE and peer.addrs and peer.dial_at <= now:
                 peer.state = _State.DIALLING
                 busy, room = busy + 1, room - 1
@@ -147,10 +154,17 @@ class Discovery:
         return effects
 
     def deadline(self) -> float | None:
-        times = [p.dial_at for p in self._peers.values() if p.state is _State.IDLE and p.addrs]
         busy = sum(peer.state is _State.DIALLING for peer in self._peers.values())
-        if busy >= DIALS_MAX or busy + len(self._members) >= CONNECTIONS_TARGET:
-            times = []  # the end of a dial or of a connection is what happens next
+        is_full = busy + len(self._members) >= CONNECTIONS_TARGET
+        times = [
+            peer.dial_at
+            for peer_id, peer in self._peers.items()
+            if peer.state is _State.IDLE
+            and peer.addrs
+            and (not is_full or peer_id in self._preferred)
+        ]
+        if busy >= DIALS_MAX:
+            times = []  # the end of a dial is what happens next
         if self._members:
             times.append(self._ask_at)
         return min(times, default=None)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from msgspec.structs import replace
 
-from meshnode.messages import ITEMS_MAX, Claim, Consent, Item, Order, Shard
+from meshnode.messages import CLAIMS_MAX, ITEMS_MAX, ORDERS_MAX, Claim, Consent, Item, Order, Shard
 from meshnode.protocol.placement import Part, Plan, Replica
 from meshnode.protocol.quorum import Faults
 from meshnode.protocol.rules import ItemKey, item_key, order_key
@@ -92,7 +92,9 @@ def draft_items(
             # Whoever is to follow must have proved itself first.
             follows = any(other.model == item.model for other in drafted)
             stays = follows and item.model not in served
-            leaving.append(item if stays else replace(item, state="draining", standbys=()))
+            leaving.append(
+                _staying(item, words) if stays else replace(item, state="draining", standbys=())
+            )
     return tuple(sorted((*drafted, *leaving), key=item_key))[:ITEMS_MAX]
 
 
@@ -130,6 +132,19 @@ def _planned(
             yield item
 
 
+def _staying(item: Item, words: Mapping[tuple[str, str], Word]) -> Item:
+    """An item that its successor is not ready to relieve, as its owner and standbys see it now."""
+    word = words[item.owner, item.model].consent
+    willing = (words.get((standby, item.model)) for standby in item.standbys)
+    standbys = tuple(
+        standby
+        for standby, known in zip(item.standbys, willing, strict=True)
+        if known is not None and known.consent.state in ("file", "ready")
+    )
+    size = max(item.bytes, word.bytes) if item.shard.kind == "whole" else item.bytes
+    return _promoted(replace(item, standbys=standbys, bytes=size), words)
+
+
 def _promoted(item: Item, words: Mapping[tuple[str, str], Word]) -> Item:
     """Serving as soon as its owner has said that it is ready, and loading again if it is not."""
     is_ready = words[item.owner, item.model].consent.state == "ready"
@@ -148,6 +163,8 @@ def draft_orders(
     for signer, order, envelope in fresh:
         key = order_key(order, signer)
         known = newest.get(key)
+        if known is None and len(newest) >= ORDERS_MAX:
+            continue  # it waits until one of the others is taken back
         if known is None or known[0] != signer or known[1].sequence < order.sequence:
             newest[key] = (signer, order, envelope)
     return tuple(newest[key] for key in sorted(newest))
@@ -172,6 +189,8 @@ def draft_claims(
         if order.action != "claim":
             continue
         found = held.get(order.subject)
+        if found is None and len(held) >= CLAIMS_MAX:
+            continue
         if found is None or found.holder == signer or may_take(found.holder):
             held[order.subject] = Claim(order.subject, signer, epoch)
     return tuple(held[right] for right in sorted(held))

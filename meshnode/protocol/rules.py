@@ -160,7 +160,8 @@ def _refused_items(body: Body, consents: dict[tuple[str, str], Consent]) -> str 
             return "an owner that has not consented"
         if item.state == "serving" and consent.state != "ready":
             return "an owner that has not said it is ready"
-        if item.shard.kind == "whole" and item.bytes < consent.bytes:
+        is_whole = item.shard.kind == "whole" and item.state != "draining"
+        if is_whole and item.bytes < consent.bytes:
             return "less memory than the owner says it needs"
         if item.owner in item.standbys or len(set(item.standbys)) != len(item.standbys):
             return "a standby twice"

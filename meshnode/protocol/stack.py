@@ -328,6 +328,7 @@ class Stack:
     def tick(self, now: float) -> list[Effect]:
         self._now = now
         self.liveness.expects(self.agreement.watched(), now)
+        self.discovery.prefer(self.agreement.engaged())
         effects = self._apply(self.liveness.tick(now), now)
         for peer, link in tuple(self._links.items()):
             if link.stage is not _Stage.MEMBER and link.hello_by <= now:

@@ -44,10 +44,10 @@ class Models:
     small: Path
     other: Path
 
-    def flags(self, *names: str) -> tuple[str, ...]:
-        """`--model` for each of `MODEL_NAME` and `OTHER_NAME`."""
+    def flags(self, *names: str, option: str = "--model") -> tuple[str, ...]:
+        """`--model`, or another option, for each of `MODEL_NAME` and `OTHER_NAME`."""
         files = {MODEL_NAME: self.small, OTHER_NAME: self.other}
-        return tuple(flag for name in names for flag in ("--model", f"{files[name]}={name}"))
+        return tuple(flag for name in names for flag in (option, f"{files[name]}={name}"))
 
 
 @dataclass(frozen=True)
@@ -116,6 +116,8 @@ class NodeProcess:
         """`prefix` runs the command elsewhere (another namespace); `inside` enters that place
         for as long as it takes to connect a socket."""
         self.name = name
+        self.command = tuple(command)
+        self.place: dict[str, Any] = {"env": env, "prefix": prefix, "inside": inside}
         self.data_dir = data_dir or folder / name
         self.log = folder / f"{name}.log"
         self.started: Json = {}
@@ -320,15 +322,25 @@ class Mesh:
         name: str,
         *flags: str,
         models: Sequence[str] = (MODEL_NAME,),
+        standbys: Sequence[str] = (),
         listen: str = "/ip4/127.0.0.1/udp/0/quic-v1",
         mdns: bool = False,
         **place: Any,
     ) -> NodeProcess:
         """Begin to start a node with engines; `wait_started` or `wait_ready` when needed."""
-        given = self.models.flags(*models)
+        given = self.models.flags(*models) + self.models.flags(*standbys, option="--standby")
         sizes = ("--context", "2048", "--slots", "4")
         command = ("-m", "meshnode", "serve", *given, *sizes, *_network(listen, mdns), *flags)
         return self.run(name, command, **place)
+
+    def again(self, node: NodeProcess) -> NodeProcess:
+        """Begin to start a node that has ended: where and as it was, a member already."""
+        command = list(node.command)
+        if "--join" in command:
+            at = command.index("--join")
+            del command[at : at + 2]
+        command[command.index("--listen") + 1] = node.addrs[0].partition("/p2p/")[0]
+        return self.run(node.name, command, data_dir=node.data_dir, **node.place)
 
     def gateway(
         self,

@@ -471,7 +471,11 @@ class Cluster:
         def deliver() -> None:
             if receiver.is_asleep:
                 receiver.missed.append(deliver)
-            elif receiver.links.get(sender.name) == link and self._reachable(sender, receiver):
+            elif (
+                link is not None
+                and receiver.links.get(sender.name) == link
+                and (self._reachable(sender, receiver))
+            ):
                 message = decode(data, cast(type[Control], Control))
                 self.delivered[type(message).__name__] += 1
                 self.tell(receiver.name, message, sender=sender.peer_id)

@@ -49,9 +49,7 @@ from tests.protocol.consensus.parts import (
 RESEND, CARRY_ON, TIME_OUT, CRASH = -1, -2, -3, -4
 VOTES = -10
 """Events from here downwards are votes heard together, by the bits of their numbers."""
-TIMING = Timing(
-    view_s=3.0, view_step_s=0.0, view_max_s=3.0, carry_on_s=2.0, resend_s=1.0
-)
+TIMING = Timing(view_s=3.0, view_step_s=0.0, view_max_s=3.0, carry_on_s=2.0, resend_s=1.0)
 """Only the order matters: what a timer of 3 s does includes what those of 1 and 2 s do."""
 UNTIL = {RESEND: TIMING.resend_s, CARRY_ON: TIMING.carry_on_s, TIME_OUT: TIMING.view_s}
 DOES = {
@@ -361,9 +359,7 @@ class Checker:
         genesis = self._genesis
         bodies = [a_body("this"), a_body("that")]
         own = [a_block(genesis, liar, body) for body in bodies]
-        honest = [
-            a_block(genesis, name) for name in NAMES[: self.model.views] if name != liar
-        ]
+        honest = [a_block(genesis, name) for name in NAMES[: self.model.views] if name != liar]
         lies: list[Said] = []
         for view in range(1, self.model.views + 1):
             lies.append(a_vote(liar, own[0], view, "nullify"))

@@ -226,7 +226,9 @@ class Swarm:
         try:
             effects = machine.register.receive(peer(sender), heard, self.now)
         except RemoteProtocolError as error:
-            raise Violation(f"{to} takes an honest {in_words(message)} for a lie: {error}") from error
+            raise Violation(
+                f"{to} takes an honest {in_words(message)} for a lie: {error}"
+            ) from error
         self._do(to, effects)
 
     def _do(self, name: str, effects: Iterable[Effect]) -> None:
@@ -307,7 +309,9 @@ class Swarm:
             raise Violation(f"S9: {machine.name} is wrong about who decided epoch {head.epoch}")
         epochs = [handover.header.epoch for handover in register.lineage.handovers]
         if epochs != sorted(set(epochs)):
-            raise Violation(f"S9: {machine.name} keeps its history of voters out of order: {epochs}")
+            raise Violation(
+                f"S9: {machine.name} keeps its history of voters out of order: {epochs}"
+            )
 
 
 def swarm(

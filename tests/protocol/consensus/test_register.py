@@ -84,8 +84,8 @@ def test_a_damaged_journal_is_said_to_be_one() -> None:
 def test_a_voter_that_finalized_and_came_back_does_not_spin() -> None:
     room = Room(GENESIS)
     # Ada hears the votes to notarize, and nobody hears her after that.
-    room.is_lost = lambda sender, to, message: isinstance(message, Vote) and (
-        message.kind == "finalize"
+    room.is_lost = lambda sender, to, message: (
+        isinstance(message, Vote) and (message.kind == "finalize")
     )
     room.want("ada")
     room.run(0.5)
@@ -202,8 +202,8 @@ def test_a_voter_that_finalized_and_crashed_can_still_show_why() -> None:
     room = Room(GENESIS)
     room.applications["bob"].refusal = "not to my taste"
     cut = {"bob"}
-    room.is_lost = lambda sender, to, message: bool({sender, to} & cut) or (
-        isinstance(message, Vote) and message.kind == "finalize"
+    room.is_lost = lambda sender, to, message: (
+        bool({sender, to} & cut) or (isinstance(message, Vote) and message.kind == "finalize")
     )
     room.want("ada", "bob")
     room.run(0.5)
