@@ -91,11 +91,13 @@ class Links:
             for _ in range(PROBE_BYTES // len(_CHUNK)):
                 await stream.send_all(_CHUNK)
             await stream.send_eof()
+            await stream.receive_some(1)  # its end: all has arrived
 
 
 async def _timed(stream: Stream) -> int:
     """Bytes per second of the second half of a probe; 0 if it was cut short."""
     received, half_at, half = 0, None, 0
+    await stream.send_eof()
     while chunk := await stream.receive_some(64 * 1024):
         received += len(chunk)
         if received > PROBE_BYTES:

@@ -276,8 +276,22 @@ class Node:
         wanted = {duty.model: duty.load for duty in self._duties.duties}
         for model in self._models:
             holding = model.holding()
-            is_wanted = holding is not None and wanted.get(holding.digest, False)
+            is_wanted = holding is not None and (
+                wanted.get(holding.digest, False) or self._is_last_replica(holding.digest)
+            )
             model.assign(is_wanted or (model.pinned and not self._duties.is_drained))
+
+    def _is_last_replica(self, digest: str) -> bool:
+        """Whether the mesh means the model to be served, and only we can answer for it now: an
+        owner that comes back takes over when it has loaded, not when it is seen."""
+        if self.engine(digest) is None or self._stack.agreement.assigned(digest) is None:
+            return False
+        return not any(
+            offer.digest == digest and offer.state == "ready"
+            for peer, offers in self._stack.offers().items()
+            if peer != self.own
+            for offer in offers
+        )
 
     def _tell_models(self) -> None:
         self._tell_offers()

@@ -32,6 +32,7 @@ async def test_a_peer_that_asks_again_at_once_gets_nothing() -> None:
             for _ in range(2):
                 stream = await ada.host.open_stream(bob.peer_id, LINK_PROTOCOL)
                 count = 0
+                await stream.send_eof()
                 try:
                     while chunk := await stream.receive_some(64 * 1024):
                         count += len(chunk)

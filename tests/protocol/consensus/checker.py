@@ -250,14 +250,19 @@ class Checker:
         return None
 
     def _after(
-        self, name: str, register: Register, effects: list[Effect], disk: bytes | None
+        self,
+        name: str,
+        register: Register,
+        effects: list[Effect],
+        disk: bytes | None,
+        may_crash: bool = True,
     ) -> tuple[int, bytes | None, int, tuple[int, int] | None]:
         """Perform the effects, in their order."""
-        said, cut = 0, None
+        said, cut, may_crash = 0, None, may_crash and self.model.crashes > 0
         for effect in effects:
             match effect:
                 case Persist():
-                    if said and self.model.crashes:
+                    if said and may_crash:
                         back, _, more, _ = self._restarted(name, disk)
                         cut = (back, said | more)
                     disk = effect.data
@@ -270,7 +275,7 @@ class Checker:
     ) -> tuple[int, bytes | None, int, tuple[int, int] | None]:
         register = a_register(name, self._genesis, journal=disk, timing=TIMING, kind=self._kind)
         effects = register.want(True, 0.0) if register.head.epoch == 0 else []
-        return self._after(name, register, effects, disk)
+        return self._after(name, register, effects, disk, may_crash=False)
 
     # --- equal states are one -------------------------------------------------------------------
 
