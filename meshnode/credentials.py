@@ -69,11 +69,13 @@ class MeshDescriptor(Struct, frozen=True, forbid_unknown_fields=True):
 
 @dataclass(frozen=True, slots=True)
 class Membership:
-    """A verified right: this subject, these roles, until then."""
+    """A verified right: this subject, these roles, until then. `sponsored`: by the mesh's root or
+    an issuer of its, and not, in an open mesh, by itself alone."""
 
     subject: PeerId
     roles: tuple[Role, ...]
     not_after: int
+    sponsored: bool
 
 
 def issue_certificate(
@@ -131,7 +133,7 @@ def verify_chain(
     self_certified = mesh.admission == "open" and signer == subject and "issuer" not in leaf.roles
     if signer != mesh.root_peer_id and not (self_certified and len(chain) == 1):
         raise NotAuthorizedError("membership certificate does not lead to this mesh's root key")
-    return Membership(PeerId(subject), leaf.roles, leaf.not_after)
+    return Membership(PeerId(subject), leaf.roles, leaf.not_after, not self_certified)
 
 
 class _Token(Struct, frozen=True, forbid_unknown_fields=True):

@@ -24,7 +24,9 @@ import trio
 
 from meshnode import __version__, clock
 from meshnode.config import P2P_PORT, Config, split_host_port
-from meshnode.console.routes import Console, InviteOrder, InviteTicket, mount
+from meshnode.console.operations import Operations
+from meshnode.console.requests import InviteOrder, InviteTicket
+from meshnode.console.routes import Console, mount
 from meshnode.console.snapshot import (
     MeshModelSnapshot,
     MeshSnapshot,
@@ -176,6 +178,9 @@ class Node:
             self._on_event,
             partial(data.save_journal, self._mesh.mesh_id),
         )
+        self._operations = Operations(
+            self._stack, partial(self._driver.submit, self.own), serves=config.role == "node"
+        )
 
     # --- life -----------------------------------------------------------------------------------
 
@@ -246,7 +251,7 @@ class Node:
             task_status.started()
 
     async def _serve_clients(self, *, task_status: trio.TaskStatus[None]) -> None:
-        console = Console(self.snapshot, self._invite)
+        console = Console(self.snapshot, self._invite, self._operations)
         app = create_api_app(self, door=self._door, mount=lambda quart: mount(quart, console))
         bind = split_host_port(self._config.api)
         serve = partial(serve_api, app, bind, shutdown=self._stopping.wait)
@@ -491,7 +496,12 @@ class Node:
                 refused[f"{source}: {why}"] += count
         return Snapshot(
             peer_id=self.own,
-            mesh=MeshSnapshot(self._mesh.name, self._mesh.mesh_id, self._mesh.admission),
+            mesh=MeshSnapshot(
+                self._mesh.name,
+                self._mesh.mesh_id,
+                self._mesh.admission,
+                root_key_here=self._root is not None,
+            ),
             role=self._config.role,
             version=__version__,
             uptime_s=time.monotonic() - self._started_at,
@@ -505,6 +515,7 @@ class Node:
                 MeshModelSnapshot(m.id, m.digest, m.state, m.context_tokens, m.served_by)
                 for m in self.models()
             ),
+            groups=self._operations.groups(),
             refused=dict(refused),
             dht_peers=self._driver.dht_size(),
             warnings=self._warnings(),

@@ -68,13 +68,13 @@ class DrainNode(
     node: Name
 
 
-class PinHere(Struct, frozen=True, forbid_unknown_fields=True, tag_field="what_if", tag="pin"):
+class PinModel(Struct, frozen=True, forbid_unknown_fields=True, tag_field="what_if", tag="pin"):
     """The model asked for is pinned to a node."""
 
     node: Name
 
 
-class Replicas(
+class SetReplicas(
     Struct, frozen=True, forbid_unknown_fields=True, tag_field="what_if", tag="replicas"
 ):
     """The model asked for is wanted so many times."""
@@ -89,7 +89,7 @@ class SetMemory(Struct, frozen=True, forbid_unknown_fields=True, tag_field="what
     memory_bytes: Bytes
 
 
-WhatIf = AddNode | RemoveNode | DrainNode | PinHere | Replicas | SetMemory
+WhatIf = AddNode | RemoveNode | DrainNode | PinModel | SetReplicas | SetMemory
 
 
 class ModelFile(Struct, frozen=True, forbid_unknown_fields=True):
@@ -156,10 +156,8 @@ class ChangeReport(Struct, frozen=True):
 
 
 class ModelReport(Struct, frozen=True):
-    """One model's place. `missing` says what would give it a replica, if it gets none; `if_cut`
-    is then the pipeline that nodes which run layer stages would make of it.
-
-    `is_whole_elsewhere` is set where `replicas` are pipelines although ... a node could hold all.
+    """One model's place. `missing` says what would give it a replica, if it gets none; `if_cut` is
+    then what would become of it if all nodes ran layer stages.
     """
 
     digest: str

@@ -69,6 +69,7 @@ RECORD_REFRESH_S = 10 * 60
 """Three chances to refresh a record before anybody forgets it."""
 PEERS_REPLY_BYTES_MAX = MESSAGE_BYTES_MAX // 2
 """64 ordinary records have 32 KiB; 64 of the longest legal ones would be no legal message."""
+_STAYING = frozenset[Role]({"node", "bootstrap"})
 _DOMAIN = "meshnode-record"
 _RECORD = b"/meshnode/node-record/1"
 _ADVERT = b"/meshnode/advert/1"
@@ -264,6 +265,7 @@ class Stack:
             peerage=Peerage(
                 lambda: tuple(self._members()),
                 self._is_node,
+                self._may_vote,
                 self.liveness.is_alive,
                 self.liveness.since,
                 self._adverts,
@@ -274,6 +276,7 @@ class Stack:
             journals=journals,
         )
         self._now = -math.inf
+        self._is_sponsored = mesh.admission != "open" or root is not None or len(chain) > 1
         self.dispatcher = Dispatcher()
         self.refused: Counter[str] = Counter()
         self._links: dict[PeerId, _Link] = {}
@@ -546,12 +549,22 @@ class Stack:
         return view
 
     def _is_node(self, peer: str) -> bool:
+        """Whether a connected member is here to stay: a gateway comes and goes with its user."""
         if peer == self.own:
-            return "node" in self._roles
+            return not _STAYING.isdisjoint(self._roles)
         link = self._links.get(PeerId(peer))
-        return (
-            link is not None and link.membership is not None and ("node" in link.membership.roles)
-        )
+        if link is None or link.membership is None:
+            return False
+        return not _STAYING.isdisjoint(link.membership.roles)
+
+    def _may_vote(self, peer: str) -> bool:
+        """In an open mesh identities are free: whoever decides there is named by its root."""
+        if not self._is_node(peer):
+            return False
+        if peer == self.own:
+            return self._is_sponsored
+        link = self._links[PeerId(peer)]
+        return link.membership is not None and link.membership.sponsored
 
     # --- records and adverts --------------------------------------------------------------------
 
