@@ -182,8 +182,9 @@ class Operations:
             return before
         self._submit(GiveOrder("claim", right, ""))
         with trio.move_on_after(wait_s):
-            while not (now := self._holder(right)).holds or now.since == before.since:
-                await trio.sleep(LOOK_S)  # the cores tell nobody of a claim
+            # The cores tell nobody of a claim.
+            while not (now := self._holder(right)).holds or now.since == before.since:  # noqa: ASYNC110
+                await trio.sleep(LOOK_S)
             return now
         now = self._holder(right)
         if now.holder == self._own and now.since != before.since:
@@ -199,7 +200,7 @@ class Operations:
             return before
         self._submit(GiveOrder("release", right, ""))
         with trio.move_on_after(wait_s):
-            while (now := self._holder(right)).since == before.since:
+            while (now := self._holder(right)).since == before.since:  # noqa: ASYNC110
                 await trio.sleep(LOOK_S)
             return now
         raise NotDecidedError(

@@ -20,8 +20,8 @@ from meshnode.console.requests import (
     PlacementReport,
     RemoveNode,
     ReplicaReport,
-    SetReplicas,
     SetMemory,
+    SetReplicas,
     VerdictReport,
     WhatIf,
 )

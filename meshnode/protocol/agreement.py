@@ -139,7 +139,8 @@ class Peerage:
     members: Callable[[], tuple[PeerId, ...]]
     """All connected members."""
     is_node: Callable[[str], bool]
-    """Whether a member may own and vote, and not only ask."""
+    """Whether a member may own models, and not only ask."""
+    may_vote: Callable[[str], bool]
     is_alive: Callable[[str, float], bool]
     since: Callable[[str], float | None]
     """Since when it has been alive without a break."""
@@ -511,7 +512,7 @@ class Agreement:
         if self._found_at is None or self._found_at > now:
             return []
         self._found_at = None
-        if self._groups or self._seal_as_root is None:
+        if self._groups or self._seal_as_root is None or not self._peerage.may_vote(self.own):
             return []
         # The sequence makes it unlike any that this node has founded before.
         seed = f"{self._mesh_id}/{self.own}/{self._sequence}".encode()
@@ -888,7 +889,7 @@ class Agreement:
     def _voters_after(self, group: _Group, now: float) -> tuple[str, ...]:
         register = group.register
         candidates = []
-        nodes = [p for p in self._peerage.members() if self._peerage.is_node(p)]
+        nodes = [p for p in self._peerage.members() if self._peerage.may_vote(p)]
         for peer in sorted({*nodes, *register.voters, self.own}):
             alive = self.is_alive(peer)
             if alive:
