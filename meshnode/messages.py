@@ -29,13 +29,15 @@ held once in 8 million, and then costs one prefill on a peer that could serve it
 CHAIN_MAX = 3
 VOTERS_MAX = 10
 """Seven in a private mesh, ten in an open one: more make agreement slower, not safer."""
-ITEMS_MAX = 256
+ITEMS_MAX = 128
 STANDBYS_MAX = 2
 CLAIMS_MAX = 64
 ORDERS_MAX = 64
-CONSENTS_MAX = ITEMS_MAX + 64
+CONSENTS_MAX = 256
+"""With the longest names the fullest block has 42 KiB of items, 102 of consents and 22 of orders;
+that and `LINEAGE_MAX` changes of voters are one legal message."""
 GROUPS_MAX = 8
-LINEAGE_MAX = 64
+LINEAGE_MAX = 48
 """Changes of voters told at once, about 1 KiB each; whoever is further behind asks again."""
 JUSTIFICATION_MAX = 64
 LINKS_MAX = 64

@@ -26,6 +26,7 @@ from meshnode.identity import PeerId, Signed
 from meshnode.messages import (
     CLAIMS_MAX,
     GROUPS_MAX,
+    MODELS_MAX,
     ORDERS_MAX,
     Advert,
     Body,
@@ -82,6 +83,8 @@ PLAN_EVERY_S = 0.25
 """How often a voter compares the newest block with what it would decide itself."""
 BATCH_S = 0.3
 """What comes together is decided together: the deaths of one rack, the models of one node."""
+HEAR_S = 0.05
+"""Consents that come together are planned with together."""
 EPOCH_GAP_S = 2.0
 """Between two blocks, unless a model has lost its last replica or can get its first."""
 PATIENCE_S = 2.0
@@ -93,13 +96,16 @@ DRAIN_S = 10.0
 a node gives its own clients when it stops."""
 EPOCHS_AT_ONCE_MAX = 4
 """A lone voter decides as soon as it wants to, and may want the next step at once."""
+TOLD_MAX = 8
+"""A block with more changes of voters behind it is not sent to all unasked: most know those."""
 FOUND_AFTER_S = 1.0
 """A root that finds nobody to tell it of a group founds one after this long."""
 SLEPT_S = 1.0
 """Woken so late, this node was suspended; the loop's ordinary lateness under load is 0.05 s."""
-SETTLE_S = 3.0
+SETTLE_S = 7.0
 """Who has just started or woken knows of nobody yet whether it lives, and decides nothing for so
-long, unless all owners answer sooner: a dial and a handshake, once over."""
+long, unless all owners answer sooner: a dial that fails takes 5 s, and the next comes a second
+later."""
 US_PER_GB_UNMEASURED = 100_000
 """A token reads all weights once; ten GB/s is what an ordinary machine's memory yields."""
 LOAD_BYTES_PER_S = 500_000_000
@@ -345,7 +351,7 @@ class Agreement:
             return []
         self._holdings = holdings
         self._consent_all()
-        self._plan_at = min(self._plan_at, now + BATCH_S)
+        self._plan_at = min(self._plan_at, now + HEAR_S)
         return self._tell_consents()
 
     def order(self, action: Action, subject: str, peer: str, now: float) -> list[Effect]:
@@ -416,6 +422,12 @@ class Agreement:
         self._attend(now)
         for group in self._groups.values():
             group.standings.pop(peer, None)
+            if peer not in group.register.voters:
+                group.absent_since.pop(peer, None)
+            # It says them again when it is back; until then only its own items need them.
+            kept = {item.model for item in group.register.head.body.items if item.owner == peer}
+            for key in [key for key in group.words if key[0] == peer and key[1] not in kept]:
+                del group.words[key]
         self._plan_at = min(self._plan_at, now + BATCH_S)
         return self._reconsider(now)
 
@@ -646,11 +658,13 @@ class Agreement:
             group = self._groups.get(consent.group)
             if group is not None and self._peerage.is_node(sender):
                 self._hear(group, signer, consent, envelope)
-        self._plan_at = min(self._plan_at, self._now + BATCH_S)
+        self._plan_at = min(self._plan_at, self._now + HEAR_S)
 
     def _hear(self, group: _Group, peer: str, consent: Consent, envelope: bytes) -> None:
         known = group.words.get((peer, consent.model))
-        if known is None or known.consent.sequence < consent.sequence:
+        if known is None and sum(other == peer for other, _ in group.words) >= MODELS_MAX:
+            self.refused["too many models"] += 1
+        elif known is None or known.consent.sequence < consent.sequence:
             group.words[peer, consent.model] = Word(consent, envelope)
 
     def _on_orders(self, envelopes: tuple[bytes, ...], now: float) -> None:
@@ -673,8 +687,9 @@ class Agreement:
             self.refused["too many orders"] += 1
 
     def _may_order(self, signer: str, order: Order) -> bool:
-        """In a mesh by invitation any node's operator may; in an open one only the root may move
-        what others own, and everybody may speak for itself."""
+        """In a mesh by invitation any member's operator may, a gateway's too: members are trusted
+        there. In an open one only the root may move what others own, and everybody may speak for
+        itself."""
         is_own_affair = order.action in ("claim", "release") or (
             order.action in ("drain", "undrain") and order.peer == signer
         )
@@ -806,7 +821,7 @@ class Agreement:
             if signer != self.own:
                 self._hear(group, signer, consent, envelope)
         news: Decided | News = News((self._standing(group),))
-        if self.own == head.header.proposer:
+        if self.own == head.header.proposer and len(register.lineage.handovers) <= TOLD_MAX:
             news = register.decided(0)
         told = [Send(peer, news) for peer in self._peerage.members() if peer != sender]
         return [*told, *self._tell_duties(now)]
@@ -819,11 +834,10 @@ class Agreement:
         draft, register = group.draft, group.register
         if draft is None or draft.differs_since is None or not register.votes:
             return False
-        waited_s = now - draft.differs_since
         is_led = register.leader(1) == self.own
         if not is_led and self.is_alive(register.leader(1)):
-            return waited_s >= PATIENCE_S
-        if waited_s < BATCH_S:
+            return now >= draft.differs_since + PATIENCE_S
+        if now < draft.differs_since + BATCH_S:
             return False
         if draft.is_urgent:
             return True
@@ -847,6 +861,8 @@ class Agreement:
         )
         known = group.draft.differs_since if group.draft is not None else None
         since = (now if known is None else known) if differs else None
+        if since is not None and now < since + BATCH_S:
+            self._plan_at = min(self._plan_at, since + BATCH_S)
         served, was = serving_models(body).keys(), serving_models(head.body).keys()
         has_lost = any(
             not all(self.is_alive(item.owner) for item in head.body.items if item.model == model)
@@ -871,7 +887,7 @@ class Agreement:
             lambda key, owner: now >= group.draining_since.get((key, owner), now) + DRAIN_S,
         )
         old = [(*self._open_order(e), e) for e in head.body.orders]
-        fresh = [(signer, order, e) for e, (signer, order, _) in group.orders.items()]
+        fresh = self._fresh_orders(group)
         orders = draft_orders(old, fresh)
         claims = draft_claims(
             head.body.claims,
@@ -923,7 +939,7 @@ class Agreement:
             order
             for _, order, _ in draft_orders(
                 [(*self._open_order(e), e) for e in head.body.orders],
-                [(signer, order, e) for e, (signer, order, _) in group.orders.items()],
+                self._fresh_orders(group),
             )
         ]
         drained = {order.peer for order in orders if order.action == "drain"}
@@ -1016,11 +1032,36 @@ class Agreement:
         group.demand.loads(name, loads, now)
         there = max(len(serving), 1)
         wanted = group.demand.wanted(name, there, now)
-        needed = group.needed.get(model, 1)
+        needed = group.needed.get(model)
+        if needed is None:
+            # A voter that is new takes it that whatever no operator asked for, demand did.
+            needed = there if owners - self._asked_for(group, model) else 1
         if wanted != there:
             needed = wanted if wanted > there else max(min(needed, wanted), 1)
         group.needed[model] = needed
         return needed
+
+    def _fresh_orders(self, group: _Group) -> list[tuple[str, Order, bytes]]:
+        """Those that the next block may heed: one from an epoch to come has to wait for it."""
+        epoch = group.register.head.epoch + 1
+        return [
+            (signer, order, envelope)
+            for envelope, (signer, order, _) in group.orders.items()
+            if order.epoch <= epoch <= order.epoch + ORDER_AGE_MAX
+        ]
+
+    def _asked_for(self, group: _Group, model: str) -> set[str]:
+        """Where operators want a model: on their own nodes, or by a pin."""
+        pinned = {
+            order.peer
+            for _, order in self._orders_of(group.register.head)
+            if order.action == "pin" and order.subject == model
+        }
+        return pinned | {
+            peer
+            for (peer, name), word in group.words.items()
+            if name == model and word.consent.wanted
+        }
 
     def _expire_orders(self, group: _Group, now: float) -> None:
         epoch = group.register.head.epoch

@@ -64,6 +64,8 @@ __all__ = ["Application", "Head", "Register", "Timing"]
 
 VIEWS_AHEAD_MAX = 16
 """Votes for views further ahead are dropped: who is that far behind is helped by a certificate."""
+TOLD_MAX = 256
+"""Peers whose last question is remembered: four times those one is connected to."""
 ANSWER_EVERY_S = 0.2
 """A peer that is behind gets the newest block at most this often."""
 
@@ -209,6 +211,8 @@ class Register:
         self._has_memory = True
         self._is_wanted = False
         self._answered: dict[str, float] = {}
+        self._told: dict[str, tuple[GetDecided, float]] = {}
+        self._entered_at = -math.inf
         self._round = _Round(1, genesis.voters)
         if journal is not None:
             self._restore(journal)
@@ -298,18 +302,20 @@ class Register:
         effects: list[Effect] = []
         match message:
             case GetDecided():
-                if message.epoch < self.head.epoch:
-                    return [Send(PeerId(sender), self.decided(message.anchor))]
-                return []
+                if message.epoch >= self.head.epoch or self._has_told(sender, message, now):
+                    return []
+                return [Send(PeerId(sender), self.decided(message.anchor))]
             case Decided():
                 return self._on_decided(sender, message, now)
         epoch = message.header.epoch if isinstance(message, Proposal) else message.epoch
         if epoch > self._round.epoch:
             return self._answer(sender, self._question(), now)
         if epoch < self._round.epoch:
-            # It does not know yet that this is over.
-            behind = isinstance(message, Proposal | Vote) and self.head.proof is not None
-            return self._answer(sender, self.decided(epoch - 1), now) if behind else []
+            # It does not know that this is over, unless it has only just come to an end.
+            is_late = epoch == self.head.epoch and now < self._entered_at + ANSWER_EVERY_S
+            if is_late or isinstance(message, QuorumCertificate) or self.head.proof is None:
+                return []
+            return self._answer(sender, self.decided(epoch - 1), now)
         if not self.votes:
             return []
         match message:
@@ -498,7 +504,7 @@ class Register:
                     said.extend(self._to_voters(self._question()))
                 return False
             header, body = block
-            self._enter_epoch(Head(header, body, Handover(header, final)))
+            self._enter_epoch(Head(header, body, Handover(header, final)), now)
             return True
         if any(view >= this.view and kind != "finalize" for view, kind in this.certificates):
             passed = max(v for v, kind in this.certificates if kind != "finalize")
@@ -693,10 +699,10 @@ class Register:
             # Only a part of the voters' history: ask for the rest, if it was news.
             more = self.lineage.anchor > before
             return self._advance([Send(PeerId(sender), self._question())] if more else [], now)
-        self._enter_epoch(Head(decided.newest.header, decided.body, decided.newest))
+        self._enter_epoch(Head(decided.newest.header, decided.body, decided.newest), now)
         return self._advance([], now)
 
-    def _enter_epoch(self, head: Head) -> None:
+    def _enter_epoch(self, head: Head, now: float) -> None:
         """Take a proven block as the newest, and open the epoch after it."""
         assert head.epoch > self.head.epoch
         assert head.proof is not None
@@ -705,6 +711,7 @@ class Register:
         self._round = _Round(head.epoch + 1, head.header.voters)
         if self.own not in head.header.voters:
             self._has_memory = True
+        self._entered_at = now
         self._is_wanted = False
         self._dirty = True
 
@@ -718,6 +725,16 @@ class Register:
             self._answered.clear()
         self._answered[sender] = now
         return [Send(PeerId(sender), message)]
+
+    def _has_told(self, sender: str, question: GetDecided, now: float) -> bool:
+        """Whether the same question has just been answered, with up to a whole message."""
+        known, at = self._told.get(sender, (None, -math.inf))
+        if known == question and at > now - ANSWER_EVERY_S:
+            return True
+        if sender not in self._told and len(self._told) >= TOLD_MAX:
+            del self._told[next(iter(self._told))]
+        self._told[sender] = (question, now)
+        return False
 
     # --- the journal ----------------------------------------------------------------------------
 

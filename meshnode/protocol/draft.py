@@ -13,7 +13,17 @@ from dataclasses import dataclass
 
 from msgspec.structs import replace
 
-from meshnode.messages import CLAIMS_MAX, ITEMS_MAX, ORDERS_MAX, Claim, Consent, Item, Order, Shard
+from meshnode.messages import (
+    CLAIMS_MAX,
+    CONSENTS_MAX,
+    ITEMS_MAX,
+    ORDERS_MAX,
+    Claim,
+    Consent,
+    Item,
+    Order,
+    Shard,
+)
 from meshnode.protocol.placement import Part, Plan, Replica
 from meshnode.protocol.quorum import Faults
 from meshnode.protocol.rules import ItemKey, item_key, order_key
@@ -95,7 +105,21 @@ def draft_items(
             leaving.append(
                 _staying(item, words) if stays else replace(item, state="draining", standbys=())
             )
-    return tuple(sorted((*drafted, *leaving), key=item_key))[:ITEMS_MAX]
+    return _bounded(tuple(sorted((*drafted, *leaving), key=item_key))[:ITEMS_MAX])
+
+
+def _bounded(items: tuple[Item, ...]) -> tuple[Item, ...]:
+    """Without the standbys whose consents would not fit into the block any more."""
+    named = {(item.owner, item.model) for item in items}
+    bounded: list[Item] = []
+    for item in items:
+        more = {(standby, item.model) for standby in item.standbys} - named
+        if len(named) + len(more) > CONSENTS_MAX:
+            bounded.append(replace(item, standbys=()))
+        else:
+            named |= more
+            bounded.append(item)
+    return tuple(bounded)
 
 
 def _planned(

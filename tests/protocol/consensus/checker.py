@@ -6,11 +6,12 @@ takes everything but the last `Persist`, and may strike between the effects of o
 not a register but a heap of signed messages that may arrive at any time.
 
 What a register does depends on its own state and on what arrives, so each such step runs once and
-is then looked up. Two reductions, neither of which hides a behaviour:
+is then looked up. Two reductions, argued here and proven nowhere:
 
 * states that differ only in which quorum signed a certificate are one;
 * a vote that changes nothing yet is held back until it does: a voter hears equal votes together,
-  as many of those that were cast as make it act. Until then it acts as if it had none of them.
+  as many of those that were cast as make it act. Until then it acts as if it had none of them, so
+  hearing them earlier is no other story.
 
 The search is breadth-first, so the story of a violation is a shortest one.
 """
@@ -24,7 +25,7 @@ from time import process_time
 from meshnode.errors import RemoteProtocolError
 from meshnode.messages import Decided, GetDecided, Handover, Proposal, QuorumCertificate, Vote
 from meshnode.protocol import Effect, Persist, Send
-from meshnode.protocol.consensus import Register, Timing
+from meshnode.protocol.consensus import Head, Register, Timing
 from meshnode.protocol.quorum import Faults, header_hash
 from tests.protocol.consensus.parts import (
     NAMES,
@@ -119,7 +120,7 @@ class _Node:
     disk: bytes | None
     moves: dict[int, _Move | None] = field(default_factory=dict)
     useful: int = 0
-    """The messages known to change nothing are out, as bits."""
+    """The messages that may change something, as bits."""
 
 
 State = tuple[tuple[int, ...], int, int]
@@ -145,11 +146,13 @@ class Checker:
         self._conflicts: list[int] = []
         """For each message, the messages that no honest voter says beside it."""
         self._disks: dict[bytes | None, object] = {}
+        self._lied = 0
         self._executed = 0
 
     def run(self) -> Explored:
         model, began = self.model, process_time()
         start, said = [], self._said(self._lies())
+        self._lied = said
         for name in self._honest:
             register = a_register(name, self._genesis, timing=TIMING, kind=self._kind)
             node, _, sent, _ = self._after(name, register, register.want(True, 0.0), None)
@@ -235,9 +238,11 @@ class Checker:
                     ) from error
                 effects = []
         after, _, said, cut = self._after(node.name, register, effects, node.disk)
-        if after == at and event >= 0:
+        if after != at or said:
+            return _Move(after, said, cut)
+        if event >= 0:
             node.useful &= ~(1 << event)
-        return None if after == at and not said else _Move(after, said, cut)
+        return None
 
     def _hear_votes(self, at: int, node: _Node, register: Register, votes: int) -> _Move | None:
         """Hear equal votes until they make a difference."""
@@ -413,7 +418,8 @@ class Checker:
             lines.append(self._told(before, state, place, event))
             state, step = before, came[before]
         told = [f"{number:3}. {line}" for number, line in enumerate(reversed(lines), 1)]
-        return "\n".join([broken, *told])
+        begun = [f"  0. all want a block{self._told_said(state[1] & ~self._lied)}"]
+        return "\n".join([broken, *begun, *told])
 
     def _told(self, before: State, after: State, place: int, event: int) -> str:
         if event <= VOTES:
@@ -424,12 +430,14 @@ class Checker:
             what = DOES[event] if event < 0 else f"hears {in_words(self._messages[event])}"
         if event != CRASH and before[2] != after[2]:
             what += ", and crashes before that is durable"
-        said = [in_words(self._messages[number]) for number in _bits(after[1] & ~before[1])]
-        line = f"{self._honest[place]} {what}"
+        line = f"{self._honest[place]} {what}{self._told_said(after[1] & ~before[1])}"
         head = self._nodes[after[0][place]].register.head
         if head.epoch > self._nodes[before[0][place]].register.head.epoch:
-            said.append(f"epoch {head.epoch} is block {block_in_words(head.header)}")
-        return line + "".join(f"\n       → {each}" for each in said)
+            line += f"\n       = epoch {head.epoch} is block {block_in_words(head.header)}"
+        return line
+
+    def _told_said(self, said: int) -> str:
+        return "".join(f"\n       → {in_words(self._messages[number])}" for number in _bits(said))
 
 
 def _bits(mask: int) -> Iterator[int]:
@@ -470,7 +478,7 @@ def _content(value: object) -> object:
             return frozenset((key, _content(each)) for key, each in value.items())
         case tuple():
             return tuple(_content(each) for each in value)
-        case _ if hasattr(value, "proof"):
+        case Head():
             return ("head", header_hash(value.header))
         case _ if callable(value) or isinstance(value, Wishes):
             return None

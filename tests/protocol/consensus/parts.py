@@ -42,6 +42,8 @@ from meshnode.protocol.quorum import (
     vote_bytes,
 )
 
+TIMING = Timing()
+NOTHING = Body()
 NAMES = ("ada", "bob", "cyd", "dan", "eve", "fay", "gus")
 Said = Proposal | Vote | QuorumCertificate | Decided | GetDecided
 """What registers say to each other."""
@@ -131,7 +133,7 @@ def a_register(
     application: Wishes | None = None,
     *,
     journal: bytes | None = None,
-    timing: Timing = Timing(),
+    timing: Timing = TIMING,
     kind: type[Register] = Register,
 ) -> Register:
     return kind(
@@ -157,9 +159,9 @@ def twin(register: Register) -> Register:
 
 def _twin(value: object) -> object:
     if isinstance(value, dict):
-        other = copy.copy(value)
-        other.update((key, _twin(each)) for key, each in value.items())
-        return other
+        twins = copy.copy(value)
+        twins.update((key, _twin(each)) for key, each in value.items())
+        return twins
     if isinstance(value, list | set):
         return copy.copy(value)
     if dataclasses.is_dataclass(value) and not isinstance(value, type | Wishes):
@@ -183,7 +185,7 @@ def a_body(text: str) -> Body:
 def a_block(
     genesis: Genesis,
     proposer: str,
-    body: Body = Body(),
+    body: Body = NOTHING,
     *,
     after: Header | None = None,
     voters: tuple[str, ...] | None = None,

@@ -36,6 +36,7 @@ class Room:
         self.applications: dict[str, Wishes] = {}
         self.disks: dict[str, bytes] = {}
         self.is_lost: Callable[[str, str, Said], bool] = lambda sender, to, message: False
+        self._heads: dict[str, Header] = {}
         self._order = count()
         self._queue: list[tuple[float, int, str, str, Said]] = []
         for name in (*map(name_of, genesis.voters), *others):
@@ -78,7 +79,7 @@ class Room:
             if self._queue and self._queue[0][0] <= min(timer[0], end):
                 self.now, _, sender, to, message = heapq.heappop(self._queue)
                 if to in self.registers:
-                    heard = decode(encode(message), Control)  # type: ignore[arg-type]
+                    heard: Said = decode(encode(message), Control)  # type: ignore[arg-type]
                     effects = self.registers[to].receive(peer(sender), heard, self.now)
                     self.do(to, effects)
             elif timer[0] < end:
@@ -122,6 +123,6 @@ class Room:
 
     def _note_head(self, name: str) -> None:
         head: Header = self.registers[name].head.header
-        known = f"{name}: epoch {head.epoch} is block {block_in_words(head)}"
-        if head.epoch and not any(line.endswith(known) for line in self.trace):
-            self.note(known)
+        if head.epoch and self._heads.get(name) != head:
+            self._heads[name] = head
+            self.note(f"{name}: epoch {head.epoch} is block {block_in_words(head)}")

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from itertools import count
 
 from meshnode.errors import RemoteProtocolError
-from meshnode.messages import Control, GetDecided, Header, Vote, decode, encode
+from meshnode.messages import Control, GetDecided, decode, encode
 from meshnode.protocol import Effect, Persist, Send
 from meshnode.protocol.consensus import Register
 from meshnode.protocol.quorum import Faults
@@ -26,13 +26,11 @@ from tests.protocol.consensus.parts import (
     a_body,
     a_genesis,
     a_register,
-    excludes,
     in_words,
-    is_proven,
     name_of,
     peer,
-    votes_in,
 )
+from tests.protocol.consensus.promises import Promises
 
 LATENCY_S = (0.005, 0.08)
 STORM_S = 12.0
@@ -70,8 +68,6 @@ class Machine:
     register: Register | None
     disk: bytes | None = None
     starts_at: float = 0.0
-    epoch: int = 0
-    """The newest epoch it has ever stood in."""
 
 
 @dataclass
@@ -87,12 +83,11 @@ class Swarm:
     weather: Weather = FAIR
     now: float = 0.0
     trace: list[str] = field(default_factory=list)
-    blocks: dict[int, Header] = field(default_factory=dict)
-    words: dict[tuple[str, int, int], list[Vote]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.random = random.Random(self.seed)
         self.genesis = a_genesis(self.size, self.faults)
+        self.promises = Promises(self.genesis)
         self._order = count()
         self._asks_at = 0.0
         self._queue: list[tuple[float, int, str, str, Said]] = []
@@ -126,14 +121,15 @@ class Swarm:
             self.go(self.now + chance.uniform(0.2, 2.0))
         self._calm()
         for _ in range(EPOCHS):
-            epoch = max(machine.epoch for machine in self.machines.values()) + 1
+            epoch = max(self.promises.blocks, default=0) + 1
             self._wish()
             began = self.now
             while self.now < began + DECIDED_WITHIN_S and not self._is_decided(epoch):
                 self.go(self.now + 0.1)
                 for machine in self.machines.values():
                     if machine.register is not None:
-                        effects = machine.register.want(machine.epoch < epoch, self.now)
+                        is_wanted = machine.register.head.epoch < epoch
+                        effects = machine.register.want(is_wanted, self.now)
                         self._do(machine.name, effects)
             if not self._is_decided(epoch):
                 raise Violation(f"L1: epoch {epoch} is not decided after {DECIDED_WITHIN_S} s")
@@ -156,13 +152,10 @@ class Swarm:
 
     def _is_decided(self, epoch: int) -> bool:
         return all(
-            machine.epoch >= epoch
+            machine.register is not None and machine.register.head.epoch >= epoch
             for machine in self.machines.values()
-            if peer(machine.name) in self.voters()
+            if peer(machine.name) in self.promises.voters()
         )
-
-    def voters(self) -> tuple[str, ...]:
-        return self.blocks[max(self.blocks)].voters if self.blocks else self.genesis.voters
 
     def _wish(self) -> None:
         """Everybody wants something: mostly another body, at times another voter."""
@@ -222,7 +215,7 @@ class Swarm:
             return
         if not isinstance(message, GetDecided):
             self.trace.append(f"{self.now:9.3f}  {sender} → {to}: {in_words(message)}")
-        heard = decode(encode(message), Control)  # type: ignore[arg-type]
+        heard: Said = decode(encode(message), Control)  # type: ignore[arg-type]
         try:
             effects = machine.register.receive(peer(sender), heard, self.now)
         except RemoteProtocolError as error:
@@ -242,12 +235,13 @@ class Swarm:
                 case Persist():
                     machine.disk = effect.data
                 case Send():
-                    self._note(effect.message)  # type: ignore[arg-type]
+                    self.promises.note(effect.message)  # type: ignore[arg-type]
                     copies = 2 if chance.random() < weather.doubled else 1
                     for _ in range(copies):
                         if chance.random() >= weather.loss:
                             self._post(name, name_of(effect.peer), effect.message)  # type: ignore[arg-type]
-        self._check(machine)
+        assert machine.register is not None
+        self.promises.check(name, machine.register)
         if chance.random() < weather.crash / 4:
             self._crash(machine)
 
@@ -268,51 +262,6 @@ class Swarm:
         )
         self._do(machine.name, machine.register.want(True, self.now))
 
-    # --- the promises ---------------------------------------------------------------------------
-
-    def _note(self, message: Said) -> None:
-        """S10: nobody here is a liar."""
-        for vote in votes_in(message):
-            said = self.words.setdefault((vote.voter, vote.epoch, vote.view), [])
-            if vote in said:
-                continue
-            if any(excludes(vote, other) for other in said):
-                raise Violation(f"S10: {name_of(vote.voter)} has also said {in_words(vote)}")
-            said.append(vote)
-
-    def _check(self, machine: Machine) -> None:
-        register = machine.register
-        assert register is not None
-        head = register.head
-        if head.epoch < machine.epoch:
-            raise Violation(f"S3: {machine.name} was in epoch {machine.epoch}, now {head.epoch}")
-        if register.refused["proposal without justification"]:
-            raise Violation(f"{machine.name} was shown an honest proposal without justification")
-        if register.equivocations:
-            raise Violation(f"{machine.name} convicts an honest voter")
-        if head.epoch == machine.epoch:
-            return
-        machine.epoch = head.epoch
-        known = self.blocks.setdefault(head.epoch, head.header)
-        if known != head.header:
-            raise Violation(f"S1: {machine.name} has another block in epoch {head.epoch}")
-        before = self.blocks.get(head.epoch - 1)
-        voters = self.genesis.voters if before is None else before.voters
-        if head.epoch > 1 and before is None:
-            return  # nobody stood in between yet: a crash took the only one who did
-        assert head.proof is not None
-        if not is_proven(head.proof, voters, self.faults):
-            raise Violation(f"S2: {machine.name} stands in epoch {head.epoch} without a quorum")
-        if len(set(voters) - set(head.header.voters)) > 1:
-            raise Violation(f"S9: too many voters are replaced in epoch {head.epoch}")
-        if register.lineage.voters_of(head.epoch) != voters:
-            raise Violation(f"S9: {machine.name} is wrong about who decided epoch {head.epoch}")
-        epochs = [handover.header.epoch for handover in register.lineage.handovers]
-        if epochs != sorted(set(epochs)):
-            raise Violation(
-                f"S9: {machine.name} keeps its history of voters out of order: {epochs}"
-            )
-
 
 def swarm(
     seeds: Iterable[int],
@@ -330,5 +279,5 @@ def swarm(
         except Violation as violation:
             story = "\n".join(run.trace[-40:])
             raise Violation(f"seed {seed}: {violation}\n{story}") from violation
-        decided += len(run.blocks)
+        decided += len(run.promises.blocks)
     return decided

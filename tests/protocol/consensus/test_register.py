@@ -18,7 +18,6 @@ from meshnode.messages import (
     Vote,
 )
 from meshnode.protocol import Persist, Send
-from meshnode.protocol.consensus import Register
 from meshnode.protocol.quorum import group_id
 from tests.protocol.consensus.parts import (
     NAMES,
@@ -158,7 +157,7 @@ def test_a_voter_that_lost_its_disk_abstains_until_it_is_replaced() -> None:
     assert not register.votes
     replaced = a_block(GENESIS, "ada", after=history[0].header, voters=peers("ada", "eve", "dan"))
     handover = a_handover(("ada", "dan"), replaced, history[0].header.voters)
-    register.receive(ADA, Decided(b"", history[:1] and (history[0],), handover, Body()), 0.0)
+    register.receive(ADA, Decided(b"", (history[0],), handover, Body()), 0.0)
     assert register.has_memory
 
 
@@ -320,7 +319,7 @@ def test_one_liar_cannot_fill_the_memory() -> None:
     block = a_block(genesis, "dan")
     for view in range(2000):
         for kind in ("notarize", "nullify", "finalize"):
-            register.receive(DAN, a_vote("dan", block, view, kind), 0.0)  # type: ignore[arg-type]
+            register.receive(DAN, a_vote("dan", block, view, kind), 0.0)
     assert len(register._round.votes) < 100
     assert sum(len(said) for said in register._round.votes.values()) < 100
 
@@ -330,9 +329,11 @@ def test_a_peer_that_keeps_asking_by_old_votes_is_answered_now_and_then() -> Non
     register = a_register("ada", GENESIS)
     register.receive(BOB, Decided(b"", (), handover, Body()), 0.0)
     answers = [
-        register.receive(PeerId(CYD), a_vote("cyd", FIRST, 1, "nullify"), 0.001 * number)
+        register.receive(PeerId(CYD), a_vote("cyd", FIRST, 1, "nullify"), 0.004 * number)
         for number in range(100)
     ]
+    # Not while the vote may only be late; then once, and again after a while.
+    assert sum(len(each) for each in answers[:50]) == 0
     assert sum(len(each) for each in answers) == 1
 
 
@@ -360,7 +361,3 @@ def test_nobody_else_does() -> None:
     with pytest.raises(RemoteProtocolError):
         register.recover(forged, 0.0)
     assert register.head.epoch == 0
-
-
-def test_the_register_is_a_register() -> None:
-    assert isinstance(a_register("ada", GENESIS), Register)
