@@ -66,7 +66,7 @@ def examine(config: Config, running: Snapshot | None = None) -> tuple[Check, ...
     """All checks, in the order in which one would mend things. `running` is the status of the
     node that runs with this data directory, if one does. Blocks for up to some seconds."""
     checks = [_python(), *_engine(config), _memory(), _data_dir(config), _disk(config)]
-    checks += [_model(spec, config.data_dir) for spec in config.models]
+    checks += [_model(spec, config.data_dir) for spec in (*config.models, *config.standbys)]
     checks += _ports(config, running)
     checks += [_udp_buffers(Path("/proc/sys/net/core")), _open_files(), _clock(running)]
     return tuple(checks)
@@ -88,7 +88,7 @@ def _engine(config: Config) -> list[Check]:
 
     What it takes to build the engine matters only where it is missing.
     """
-    if not config.models:
+    if not (config.models or config.standbys):
         return [Check("engine", "ok", "not needed: this node serves no models itself")]
     name = "llama_cpp"
     if importlib.util.find_spec(name) is None:
@@ -176,7 +176,7 @@ def _model(spec: str, data_dir: Path) -> Check:
         source = resolve(spec, data_dir)
         header = read_header(source.path)
     except ConfigError as error:
-        return Check(name, "fail", str(error), "give the path of a GGUF file with --model")
+        return Check(name, "fail", str(error), "give the path of a GGUF file")
     except MeshnodeError as error:
         return Check(name, "fail", str(error), "download the file again")
     what = (

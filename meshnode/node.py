@@ -38,7 +38,7 @@ from meshnode.credentials import BOOTSTRAP_ADDRS_MAX, create_invite
 from meshnode.driver import Driver
 from meshnode.engine import Engine
 from meshnode.engine.memory import memory_budget_bytes
-from meshnode.errors import ConfigError
+from meshnode.errors import ConfigError, NoReplicaError, UnknownModelError
 from meshnode.fence import Fence, shard_text
 from meshnode.gateway import Candidate, Route, ServedModel
 from meshnode.gateway.app import create_api_app
@@ -54,7 +54,7 @@ from meshnode.messages import Decided, Offer, Role, decode
 from meshnode.protocol import DutiesChanged, Event, MemberJoined, MemberLost
 from meshnode.protocol.adverts import Node as NodeFacts
 from meshnode.protocol.agreement import Assigned, Holding
-from meshnode.protocol.dispatch import resolve
+from meshnode.protocol.dispatch import RETRY_AFTER_LOADING_S, resolve
 from meshnode.protocol.stack import (
     CountDemand,
     CountRefused,
@@ -419,9 +419,14 @@ class Node:
         self._tell_offers()  # whoever saw `ready` turn true may ask in the same instant
         if not again:
             self._driver.submit(self.own, CountDemand(model))
-        resolved, ranked = self._stack.route(
-            model, session, prompt_bytes, self._rtts_s(), clock.now()
-        )
+        try:
+            resolved, ranked = self._stack.route(
+                model, session, prompt_bytes, self._rtts_s(), clock.now()
+            )
+        except UnknownModelError:
+            if self._is_decided(model):  # its owner is gone, and its standby not loading yet
+                raise NoReplicaError(model, "loading", RETRY_AFTER_LOADING_S) from None
+            raise
         assigned = self._stack.agreement.assigned(resolved.digest)
         return Route(
             model=resolved.name,
@@ -430,6 +435,15 @@ class Node:
                 Candidate(each.peer, each.local, each.reason, _fence(assigned, each.peer))
                 for each in ranked
             ),
+        )
+
+    def _is_decided(self, model: str) -> bool:
+        """Whether the mesh has decided that somebody is to serve the model of this name."""
+        name, _, prefix = model.partition("@")
+        return any(
+            model == item.model or (name == item.name and item.model.startswith(prefix))
+            for view in self._stack.agreement.views(clock.now())
+            for item in view.items
         )
 
     def refused(self, route: Route) -> None:

@@ -1,7 +1,8 @@
 """The `meshnode` command: what people type, and what they see.
 
 In the order of a first day: `serve.py` (run a node), `mesh.py` (make a mesh, invite), `look.py`
-(what is there), `chat.py` (use it), `key.py` (let others use it), `health.py` (doctor). They are
+(what is there), `chat.py` (use it), `key.py` (let others use it), `placement.py` and `orders.py`
+(where models are and should be), `agreement.py` (proofs, recovery), `health.py` (doctor). They are
 thin: a running node is asked over its own HTTP API (`api.py`), a stopped one is its data
 directory. Nothing here is imported by anything else, and everything slow is imported inside the
 command that needs it, so that `meshnode --help` answers at once.
@@ -14,13 +15,16 @@ import platform
 import click
 
 from meshnode import __version__
+from meshnode.cli.agreement import export, recover, verify
 from meshnode.cli.chat import chat
 from meshnode.cli.edge import EdgeGroup, json_option
 from meshnode.cli.health import doctor
 from meshnode.cli.key import key
 from meshnode.cli.look import models, peers, status
 from meshnode.cli.mesh import invite, mesh
+from meshnode.cli.orders import drain, pin, unpin
 from meshnode.cli.output import print_json
+from meshnode.cli.placement import placement
 from meshnode.cli.serve import client, serve
 
 
@@ -51,6 +55,10 @@ def cli(context: click.Context) -> None:
     \b
     What is going on:
       meshnode status | peers | models | doctor
+    \b
+    Where models are, and why:
+      meshnode placement                 # and what if a node went, or came?
+      meshnode pin MODEL NODE            # or: meshnode drain NODE
     """
     if context.invoked_subcommand is None:
         click.echo(context.get_help())
@@ -73,6 +81,10 @@ def version(as_json: bool) -> None:
 
 for command in (serve, client, mesh, invite, status, peers, models, chat, key, doctor):
     cli.add_command(command)
+for command in (placement, pin, unpin, drain):
+    cli.add_command(command)
+for command in (export, verify, recover):
+    mesh.add_command(command)
 
 
 def main() -> None:

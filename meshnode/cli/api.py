@@ -19,6 +19,14 @@ from urllib.parse import urlsplit
 import msgspec
 
 from meshnode.config import split_host_port
+from meshnode.console.requests import (
+    OrderGiven,
+    OrderRequest,
+    PlacementReport,
+    PreviewRequest,
+    Proof,
+    Recovered,
+)
 from meshnode.console.snapshot import Snapshot
 from meshnode.errors import ConfigError, MeshnodeError
 
@@ -79,6 +87,19 @@ class NodeApi:
     def invite(self, uses: int, expires_s: int, role: str) -> Ticket:
         order = {"uses": uses, "expires_s": expires_s, "role": role}
         return _read(self.ask("POST", "/api/invite", order), Ticket)
+
+    def preview_json(self, request: PreviewRequest) -> dict[str, object]:
+        """A `PlacementReport` as it is; `read_placement` reads it."""
+        return self.ask("POST", "/api/placement/preview", msgspec.to_builtins(request))
+
+    def give(self, order: OrderRequest) -> OrderGiven:
+        return _read(self.ask("POST", "/api/orders", msgspec.to_builtins(order)), OrderGiven)
+
+    def recover(self) -> Recovered:
+        return _read(self.ask("POST", "/api/recover", {}), Recovered)
+
+    def proof(self) -> Proof:
+        return _read(self.ask("GET", "/api/proof"), Proof)
 
     def ask(self, method: str, path: str, body: object = None) -> dict[str, object]:
         """One JSON answer. Raises `NoNodeError` or `ApiError`."""
@@ -160,6 +181,11 @@ def find_node(address: str | None, data_dir: Path) -> NodeApi:
 def read_status(answer: dict[str, object]) -> Snapshot:
     """Raises `ApiError` if it is not a status."""
     return _read(answer, Snapshot)
+
+
+def read_placement(answer: dict[str, object]) -> PlacementReport:
+    """Raises `ApiError` if it is not a plan."""
+    return _read(answer, PlacementReport)
 
 
 def _read(answer: dict[str, object], kind: type[T]) -> T:

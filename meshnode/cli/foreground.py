@@ -143,4 +143,6 @@ def progress_line(model: ModelSnapshot) -> str:
         return f"loading {model.name}: {int(model.progress * 10) * 10} %"
     if model.error:
         return f"{model.name} cannot be served: {printable(model.error)}"
+    if model.state == "standby":
+        return f"{model.name} stands by: its file is here, verified"
     return f"{model.name} is {model.state} ({model.context_tokens} tokens of context)"

@@ -17,6 +17,9 @@ _MARKS = {"ok": ("ok  ", "green"), "warn": ("warn", "yellow"), "fail": ("FAIL", 
 @click.option(
     "--model", multiple=True, metavar="PATH_OR_NAME[=ALIAS]", help="Also look at this model."
 )
+@click.option(
+    "--standby", multiple=True, metavar="PATH_OR_NAME[=ALIAS]", help="And at this one on standby."
+)
 @click.option("--api", metavar="HOST:PORT", help="The API address you want to use.")
 @click.option("--listen", multiple=True, metavar="MULTIADDR", help="As you would serve with it.")
 @click.option("--config", metavar="FILE", help="The configuration you want to use.")

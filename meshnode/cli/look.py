@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -19,9 +19,17 @@ from meshnode.cli.output import (
     size,
     warn,
 )
+from meshnode.cli.register import (
+    group_facts,
+    node_name,
+    node_names,
+    print_groups,
+    warn_of,
+    warn_of_no_group,
+)
 
 if TYPE_CHECKING:
-    from meshnode.console.snapshot import ModelSnapshot, PeerSnapshot, Snapshot
+    from meshnode.console.snapshot import ItemSnapshot, ModelSnapshot, PeerSnapshot, Snapshot
 
 
 @click.command()
@@ -29,14 +37,17 @@ if TYPE_CHECKING:
 @data_dir_option
 @json_option
 def status(api: str | None, data_dir: str | None, as_json: bool) -> None:
-    """Show how the node on this machine is doing.
+    """Show how the node on this machine and its mesh are doing.
 
-    Its mesh, its addresses, its own models with their load, and what it refused.
+    The node: its addresses, its own models with their load, what it refused. The mesh: who votes
+    and in which epoch, who owns which model and who stands by, and what is degraded, each with
+    what would fix it.
 
     \b
     Examples:
       meshnode status
       meshnode status --json | jq .ready
+      meshnode status --json | jq -r '.groups[].trouble[] | .what + ": " + .fix'
     """
     answer = _node(api, data_dir).status_json()
     if as_json:
@@ -45,11 +56,17 @@ def status(api: str | None, data_dir: str | None, as_json: bool) -> None:
     found = read_status(answer)
     for warning in found.warnings:
         warn(warning)
+    for group in found.groups:
+        for trouble in group.trouble:
+            warn_of(trouble.what, trouble.fix)
+    if not found.groups:
+        warn_of_no_group(found.mesh)
     print_facts(_facts(found))
     if found.models:
         click.echo()
         columns = ("model", "state", ">busy", ">queue", ">context", ">prefill/s", ">decode/s")
         print_table((*columns, ">memory"), map(_model_row, found.models))
+    print_groups(found.groups, found.peer_id)
 
 
 @click.command()
@@ -80,9 +97,10 @@ def peers(api: str | None, data_dir: str | None, as_json: bool) -> None:
 @data_dir_option
 @json_option
 def models(api: str | None, data_dir: str | None, as_json: bool) -> None:
-    """List every model of the mesh and who serves it.
+    """List every model of the mesh, who serves it, who owns it and who stands by.
 
-    Two files with the same name and different content are two models: the digest tells.
+    "served by" is who says that it answers; "owned by" what the mesh has decided. Two files with
+    the same name and different content are two models: the digest tells.
 
     \b
     Examples:
@@ -91,22 +109,14 @@ def models(api: str | None, data_dir: str | None, as_json: bool) -> None:
     """
     answer = _node(api, data_dir).status_json()
     found = read_status(answer)
+    rows = list(_known_models(found))
     if as_json:
-        print_json({"models": answer.get("mesh_models", [])})
-    elif not found.mesh_models:
+        print_json({"models": rows})
+    elif not rows:
         click.echo("Nobody serves a model yet: meshnode serve --model FILE.gguf")
     else:
-        rows = (
-            (
-                model.id,
-                model.state,
-                str(model.context_tokens),
-                model.digest[:12],
-                _peers(model.served_by, found.peer_id),
-            )
-            for model in found.mesh_models
-        )
-        print_table(("model", "state", ">context", "digest", "served by"), rows)
+        columns = ("model", "state", ">context", "digest", "served by", "owned by", "stand by")
+        print_table(columns, (_known_row(row, found) for row in rows))
 
 
 def _node(api: str | None, data_dir: str | None) -> NodeApi:
@@ -120,6 +130,8 @@ def _facts(found: Snapshot) -> Iterable[tuple[str, str]]:
     yield "up", duration(found.uptime_s)
     yield "API", f"{found.api_url}/v1" if found.api_url else "none"
     yield from (("at", addr) for addr in found.addrs)
+    for group in found.groups:
+        yield from group_facts(group, found.peer_id)
     yield "peers", f"{len(found.peers)} connected, {found.dht_peers} in the DHT"
     if found.refused:
         counts = sorted(found.refused.items())
@@ -132,6 +144,8 @@ def _model_row(model: ModelSnapshot) -> tuple[str, ...]:
         state = f"loading {model.progress:.0%}"
     elif model.error:
         state = f"{model.state}: {printable(model.error)}"
+    if model.state == "standby":  # nothing is in memory, so there is nothing to count
+        return (model.name, state, *("–",) * 6)
     return (
         model.name,
         state,
@@ -157,6 +171,45 @@ def _peer_row(peer: PeerSnapshot) -> tuple[str, ...]:
     )
 
 
-def _peers(peer_ids: tuple[str, ...], own: str) -> str:
-    names = ("this node" if peer_id == own else short_peer(peer_id) for peer_id in peer_ids)
-    return ", ".join(names) or "nobody now"
+def _known_models(found: Snapshot) -> Iterator[dict[str, Any]]:
+    """What nodes say they serve, beside what the register says; also what only one of them says."""
+    import msgspec
+
+    items: dict[str, list[ItemSnapshot]] = {}
+    for group in found.groups:
+        for item in group.items:
+            items.setdefault(item.model, []).append(item)
+    for model in found.mesh_models:
+        yield msgspec.to_builtins(model) | _owned(items.pop(model.digest, []))
+    for digest, rest in items.items():
+        unserved = {"id": rest[0].name, "digest": digest, "state": "unserved"}
+        yield unserved | {"context_tokens": 0, "served_by": []} | _owned(rest)
+
+
+def _owned(items: list[ItemSnapshot]) -> dict[str, Any]:
+    return {
+        "owners": [
+            {"peer_id": i.owner, "state": i.state, "replica": i.replica, "layers": i.layers}
+            for i in items
+        ],
+        "standbys": list(dict.fromkeys(peer for item in items for peer in item.standbys)),
+    }
+
+
+def _known_row(row: dict[str, Any], found: Snapshot) -> tuple[str, ...]:
+    own = found.peer_id
+    owners = (
+        node_name(owner["peer_id"], own)
+        + (f" [{owner['layers']}]" if owner["layers"] else "")
+        + (f" ({owner['state']})" if owner["state"] != "serving" else "")
+        for owner in row["owners"]
+    )
+    return (
+        row["id"],
+        row["state"],
+        str(row["context_tokens"] or "–"),
+        row["digest"][:12],
+        node_names(row["served_by"], own) or "nobody now",
+        ", ".join(owners) or "–",
+        node_names(row["standbys"], own) or "–",
+    )

@@ -38,6 +38,8 @@ def group_snapshot(view: GroupView, names: Mapping[str, str]) -> GroupSnapshot:
         orders=tuple(
             OrderSnapshot(action, subject, named.get(subject, subject[:12]), peer, given_by)
             for action, subject, peer, given_by in view.orders
+            # The others stand in the block that heeds them, and order nothing any more.
+            if action in ("pin", "drain")
         ),
         lease_s=view.lease_s,
         trouble=tuple(TroubleSnapshot(_in_words(what, named), fix) for what, fix in view.trouble),

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 from meshnode.console.requests import (
+    NEW_NODE,
     AddNode,
     ChangeReport,
     DrainNode,
@@ -77,7 +78,7 @@ def with_file(problem: Problem, file: ModelFile) -> Changed:
     held = Holding("file", wanted=False, bytes=0)
     hosts = {peer: _holding(host, {FILE_DIGEST: held}) for peer, host in problem.hosts.items()}
     changed = replace(problem, models={**problem.models, FILE_DIGEST: model}, hosts=hosts)
-    return Changed(changed, ("every node has the file",), FILE_DIGEST)
+    return Changed(changed, ("every node had the file",), FILE_DIGEST)
 
 
 def with_what_ifs(
@@ -87,52 +88,53 @@ def with_what_ifs(
 
     Raises `ConfigError` for one that cannot be.
     """
-    for number, what_if in enumerate(what_ifs, start=1):
-        problem, words = _with(changed, what_if, f"new-{number}", find)
+    for what_if in what_ifs:
+        problem, words = _with(changed, what_if, find)
         changed = Changed(problem, (*changed.assumed, words), changed.model)
     return changed
 
 
-def _with(
-    changed: Changed, what_if: WhatIf, new: str, find: Callable[[str], str]
-) -> tuple[Problem, str]:
+def _with(changed: Changed, what_if: WhatIf, find: Callable[[str], str]) -> tuple[Problem, str]:
     problem = changed.problem
     match what_if:
         case AddNode(memory_bytes, ms_per_token, stages):
             if ms_per_token is not None and changed.model is None:
                 raise ConfigError("ms_per_token is a model's speed on that node: name the model")
+            new = f"{NEW_NODE}{1 + sum(peer.startswith(NEW_NODE) for peer in problem.hosts)}"
             host = replace(_host(new, memory_bytes), stages=stages)
             chosen = problem.models if changed.model is None else (changed.model,)
             us = 0 if ms_per_token is None else max(1, round(1000 * ms_per_token))
             held = {digest: Holding("file", False, 0, us) for digest in chosen}
-            return _with_host(problem, _holding(host, held)), f"a node {new} joins with the file"
+            return _with_host(problem, _holding(host, held)), f"a node {new} had the file"
         case RemoveNode(node):
             peer = _existing(problem, find(node))
             hosts = {other: host for other, host in problem.hosts.items() if other != peer}
-            return replace(problem, hosts=hosts), f"…{peer[-8:]} is gone"
+            return replace(problem, hosts=hosts), f"…{peer[-8:]} were gone"
         case DrainNode(node):
             peer = _existing(problem, find(node))
             drained = replace(problem.hosts[peer], draining=True)
-            return _with_host(problem, drained), f"…{peer[-8:]} is drained"
+            return _with_host(problem, drained), f"…{peer[-8:]} were drained"
         case SetMemory(node, memory_bytes):
             peer = _existing(problem, find(node))
             sized = replace(problem.hosts[peer], memory_bytes=memory_bytes)
-            return _with_host(problem, sized), f"…{peer[-8:]} offers {memory_bytes} bytes"
+            return _with_host(
+                problem, sized
+            ), f"…{peer[-8:]} offered {memory_bytes / 2**30:.1f} GiB"
         case PinModel(node):
             model = _asked(changed, "pin")
             peer = _existing(problem, find(node))
             want = problem.wants.get(model, Want(1))
             pinned = replace(want, pins=tuple(dict.fromkeys((*want.pins, peer))))
-            return _wanting(problem, model, pinned), f"pinned to …{peer[-8:]}"
+            return _wanting(problem, model, pinned), f"it were pinned to …{peer[-8:]}"
         case SetReplicas(count):
             model = _asked(changed, "replicas")
             wanted = replace(problem.wants.get(model, Want(1)), replicas=count)
-            return _wanting(problem, model, wanted), f"wanted {count} times"
+            return _wanting(problem, model, wanted), f"{count} replicas were wanted"
 
 
 def _asked(changed: Changed, what_if: str) -> str:
     if changed.model is None:
-        raise ConfigError(f"{what_if} is about one model: name it")
+        raise ConfigError(f"the what-if {what_if} is about one model: name it")
     return changed.model
 
 
@@ -193,7 +195,7 @@ def _model_report(
         layers=model.layers,
         bytes=shared + model.compute_bytes,
         replicas_wanted=problem.wants.get(digest, Want(1)).replicas,
-        replicas=_replica_reports(planned, digest),
+        replicas=_replica_reports(problem, planned, digest),
         verdicts=tuple(
             VerdictReport(
                 verdict.peer,
@@ -206,19 +208,23 @@ def _model_report(
         ),
         changes=_changes(problem, planned, digest),
         missing=missing,
-        if_cut=_replica_reports(cut, digest) if cut is not None and missing else (),
+        if_cut=_replica_reports(problem, cut, digest) if cut is not None and missing else (),
     )
 
 
-def _replica_reports(planned: Plan, digest: str) -> tuple[ReplicaReport, ...]:
+def _replica_reports(problem: Problem, planned: Plan, digest: str) -> tuple[ReplicaReport, ...]:
     return tuple(
-        _replica_report(replica, prediction)
+        _replica_report(problem, replica, prediction)
         for replica, prediction in zip(planned.replicas, planned.predictions, strict=True)
         if replica.model == digest
     )
 
 
-def _replica_report(replica: Replica, prediction: Prediction) -> ReplicaReport:
+def _replica_report(problem: Problem, replica: Replica, prediction: Prediction) -> ReplicaReport:
+    speeds = [
+        problem.hosts[part.owner].holdings[replica.model].decode_us_per_token
+        for part in replica.parts
+    ]
     best_us = prediction.best_single_us_per_token
     return ReplicaReport(
         parts=tuple(
@@ -233,6 +239,7 @@ def _replica_report(replica: Replica, prediction: Prediction) -> ReplicaReport:
         ),
         ms_per_token=prediction.us_per_token / 1000,
         tokens_per_s=prediction.millitokens_per_s / 1000,
+        is_measured=all(speeds),
         best_single_ms_per_token=best_us / 1000 if best_us else None,
         note=prediction.note,
     )

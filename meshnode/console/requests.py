@@ -17,6 +17,8 @@ CLAIM_WAIT_S_DEFAULT = 5.0
 """An epoch takes well under a second; five also see a change of leader through."""
 CLAIM_WAIT_S_MAX = 30.0
 """Longer, and a proxy or a client gives up first."""
+NEW_NODE = "new-"
+"""So begin the names of nodes that are only assumed; no peer id has a hyphen."""
 BYTES_MAX = 2**50
 LAYERS_MAX = 4096
 
@@ -124,13 +126,14 @@ class PartReport(Struct, frozen=True):
 
 class ReplicaReport(Struct, frozen=True):
     """A replica and what it is predicted to do: `ms_per_token` for one request alone,
-    `tokens_per_s` of many at once. `best_single_ms_per_token` is the fastest node's that could hold
-    all of it; None if none can.
+    `tokens_per_s` of many at once; from speeds that all its owners have measured, or estimated.
+    `best_single_ms_per_token` is the fastest node's that could hold all of it; None if none can.
     """
 
     parts: tuple[PartReport, ...]
     ms_per_token: float
     tokens_per_s: float
+    is_measured: bool
     best_single_ms_per_token: float | None
     note: str
 

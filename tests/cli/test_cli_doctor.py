@@ -83,6 +83,13 @@ def test_a_data_dir_that_cannot_be_one(tmp_path: Path) -> None:
     assert checks_of(tmp_path / "new" / "data")["data dir"].what.endswith("(will be made)")
 
 
+def test_a_standby_is_looked_at_like_a_model(meshnode: Run, tmp_path: Path) -> None:
+    result = meshnode("doctor", "--standby", str(tmp_path / "missing.gguf"), "--json")
+    by_name = {check["name"]: check for check in json.loads(result.stdout)["checks"]}
+    assert by_name[f"model {tmp_path / 'missing.gguf'}"]["outcome"] == "fail"
+    assert "not needed" not in by_name["engine"]["what"]
+
+
 def test_a_damaged_model_file_is_named(tmp_path: Path) -> None:
     (tmp_path / "bad.gguf").write_bytes(b"GGUF" + bytes(10))
     check = doctor._model(str(tmp_path / "bad.gguf"), tmp_path)

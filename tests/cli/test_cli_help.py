@@ -38,6 +38,8 @@ def test_the_commands_are_all_there() -> None:
         *("serve", "client", "mesh", "mesh create", "mesh list", "mesh show", "invite"),
         *("status", "peers", "models", "chat", "doctor", "version"),
         *("key", "key create", "key list", "key revoke"),
+        *("placement", "pin", "unpin", "drain"),
+        *("mesh export", "mesh verify", "mesh recover"),
     }
 
 

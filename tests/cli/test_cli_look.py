@@ -9,9 +9,17 @@ from pathlib import Path
 import msgspec
 import pytest
 from click.testing import Result
-from fake_node import OWN, PEER, FakeNode
+from fake_node import DIGEST, GONE, OWN, PEER, FakeNode, an_item, group_of
 
-from meshnode.console.snapshot import ModelSnapshot
+from meshnode.console.snapshot import (
+    ClaimSnapshot,
+    GroupSnapshot,
+    MeshSnapshot,
+    ModelSnapshot,
+    OrderSnapshot,
+    TroubleSnapshot,
+    VoterSnapshot,
+)
 
 Run = Callable[..., Result]
 
@@ -23,7 +31,8 @@ def test_status_shows_the_node_and_its_models(meshnode: Run, node: FakeNode) -> 
     assert any(line.split() == ["up", "1", "d", "2", "h"] for line in lines)
     for part in (OWN, "home (invite", f"{node.url}/v1", "1 connected, 5 in the DHT", "2 forged"):
         assert part in result.stdout
-    (row,) = [line.split() for line in lines if line.startswith("small")]
+    row, item = (line.split() for line in lines if line.startswith("small"))
+    assert item == ["small", "0", "this", "node", "serving", "300.0", "MiB", f"…{PEER[-8:]}"]
     assert row == ["small", "ready", "3/8", "2", "8192", "412", "38.7", "190.0", "MiB"]
     assert "failed: big.gguf is cut off" in result.stdout
     assert "90 s behind" in result.stderr
@@ -45,6 +54,80 @@ def test_a_loading_model_shows_how_far_it_is(meshnode: Run, node: FakeNode) -> N
     assert "no: loading" in shown
 
 
+def with_group(node: FakeNode, **changes: object) -> GroupSnapshot:
+    """Change what the node's mesh has agreed on."""
+    group = msgspec.structs.replace(group_of(an_item()), **changes)
+    node.snapshot = msgspec.structs.replace(node.snapshot, groups=(group,))
+    return group
+
+
+def test_status_says_who_votes_and_what_is_wrong(meshnode: Run, node: FakeNode) -> None:
+    orders = (OrderSnapshot("pin", DIGEST, "small", PEER, OWN),
+              OrderSnapshot("drain", "", "", OWN, PEER))  # fmt: skip
+    claims = (ClaimSnapshot("ledger", OWN, 12),)
+    with_group(
+        node,
+        orders=orders,
+        claims=claims,
+        lease_s=2.41,
+        deciding=True,
+        view=3,
+        trouble=(TroubleSnapshot("a \x1b[31mmodel is lost", "start it again"),),
+    )
+    result = meshnode("status")
+    peer = f"…{PEER[-8:]}"
+    for line in (
+        "epoch    17, the next is being decided (try 3)",
+        f"voters   this node, {peer} (leads), …{GONE[-8:]} (does not answer) "
+        "– 2 of 3 answer, 2 must",
+        f"pin      small on {peer} (ordered at this node)",
+        f"drain    everything off this node (ordered at {peer})",
+        "right    ledger: held by this node since epoch 12, safe for 2.4 s",
+        "who owns what (epoch 17):",
+    ):
+        assert line in result.stdout.splitlines(), result.stdout
+    assert (
+        "warning: a \N{REPLACEMENT CHARACTER}[31mmodel is lost\n  → start it again" in result.stderr
+    )
+
+
+def test_one_voter_has_no_quorum_to_lose(meshnode: Run, node: FakeNode) -> None:
+    with_group(node, voters=(VoterSnapshot(OWN, True),), quorum=1, leader=OWN, items=())
+    shown = meshnode("status").stdout
+    assert "voters   this node – one voter: no quorum to lose" in shown
+    assert "epoch 17: nobody owns a model yet" in shown
+
+
+@pytest.mark.parametrize(
+    ("root_key_here", "fix"),
+    [(False, "start the node that made the mesh"), (True, "founds its group")],
+)
+def test_a_mesh_without_a_group_says_what_that_means(
+    meshnode: Run, node: FakeNode, root_key_here: bool, fix: str
+) -> None:
+    mesh = MeshSnapshot("home", "0" * 32, "invite", root_key_here)
+    node.snapshot = msgspec.structs.replace(node.snapshot, groups=(), mesh=mesh)
+    result = meshnode("status")
+    assert result.exit_code == 0
+    assert "agreed on nothing yet" in result.stderr
+    assert fix in result.stderr
+
+
+def test_a_cut_model_shows_its_layers(meshnode: Run, node: FakeNode) -> None:
+    with_group(node, items=(an_item(layers="0–11 of 30"), an_item(PEER, layers="12–29 of 30")))
+    assert "0–11 of 30" in meshnode("status").stdout
+    assert f"this node [0–11 of 30], …{PEER[-8:]} [12–29 of 30]" in meshnode("models").stdout
+
+
+def test_a_model_on_standby_counts_nothing(meshnode: Run, node: FakeNode) -> None:
+    standby = ModelSnapshot("kept", DIGEST, "standby", 0.4, None, 0, 0, 0, 0, 0.0, 0.0, 0)
+    leaving = ModelSnapshot("old", DIGEST, "unloading", 1.0, None, 8, 1, 0, 512, 9.0, 9.0, 1024)
+    node.snapshot = msgspec.structs.replace(node.snapshot, models=(standby, leaving))
+    lines = [line.split() for line in meshnode("status").stdout.splitlines()]
+    assert ["kept", "standby", *("–",) * 6] in lines
+    assert ["old", "unloading", "1/8", "0", "512", "9", "9.0", "1.0", "KiB"] in lines
+
+
 def test_peers_are_shown_and_cannot_command_the_terminal(meshnode: Run, node: FakeNode) -> None:
     result = meshnode("peers")
     (row,) = [line for line in result.stdout.splitlines() if PEER[-8:] in line]
@@ -62,12 +145,24 @@ def test_models_say_who_serves_them(meshnode: Run, node: FakeNode) -> None:
     (big,) = [line for line in lines if line.startswith("big")]
     assert f"this node, …{PEER[-8:]}" in small
     assert "nobody now" in big
+    assert small.split()[-3:] == ["this", "node", f"…{PEER[-8:]}"]
     told = json.loads(meshnode("models", "--json").stdout)
     assert [model["id"] for model in told["models"]] == ["big", "small"]
+    owner = {"peer_id": OWN, "state": "serving", "replica": 0, "layers": ""}
+    assert (told["models"][1]["owners"], told["models"][1]["standbys"]) == ([owner], [PEER])
+    assert told["models"][0]["owners"] == []
+
+
+def test_a_model_that_only_the_register_knows_is_listed(meshnode: Run, node: FakeNode) -> None:
+    node.snapshot = msgspec.structs.replace(node.snapshot, mesh_models=())
+    with_group(node, items=(an_item(GONE, "loading"),))
+    (row,) = [line for line in meshnode("models").stdout.splitlines() if line.startswith("small")]
+    assert "unserved" in row
+    assert f"…{GONE[-8:]} (loading)" in row
 
 
 def test_an_empty_mesh_says_what_to_do(meshnode: Run, node: FakeNode) -> None:
-    node.snapshot = msgspec.structs.replace(node.snapshot, peers=(), mesh_models=())
+    node.snapshot = msgspec.structs.replace(node.snapshot, peers=(), mesh_models=(), groups=())
     assert "meshnode invite" in meshnode("peers").stdout
     assert "meshnode serve --model" in meshnode("models").stdout
 
