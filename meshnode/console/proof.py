@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from meshnode.errors import RemoteProtocolError
 from meshnode.identity import open_envelope, verify_by
 from meshnode.messages import Body, Decided, Genesis, Handover, Header, Recovery, decode
-from meshnode.protocol.agreement import _GENESIS, _RECOVERY
+from meshnode.protocol.agreement import GENESIS_TYPE, RECOVERY_TYPE
 from meshnode.protocol.quorum import Lineage, first_block, group_id, quorum_of
-from meshnode.protocol.stack import _DOMAIN
+from meshnode.protocol.stack import RECORD_DOMAIN
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,14 +40,14 @@ class Proven:
 
 def mesh_of(decided: Decided) -> str:
     """The mesh that a proof says it is of; not verified. Raises `RemoteProtocolError`."""
-    return decode(open_envelope(decided.genesis, _DOMAIN, _GENESIS).payload, Genesis).mesh
+    return decode(open_envelope(decided.genesis, RECORD_DOMAIN, GENESIS_TYPE).payload, Genesis).mesh
 
 
 def verify_proof(decided: Decided, root: str) -> Proven:
     """`root` is the peer id of the mesh's root key. Raises `RemoteProtocolError` with the reason if
     anything in it is not proven.
     """
-    signed = open_envelope(decided.genesis, _DOMAIN, _GENESIS)
+    signed = open_envelope(decided.genesis, RECORD_DOMAIN, GENESIS_TYPE)
     if signed.signer != root:
         raise RemoteProtocolError("the group was not founded by this mesh's root")
     genesis = decode(signed.payload, Genesis)
@@ -55,7 +55,7 @@ def verify_proof(decided: Decided, root: str) -> Proven:
     start = Lineage(first_block(genesis, group), genesis.faults)
 
     def recovered(envelope: bytes) -> Header:
-        opened = open_envelope(envelope, _DOMAIN, _RECOVERY)
+        opened = open_envelope(envelope, RECORD_DOMAIN, RECOVERY_TYPE)
         if opened.signer != root:
             raise RemoteProtocolError("a recovery that this mesh's root has not signed")
         return decode(opened.payload, Recovery).header

@@ -114,8 +114,8 @@ OPENED_MAX = 4096
 ORDER_LIFE_S = 60.0
 """An order that nobody has heeded by then is dropped, and whoever gave it has been told."""
 
-_GENESIS = b"/meshnode/genesis/1"
-_RECOVERY = b"/meshnode/recovery/1"
+GENESIS_TYPE = b"/meshnode/genesis/1"
+RECOVERY_TYPE = b"/meshnode/recovery/1"
 _CONSENT = b"/meshnode/consent/1"
 _ORDER = b"/meshnode/order/1"
 
@@ -397,7 +397,7 @@ class Agreement:
         effects: list[Effect] = []
         for group in self._groups.values():
             header = group.register.recovery_header((self.own,))
-            recovery = self._seal_as_root(_RECOVERY, Recovery(header))
+            recovery = self._seal_as_root(RECOVERY_TYPE, Recovery(header))
             effects += self._run(group, partial(_recovered, recovery, now), now)
         return effects
 
@@ -533,12 +533,12 @@ class Agreement:
         seed = f"{self._mesh_id}/{self.own}/{self._sequence}".encode()
         nonce = hashlib.blake2b(seed, digest_size=16).digest()
         genesis = Genesis(self._mesh_id, self._faults, (self.own,), nonce)
-        self._open_group(self._seal_as_root(_GENESIS, genesis), now, None)
+        self._open_group(self._seal_as_root(GENESIS_TYPE, genesis), now, None)
         return [Send(peer, News(self._standings())) for peer in self._peerage.members()]
 
     def _open_group(self, envelope: bytes, now: float, journal: bytes | None) -> _Group:
         """Raises `RemoteProtocolError` if the genesis is not of this mesh's root."""
-        signed = self._opened_envelope(_GENESIS, envelope)
+        signed = self._opened_envelope(GENESIS_TYPE, envelope)
         genesis = decode(signed.payload, Genesis)
         if signed.signer != self._root or genesis.mesh != self._mesh_id:
             raise RemoteProtocolError("a group that this mesh's root has not founded")
@@ -565,7 +565,7 @@ class Agreement:
         return group
 
     def _open_recovery(self, envelope: bytes) -> Header:
-        signed = self._opened_envelope(_RECOVERY, envelope)
+        signed = self._opened_envelope(RECOVERY_TYPE, envelope)
         if signed.signer != self._root:
             raise RemoteProtocolError("a recovery that the mesh's root has not signed")
         return decode(signed.payload, Recovery).header

@@ -127,10 +127,18 @@ def _planned(
 ) -> Iterable[Item]:
     """The plan's replicas as items, each under its number; new ones are loading."""
     used: defaultdict[str, set[int]] = defaultdict(set)
+    draining: dict[tuple[str, str], int] = {}
     for item in items:
         used[item.model].add(item.replica)
+        word = words.get((item.owner, item.model))
+        is_ready = word is not None and word.consent.state == "ready"
+        if item.state == "draining" and item.shard.kind == "whole" and is_ready:
+            draining[item.owner, item.model] = item.replica
     for replica in plan.replicas:
         number = replica.number
+        if number < 0:
+            # Who is to serve again while it still drains just goes on.
+            number = draining.pop((replica.parts[0].owner, replica.model), -1)
         if number < 0:
             number = next(n for n in range(len(used[replica.model]) + 1)
                           if n not in used[replica.model])  # fmt: skip

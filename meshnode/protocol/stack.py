@@ -70,7 +70,7 @@ RECORD_REFRESH_S = 10 * 60
 PEERS_REPLY_BYTES_MAX = MESSAGE_BYTES_MAX // 2
 """64 ordinary records have 32 KiB; 64 of the longest legal ones would be no legal message."""
 _STAYING = frozenset[Role]({"node", "bootstrap"})
-_DOMAIN = "meshnode-record"
+RECORD_DOMAIN = "meshnode-record"
 _RECORD = b"/meshnode/node-record/1"
 _ADVERT = b"/meshnode/advert/1"
 
@@ -240,12 +240,14 @@ class Stack:
         self._unix_of = unix_of
         self._sequence = first_sequence
         self._key = key
-        self.records = RecordBook(mesh.mesh_id, lambda data: open_envelope(data, _DOMAIN, _RECORD))
+        self.records = RecordBook(
+            mesh.mesh_id, lambda data: open_envelope(data, RECORD_DOMAIN, _RECORD)
+        )
         self.adverts = AdvertBook(
             mesh.mesh_id,
             self.own,
             node,
-            lambda data: open_envelope(data, _DOMAIN, _ADVERT),
+            lambda data: open_envelope(data, RECORD_DOMAIN, _ADVERT),
             rng,
             first_sequence,
         )
@@ -384,7 +386,7 @@ class Stack:
         """Index of the newest of several valid records of one author."""
 
         def sequence(index: int) -> int:
-            signed = open_envelope(envelopes[index], _DOMAIN, _RECORD)
+            signed = open_envelope(envelopes[index], RECORD_DOMAIN, _RECORD)
             return decode(signed.payload, NodeRecord).sequence
 
         return max(range(len(envelopes)), key=sequence)
@@ -639,14 +641,14 @@ class Stack:
         return _seal_as(self._key, kind, message)
 
     def _open(self, envelope: bytes, kind: bytes) -> Signed:
-        return open_envelope(envelope, _DOMAIN, kind)
+        return open_envelope(envelope, RECORD_DOMAIN, kind)
 
     def _members(self) -> list[PeerId]:
         return [peer for peer, link in self._links.items() if link.stage is _Stage.MEMBER]
 
 
 def _seal_as(key: KeyPair, kind: bytes, message: Message) -> bytes:
-    return seal(key, _DOMAIN, kind, encode(message))
+    return seal(key, RECORD_DOMAIN, kind, encode(message))
 
 
 __all__ = [
