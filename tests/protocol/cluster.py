@@ -14,13 +14,26 @@ import random
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cache, partial
 from itertools import combinations, count
 from typing import cast
 
 from meshnode.credentials import MeshDescriptor, issue_certificate
 from meshnode.identity import KeyPair, PeerId
-from meshnode.messages import Control, GetPeers, Offer, Peers, Refused, Role, decode, encode
+from meshnode.messages import (
+    Control,
+    Decided,
+    GetPeers,
+    Handover,
+    Offer,
+    Peers,
+    Proposal,
+    Refused,
+    Role,
+    Vote,
+    decode,
+    encode,
+)
 from meshnode.protocol import (
     Connect,
     Disconnect,
@@ -65,6 +78,7 @@ ROOT = KeyPair.from_seed(hashlib.sha256(b"root").digest())
 MESH = MeshDescriptor(name="lab", root=ROOT.public.hex(), admission="invite")
 
 
+@cache
 def key_of(name: str) -> KeyPair:
     return KeyPair.from_seed(hashlib.sha256(name.encode()).digest())
 
@@ -223,11 +237,11 @@ class Cluster:
             root=ROOT if machine.is_root else None,
             journals=machine.disk,
         )
+        self._do_duties(machine, DutiesChanged((), is_drained=False))
         self.tell(name, SetAddrs((machine.address,)))
         self.tell(name, SetOffers(offers))
         if machine.models:
             self._tell_models(machine)
-            self._do_duties(machine, DutiesChanged((), is_drained=False))
         for other in bootstrap:
             known = self.machines[other]
             self.tell(name, Learn((known.address,), permanent=True), sender=known.peer_id)
@@ -382,10 +396,10 @@ class Cluster:
             match effect:
                 case Send(peer, message):
                     other = self._names[peer]
-                    self._note(f"{name} → {other}: {_shown(message)}")
+                    self._note(f"{name} → {other}: {self._shown(message)}")
                     self._transmit(machine, other, message)
                 case Connect(peer, addrs):
-                    self._note(f"{name} dials {self._names.get(peer, 'a stranger')}")
+                    self._note(f"{name} dials {self._named(peer)}")
                     self._dial(machine, peer, addrs)
                 case Disconnect(peer, reason):
                     self._note(f"{name} hangs up on {self._names[peer]}: {reason}")
@@ -509,9 +523,12 @@ class Cluster:
     def _connect(self, dialer: Machine, other: Machine) -> None:
         if dialer.name in other.links:  # of an earlier run of the dialer
             self._loss(other, dialer.name, other.links[dialer.name])()
+            if other.stack is None:
+                return
         dialer.links[other.name] = other.links[dialer.name] = next(self._order)
-        self.tell(dialer.name, Connected(), sender=other.peer_id)
-        self.tell(other.name, Connected(), sender=dialer.peer_id)
+        for one, peer in ((dialer, other), (other, dialer)):
+            if one.stack is not None:  # it may lose power at any moment
+                self.tell(one.name, Connected(), sender=peer.peer_id)
 
     def _loss(self, machine: Machine, peer: str, link: int) -> Callable[[], None]:
         """The machine notices that this connection is gone, if it has not yet."""
@@ -550,13 +567,27 @@ class Cluster:
     def _note(self, line: str) -> None:
         self.trace.append(f"{self.now:9.3f}  {line}")
 
+    def _named(self, peer: str) -> str:
+        return self._names.get(PeerId(peer), "a stranger")
 
-def _shown(message: Control) -> str:
-    match message:
-        case GetPeers(wanted):
-            return f"GetPeers, up to {wanted}"
-        case Peers(records):
-            return f"Peers, {len(records)} records"
-        case Refused(reason):
-            return f"Refused: {reason}"
-    return type(message).__name__
+    def _shown(self, message: Control) -> str:
+        match message:
+            case GetPeers(wanted):
+                return f"GetPeers, up to {wanted}"
+            case Peers(records):
+                return f"Peers, {len(records)} records"
+            case Refused(reason):
+                return f"Refused: {reason}"
+            case Proposal(header, body, _, _, vote):
+                items = [
+                    f"{item.name} {item.replica} {item.state} on {self._named(item.owner)}"
+                    for item in body.items
+                ]
+                voters = " ".join(map(self._named, header.voters))
+                shown = ", ".join(items) or "nothing"
+                return f"Proposal {header.epoch}.{vote.view}: {shown}; voters {voters}"
+            case Vote():
+                return f"Vote {message.epoch}.{message.view}: {message.kind}"
+            case Decided(_, _, Handover(header)):
+                return f"Decided {header.epoch}"
+        return type(message).__name__

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 from meshnode.messages import Item
 from meshnode.protocol.agreement import GroupView
-from tests.protocol.cluster import Cluster, an_offer, a_holding
+from tests.protocol.cluster import Cluster, a_holding, an_offer
 
 SMOL = an_offer()
 OTHER = an_offer("other", "cd" * 32)
@@ -64,7 +64,8 @@ def leader(cluster: Cluster, name: str = "ada") -> str:
 
 
 def name_of(cluster: Cluster, peer: str) -> str:
-    return next(n for n, machine in cluster.machines.items() if machine.peer_id == peer)
+    names = (n for n, machine in cluster.machines.items() if machine.peer_id == peer)
+    return next(names, "nobody")
 
 
 def items(cluster: Cluster, name: str, model: str = SMOL.digest) -> tuple[Item, ...]:

@@ -52,7 +52,7 @@ def test_one_voter_is_said_plainly() -> None:
     (what, remedy), *_ = view(cluster, "bob").trouble
     assert "one voter" in what
     assert "third" in remedy
-    assert mesh_of(1).stack("ada").agreement.views(12.0)[0].trouble == ()
+    assert not any("voter" in what for what, _ in view(mesh_of(1), "ada").trouble)
     assert view(mesh_of(3), "bob").trouble == ()
 
 
