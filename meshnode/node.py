@@ -287,9 +287,12 @@ class Node:
             model.assign(is_wanted or (model.pinned and not self._duties.is_drained))
 
     def _is_last_replica(self, digest: str) -> bool:
-        """Whether the mesh means the model to be served, and only we can answer for it now: an
-        owner that comes back takes over when it has loaded, not when it is seen."""
-        if self.engine(digest) is None or self._stack.agreement.assigned(digest) is None:
+        """Whether only we can answer for the model now, and nothing else needs its memory. An
+        owner that comes back takes over when it has loaded, not when it is seen; and a voter that
+        has just started may decide before it has heard what we have."""
+        if self.engine(digest) is None:
+            return False
+        if any(duty.load and self.engine(duty.model) is None for duty in self._duties.duties):
             return False
         return not any(
             offer.digest == digest and offer.state == "ready"

@@ -27,7 +27,7 @@ from meshnode.console.requests import (
     WhatIf,
 )
 from meshnode.errors import ConfigError
-from meshnode.protocol.agreement import LOAD_BYTES_PER_S, US_PER_GB_UNMEASURED
+from meshnode.protocol.facts import LOAD_BYTES_PER_S, US_PER_GB_UNMEASURED
 from meshnode.protocol.placement import (
     Holding,
     Host,

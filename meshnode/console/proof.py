@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from meshnode.errors import RemoteProtocolError
 from meshnode.identity import open_envelope, verify_by
 from meshnode.messages import Body, Decided, Genesis, Handover, Header, Recovery, decode
-from meshnode.protocol.agreement import GENESIS_TYPE, RECOVERY_TYPE
 from meshnode.protocol.quorum import Lineage, first_block, group_id, quorum_of
 from meshnode.protocol.stack import RECORD_DOMAIN
+from meshnode.protocol.words import GENESIS_TYPE, RECOVERY_TYPE
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,7 +19,6 @@ from meshnode.messages import (
     ITEMS_MAX,
     ORDERS_MAX,
     Claim,
-    Consent,
     Item,
     Order,
     Shard,
@@ -27,10 +26,10 @@ from meshnode.messages import (
 from meshnode.protocol.placement import Part, Plan, Replica
 from meshnode.protocol.quorum import Faults
 from meshnode.protocol.rules import ItemKey, item_key, order_key
+from meshnode.protocol.words import Word
 
 __all__ = [
     "Candidate",
-    "Word",
     "current_replicas",
     "draft_claims",
     "draft_items",
@@ -43,14 +42,6 @@ ABSENT_S = 30.0
 """A voter that has been away so long is replaced: a restart or an upgrade takes less."""
 SETTLED_S = 2.0
 """A node has been here so long before it is named a voter."""
-
-
-@dataclass(frozen=True, slots=True)
-class Word:
-    """A consent as it was signed."""
-
-    consent: Consent
-    envelope: bytes
 
 
 def current_replicas(items: Iterable[Item]) -> tuple[Replica, ...]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from meshnode.messages import Item
-from meshnode.protocol.agreement import GroupView
+from meshnode.protocol.overview import GroupView
 from tests.protocol.cluster import Cluster, a_holding, an_offer
 
 SMOL = an_offer()

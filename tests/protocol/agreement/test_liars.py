@@ -10,6 +10,7 @@ import pytest
 from meshnode.credentials import MeshDescriptor
 from meshnode.identity import seal
 from meshnode.messages import Body, Claim, Item, Order, Orders, Proposal, Vote, encode
+from meshnode.protocol.consensus import Head
 from meshnode.protocol.quorum import body_hash, header_hash, vote_bytes
 from meshnode.protocol.stack import GiveOrder
 from tests.protocol.agreement.invariants import watch
@@ -92,13 +93,14 @@ def test_a_leader_that_proposes_nonsense_is_refused_and_passed_by(
     cluster = open_mesh()
     liar = leader(cluster)
     machine = cluster.machines[liar]
-    honest, peer = machine.live.agreement.proposal, machine.peer_id
+    (group,) = machine.live.agreement._groups.values()
+    honest, peer = group.propose, machine.peer_id
 
-    def propose(name: str, now: float) -> tuple[Body, tuple[str, ...]]:
-        body, named = honest(name, now)
+    def propose(head: Head, now: float) -> tuple[Body, tuple[str, ...]]:
+        body, named = honest(head, now)
         return lie(body, peer), named
 
-    machine.live.agreement.proposal = propose  # type: ignore[method-assign]
+    group.propose = propose  # type: ignore[method-assign]
     before = owners(cluster), view(cluster, "ada").epoch
     cluster.tell("ada", GiveOrder("pin", SMOL.digest, cluster.machines["dan"].peer_id))
     cluster.run_until(lambda: "dan" in owners(cluster), 15.0)

@@ -7,7 +7,7 @@ import pytest
 
 from meshnode.messages import Orders
 from meshnode.protocol import Effect, Send
-from meshnode.protocol.agreement import DRAIN_S
+from meshnode.protocol.group import DRAIN_S
 from meshnode.protocol.stack import GiveOrder, SetOffers
 from tests.protocol.agreement.invariants import watch
 from tests.protocol.agreement.scenes import (
