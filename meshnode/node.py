@@ -453,15 +453,8 @@ class Node:
         self._driver.submit(self.own, CountRefused(route.model))
 
     def check(self, fence: Fence | None, digest: str) -> bytes | None:
-        agreement = self._stack.agreement
-        assigned = agreement.assigned(digest)
-        if fence is None:
-            return None if assigned is None else agreement.proof(assigned.group)
-        epoch = agreement.epoch(fence.group)
-        if epoch is not None and fence.epoch < epoch:
-            return agreement.proof(fence.group)
-        # Whoever is ahead of us has told us so, or will with its next heartbeat.
-        return None
+        stood_on = None if fence is None else (fence.group, fence.epoch)
+        return self._stack.agreement.overtakes(digest, stood_on)
 
     def learn(self, peer_id: str, decided: bytes) -> None:
         self._driver.learn(PeerId(peer_id), decode(decided, Decided))

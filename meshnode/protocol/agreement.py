@@ -321,6 +321,20 @@ class Agreement:
         found = self._groups.get(group)
         return None if found is None else found.head.epoch
 
+    def overtakes(self, model: str, stood_on: tuple[str, int] | None) -> bytes | None:
+        """Proof that we know better than a request for `model` (S6); None if it may be served.
+
+        It stands on (group, epoch), or on nothing, if its sender knows no group that decides about
+        the model. One that is ahead of us may be served: a whole answer harms nobody, and its
+        sender's heartbeat tells us of what we lack.
+        """
+        if stood_on is None:
+            assigned = self.assigned(model)
+            return None if assigned is None else self.proof(assigned.group)
+        group, epoch = stood_on
+        known = self.epoch(group)
+        return self.proof(group) if known is not None and epoch < known else None
+
     def proof(self, group: str) -> bytes | None:
         """An encoded `Decided` that proves our epoch to anybody."""
         found = self._groups.get(group)

@@ -3,7 +3,7 @@
 A check that has never failed shows nothing. So each entry of `PLANTED` says what is wrong, plants
 it for a while in this process, never in the product, and names the check; `test_planted.py` holds
 that the check catches the bug and passes without it. Bugs in other parts live beside their own
-tests and are listed in `ELSEWHERE`.
+tests and are listed in `ELSEWHERE`; those of whole meshes are in `agreement/planted.py`.
 """
 
 from __future__ import annotations
