@@ -147,7 +147,7 @@ class Agreement:
         self._seal_as_root = seal_as_root
         self._groups: dict[str, Group] = {}
         self._journals = dict(journals or {})
-        self._holdings: tuple[Holding, ...] = ()
+        self._holdings: tuple[Holding, ...] | None = None
         self._duties = DutiesChanged((), is_drained=False)
         self._claimed: dict[str, None] = {}
         self._beat_at = -math.inf
@@ -442,6 +442,7 @@ class Agreement:
             open_recovery=self._scene.words.recovery,
             journal=journal,
         )
+        group.recall()
         self._consent(group)
         self._plan_at = min(max(self._plan_at, now), now + BATCH_S)
         return group
@@ -536,7 +537,10 @@ class Agreement:
             self._consent(group)
 
     def _consent(self, group: Group) -> None:
-        """Sign what has changed of our holdings, for this group."""
+        """Sign what has changed of our holdings, for this group; until we know them, what an
+        earlier run has signed stands."""
+        if self._holdings is None:
+            return
         said = {model: word for (peer, model), word in group.words.items() if peer == self.own}
         for holding in self._holdings:
             consent = self._consent_to(group, holding)

@@ -73,13 +73,16 @@ def problem_of(
     for model, fact in models.items():
         replicas, weight = replicas_wanted(model, fact.name)
         wants[model] = Want(replicas, pins.get(model, ()), _rounded(weight))
+    # Who has not been measured is thought no faster than those who have: a guess must not lure
+    # a model away from an owner that is merely busy.
+    unmeasured = max(us_per_gb.values(), default=US_PER_GB_UNMEASURED)
     return Problem(
         models=models,
         hosts={
             peer: Host(
                 peer=peer,
                 memory_bytes=max(memory[peer][1] - leaving[peer], 0),
-                us_per_gb=us_per_gb.get(peer, US_PER_GB_UNMEASURED),
+                us_per_gb=us_per_gb.get(peer, unmeasured),
                 load_bytes_per_s=LOAD_BYTES_PER_S,
                 holdings=held,
                 draining=peer in drained,

@@ -220,9 +220,16 @@ class Group:
             self._heeded[signer] = max(self._heeded.get(signer, -1), order.sequence)
         for envelope in head.body.orders:
             self.orders.pop(envelope, None)
-        for envelope in head.body.consents:
+        self._hear_all(besides=self._scene.own)
+
+    def recall(self) -> None:
+        """After a restart: what everybody had said when the newest block was decided."""
+        self._hear_all()
+
+    def _hear_all(self, besides: str | None = None) -> None:
+        for envelope in self.head.body.consents:
             signer, consent = self._scene.words.consent(envelope)
-            if signer != self._scene.own:
+            if signer != besides:
                 self.hear(signer, consent, envelope)
 
     # --- the next block -------------------------------------------------------------------------

@@ -557,7 +557,9 @@ class Stack:
         link = self._links.get(PeerId(peer))
         if link is None or link.membership is None:
             return False
-        return not _STAYING.isdisjoint(link.membership.roles)
+        known = self.records.get(PeerId(peer))
+        told = link.membership.roles if known is None else known.record.roles
+        return not _STAYING.isdisjoint({*link.membership.roles} & {*told})
 
     def _may_vote(self, peer: str) -> bool:
         """In an open mesh identities are free: whoever decides there is named by its root."""

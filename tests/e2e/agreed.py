@@ -3,10 +3,17 @@
 from __future__ import annotations
 
 import json
+import threading
 import time
+from collections import defaultdict
 from collections.abc import Callable, Sequence
+from http.client import HTTPException
 
 from tests.e2e.mesh import HANG_S, POLL_S, Json, NodeProcess
+
+WATCH_S = 0.1
+LOADED = frozenset({"loading", "ready", "unloading"})
+"""States of a model that takes memory."""
 
 
 def group(status: Json) -> Json:
@@ -63,3 +70,58 @@ def wait_agreed(
 def engine_states(node: NodeProcess) -> dict[str, str]:
     """A node's own models: "standby" is a file on its disk, all else takes or took memory."""
     return {str(model["name"]): str(model["state"]) for model in node.status()["models"]}
+
+
+def order(node: NodeProcess, action: str, at: NodeProcess, model: str | None = None) -> Json:
+    body = {"action": action, "node": at.peer_id} | ({} if model is None else {"model": model})
+    reply = node.request("POST", "/api/orders", body)
+    assert reply.status == 200, reply
+    return reply.body
+
+
+def claim(node: NodeProcess, right: str, action: str = "claim", wait_s: float = 5.0) -> Json:
+    """What the node says of the right; whoever did not get it has `error` besides."""
+    body = {"action": action, "right": right, "wait_s": wait_s}
+    reply = node.request("POST", "/api/claims", body)
+    assert reply.status in (200, 409), reply
+    return reply.body
+
+
+class Watch:
+    """Looks at nodes all the time: no epoch falls, and who has what in memory is written down.
+
+    Nodes that do not answer are passed over; one that is started again goes on under its name.
+    """
+
+    def __init__(self, nodes: Callable[[], Sequence[NodeProcess]]) -> None:
+        self.loaded: defaultdict[str, set[str]] = defaultdict(set)
+        """Model → the names of the nodes that had it in memory at some time."""
+        self.fallen: list[str] = []
+        self._nodes = nodes
+        self._epochs: dict[str, int] = {}
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+
+    def __enter__(self) -> Watch:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self._over.set()
+        self._thread.join(HANG_S)
+
+    def _run(self) -> None:
+        while not self._over.wait(WATCH_S):
+            for node in self._nodes():
+                try:
+                    self._look(node.name, node.request("GET", "/api/status", timeout_s=1.0).body)
+                except (OSError, HTTPException):
+                    continue
+
+    def _look(self, name: str, status: Json) -> None:
+        for model in status["models"]:
+            if model["state"] in LOADED:
+                self.loaded[model["name"]].add(name)
+        if (now := epoch(status)) < self._epochs.get(name, -1):
+            self.fallen.append(f"{name}: {self._epochs[name]} to {now}")
+        self._epochs[name] = max(now, self._epochs.get(name, -1))

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from http.client import HTTPException
 
-from tests.e2e.mesh import HANG_S, MODEL_NAME, NodeProcess, chat, events_of
+from tests.e2e.mesh import HANG_S, POLL_S, NodeProcess, chat, events_of
 
 RETRY_S = 0.1
 """Sooner than a client should, to notice soon when somebody answers again."""
@@ -38,10 +39,13 @@ class Told:
         return max((b - a for a, b in itertools.pairwise(self.at)), default=0.0)
 
 
-def ask(gate: NodeProcess, prompt: str, max_tokens: int, model: str = MODEL_NAME) -> Told:
+def ask(gate: NodeProcess, prompt: str, max_tokens: int) -> Told:
     """One streamed answer, whatever becomes of it."""
-    told = Told(gate.name, time.monotonic())
-    asked = chat(prompt, model=model, stream=True, max_tokens=max_tokens)
+    return _ask(Told(gate.name, time.monotonic()), gate, prompt, max_tokens)
+
+
+def _ask(told: Told, gate: NodeProcess, prompt: str, max_tokens: int) -> Told:
+    asked = chat(prompt, stream=True, max_tokens=max_tokens)
     try:
         with gate.answering("POST", "/v1/chat/completions", asked) as response:
             told.status = response.status
@@ -74,21 +78,16 @@ def _add(told: Told, chunk: dict[str, object]) -> None:
 
 
 class Clients:
-    """A thread per gateway and model that asks, reads to the end, and asks again."""
+    """A thread per gateway that asks, reads to the end, and asks again."""
 
-    def __init__(
-        self,
-        gateways: Sequence[NodeProcess],
-        models: Sequence[str] = (MODEL_NAME,),
-        max_tokens: int = 40,
-    ) -> None:
+    def __init__(self, gateways: Sequence[NodeProcess], max_tokens: int = 40) -> None:
         self.told: list[Told] = []
+        """In the order of asking; the last of each thread may not have ended."""
+        self._gates = [gate.name for gate in gateways]
         self._max_tokens = max_tokens
         self._over = threading.Event()
         self._threads = [
-            threading.Thread(target=self._run, args=(gate, model), daemon=True)
-            for gate in gateways
-            for model in models
+            threading.Thread(target=self._run, args=(gate,), daemon=True) for gate in gateways
         ]
 
     def __enter__(self) -> Clients:
@@ -101,15 +100,30 @@ class Clients:
         for thread in self._threads:
             thread.join(HANG_S)
 
-    def _run(self, gate: NodeProcess, model: str) -> None:
+    def _run(self, gate: NodeProcess) -> None:
         for number in itertools.count():
             if self._over.is_set():
                 return
             prompt = f"Tell me story number {number} about the sea, as {gate.name} would."
-            told = ask(gate, prompt, self._max_tokens, model)
+            told = Told(gate.name, time.monotonic())
             self.told.append(told)
+            _ask(told, gate, prompt, self._max_tokens)
             if not told.is_whole:
                 self._over.wait(RETRY_S)
+
+    def wait_text(self, since: float) -> None:
+        """Until every gateway has passed on text that came after `since`."""
+        deadline = time.monotonic() + HANG_S
+        while not all(any(at > since for at in self._text_at(gate)) for gate in self._gates):
+            assert time.monotonic() < deadline, self.told
+            time.sleep(POLL_S)
+
+    def silence_s(self, since: float) -> float:
+        """The longest that a client of one gateway went without text, from `since` to its last."""
+        return max(
+            max((b - a for a, b in itertools.pairwise([since, *times])), default=math.inf)
+            for times in ([at for at in self._text_at(g) if at > since] for g in self._gates)
+        )
 
     def refused(self) -> list[Told]:
         """Those that were told to come again: nobody had the model loaded."""
@@ -119,7 +133,5 @@ class Clients:
         """Those that saw what no client should."""
         return [told for told in self.told if not told.is_whole and told.status != 503]
 
-    def silence_s(self, since: float) -> float:
-        """From `since` until text reached a client that had asked before or after it."""
-        came = sorted(at for told in self.told for at in told.at if at > since)
-        return came[0] - since if came else float("inf")
+    def _text_at(self, gate: str) -> list[float]:
+        return [at for told in tuple(self.told) if told.gateway == gate for at in tuple(told.at)]

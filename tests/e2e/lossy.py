@@ -21,7 +21,7 @@ import struct
 import subprocess
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -252,6 +252,7 @@ class Switch(_Link):
         self._places: list[Place] = []
         self._port_of: dict[bytes, int] = {}
         self._cut_off: set[int] = set()
+        self._side_of: dict[int, int] = {}
 
     def place(self) -> Place:
         """A new namespace. Raises `OSError` or `CalledProcessError` where that is not allowed."""
@@ -276,6 +277,18 @@ class Switch(_Link):
         change = self._cut_off.add if silent else self._cut_off.discard
         change(self._ports[self._places.index(place)])
 
+    def split(self, *sides: Sequence[Place]) -> None:
+        """Nothing crosses from one side to another; without sides, everything crosses again."""
+        self._side_of = {
+            self._ports[self._places.index(place)]: number
+            for number, side in enumerate(sides)
+            for place in side
+        }
+
+    def _crosses(self, port: int, out: int) -> bool:
+        is_cut = {port, out} & self._cut_off
+        return not is_cut and self._side_of.get(port) == self._side_of.get(out)
+
     def _frames(self, port: int) -> None:
         for _ in range(FRAMES_PER_TURN):
             try:
@@ -286,7 +299,7 @@ class Switch(_Link):
             known = self._port_of.get(frame[:6])
             to = [known] if known is not None else [p for p in self._ports if p != port]
             for out in to:
-                if not self._is_lost() and not {port, out} & self._cut_off:
+                if not self._is_lost() and self._crosses(port, out):
                     self._later(lambda out=out, frame=frame: _try_write(out, frame))
 
     def _close(self) -> None:

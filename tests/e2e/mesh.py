@@ -34,6 +34,12 @@ STOP_S = 15.0
 LOG_TAIL_BYTES = 6_000
 QUESTION = "What is the capital of France? Answer in one sentence."
 
+SHIFTED_CLOCK = """
+import time
+_true = time.time
+time.time = lambda: _true() + {skew_s}
+"""
+
 Json = dict[str, Any]
 
 
@@ -333,14 +339,15 @@ class Mesh:
         command = ("-m", "meshnode", "serve", *given, *sizes, *_network(listen, mdns), *flags)
         return self.run(name, command, **place)
 
-    def again(self, node: NodeProcess) -> NodeProcess:
-        """Begin to start a node that has ended: where and as it was, a member already."""
+    def again(self, node: NodeProcess, **place: Any) -> NodeProcess:
+        """Begin to start a node that has ended: where and as it was, a member already, but for
+        what `place` says."""
         command = list(node.command)
         if "--join" in command:
             at = command.index("--join")
             del command[at : at + 2]
         command[command.index("--listen") + 1] = node.addrs[0].partition("/p2p/")[0]
-        return self.run(node.name, command, data_dir=node.data_dir, **node.place)
+        return self.run(node.name, command, data_dir=node.data_dir, **{**node.place, **place})
 
     def gateway(
         self,
@@ -351,6 +358,13 @@ class Mesh:
     ) -> NodeProcess:
         command = ("-m", "meshnode", "client", *_network(listen, mdns=False), *flags)
         return self.run(name, command, **place)
+
+    def clock_off(self, skew_s: int) -> dict[str, str]:
+        """The environment of a process whose wall clock is wrong."""
+        site = self.folder / f"site{skew_s:+d}"
+        site.mkdir(exist_ok=True)
+        (site / "sitecustomize.py").write_text(SHIFTED_CLOCK.format(skew_s=skew_s))
+        return {"PYTHONPATH": f"{site}:{ROOT}"}
 
     def bootstrap(self, name: str, *flags: str, **place: Any) -> NodeProcess:
         listen = "/ip4/127.0.0.1/udp/0/quic-v1"

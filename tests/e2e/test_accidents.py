@@ -11,11 +11,6 @@ import pytest
 from tests.e2e.mesh import QUESTION, Mesh, NodeProcess, run_command, serves, wait_all_see
 
 SKEW_S = 600
-SHIFTED_CLOCK = """
-import time
-_true = time.time
-time.time = lambda: _true() + {skew_s}
-"""
 LISTEN = ("--listen", "/ip4/127.0.0.1/udp/0/quic-v1", "--api", "127.0.0.1:0", "--no-mdns")
 DISK_KIB = 256
 
@@ -23,17 +18,8 @@ DISK_KIB = 256
 @pytest.mark.parametrize("skew_s", [SKEW_S, -SKEW_S], ids=["ahead", "behind"])
 def test_clock_ten_minutes_off(mesh: Mesh, skew_s: int) -> None:
     """It joins, serves and is served; it is told, and the others are not bothered."""
-    (mesh.folder / "site").mkdir()
-    shift = SHIFTED_CLOCK.format(skew_s=skew_s)
-    (mesh.folder / "site" / "sitecustomize.py").write_text(shift)
     right = mesh.node("right").wait_started()
-    root = str(Path(__file__).parents[2])
-    wrong = mesh.node(
-        "wrong",
-        "--join",
-        right.invite(),
-        env={"PYTHONPATH": f"{mesh.folder / 'site'}:{root}"},
-    )
+    wrong = mesh.node("wrong", "--join", right.invite(), env=mesh.clock_off(skew_s))
     gate = mesh.gateway("gate", "--join", right.invite())
     for node in (wrong, gate):
         node.wait_started()

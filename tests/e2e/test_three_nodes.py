@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import pytest
 
+from tests.e2e.agreed import voters
 from tests.e2e.conftest import Figure
 from tests.e2e.mesh import (
     MODEL_NAME,
@@ -190,6 +191,14 @@ def test_silent_node_is_passed_over(nodes: Nodes, figure: Figure) -> None:
     finally:
         holder.thaw()
     figure("thawed_s", nodes.wait_whole())
+
+
+def test_who_only_asks_does_not_vote(nodes: Nodes) -> None:
+    """The gateway was let in by a token for nodes; it decides nothing for all that."""
+    for node in nodes.all():
+        status = node.status()
+        assert nodes.a.peer_id in voters(status)
+        assert nodes.gate.peer_id not in voters(status)
 
 
 def test_goes_on_without_its_bootstrap(nodes: Nodes, figure: Figure) -> None:

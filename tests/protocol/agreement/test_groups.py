@@ -161,3 +161,15 @@ def test_the_restart_of_one_of_two_nodes_takes_nothing_from_the_other(
     cluster.run(20.0)
     assert owners(cluster) == {other: "serving"}
     assert (cluster.machines[other].loads, view(cluster, other).epoch) == before
+
+
+def test_a_lone_voter_that_restarts_decides_nothing_before_it_knows_what_it_has() -> None:
+    cluster = mesh_of(1, owners=("ada",))
+    before = view(cluster, "ada")
+    assert owners(cluster) == {"ada": "serving"}
+    cluster.kill("ada")
+    cluster.machines["ada"].models.clear()  # its files are still being read
+    cluster.start("ada")
+    cluster.run(3.0)
+    assert view(cluster, "ada").epoch == before.epoch
+    assert view(cluster, "ada").items == before.items

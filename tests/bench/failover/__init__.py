@@ -1,0 +1,1 @@
+"""How long a killed owner is missed; `python -m tests.bench.failover` measures it."""
