@@ -2,13 +2,29 @@
 
 A core takes messages and the time and returns effects, in the order they must be performed. It
 imports no trio, socket, file or clock and draws no global randomness, so the Trio driver and the
-simulator run the very same code. Cores do not import each other; `stack.py` wires them.
+simulator run the very same code. Cores do not import each other; what wires them does.
 
 * `records.py`    who exists and where: signed, sequenced, expiring node records
 * `discovery.py`  whom to dial and when
+* `liveness.py`   who is alive: connections, heartbeats, refutable rumours
 * `adverts.py`    what each peer says it has and wants: merge, expiry, demand, when to speak
 * `dispatch.py`   which replica answers a request, and why
-* `stack.py`      all of them behind one `receive`, `tick` and `deadline`
+
+Deciding who owns what, from the bottom up:
+
+* `quorum.py`     what votes and certificates prove, checked offline
+* `consensus.py`  one group's register: votes, views, voters
+* `lease.py`      exclusive rights: promises and how long to rely on them
+* `demand.py`     how many replicas a model deserves
+* `placement/`    where they should be: a pure plan with reasons
+* `words.py`      the signed words that blocks stand on
+* `rules.py`      what a block may say
+* `draft.py`      the next step from what is towards what is planned
+* `facts.py`      what a plan is made from
+* `group.py`      one group as a node lives it; `overview.py` the same for people
+* `agreement.py`  all groups of a node: messages in, duties out
+
+* `stack.py`      everything behind one `receive`, `tick` and `deadline`
 
 Rules that keep runs repeatable: commands enter by the same inbox as messages; nothing iterates a
 set where the order could reach an effect; randomness is a `random.Random` argument.
