@@ -33,6 +33,8 @@ from meshnode.gateway.answer import (
 )
 from meshnode.gateway.door import Door
 from meshnode.gateway.openai import (
+    CHAT_PATH,
+    TEXT_PATH,
     Call,
     decode_chat,
     decode_text,
@@ -45,9 +47,6 @@ from meshnode.gateway.session import session_key
 from meshnode.transport.http import BODY_BYTES_MAX, TunnelPool
 
 __all__ = ["GatewayLimits", "create_api_app"]
-
-CHAT_PATH = "/v1/chat/completions"
-TEXT_PATH = "/v1/completions"
 
 # A client that needs longer to upload its request is holding a connection, not asking.
 BODY_TIMEOUT_S = 60
