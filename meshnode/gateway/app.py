@@ -45,6 +45,7 @@ from meshnode.gateway.openai import (
     encode_model,
     encode_models,
 )
+from meshnode.gateway.openapi import encode_openapi
 from meshnode.gateway.refusal import refusal_of
 from meshnode.gateway.session import session_key
 from meshnode.transport.http import BODY_BYTES_MAX, TunnelPool
@@ -119,6 +120,10 @@ def create_api_app(
         raise UnknownModelError(model_id, tuple(served.id for served in known))
 
     mount_dialects(app, mesh, complete_translated)
+
+    @app.get("/openapi.json")
+    async def described() -> Result:
+        return _json(encode_openapi())
 
     @app.get("/healthz")
     async def alive() -> Result:

@@ -8,16 +8,26 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import msgspec
 
 from meshnode.errors import RequestError
 
-__all__ = ["decode_body", "invalid_body", "refuse_unsupported", "unsupported"]
+__all__ = ["Shape", "decode_body", "invalid_body", "refuse_unsupported", "unsupported"]
 
 _PATH = re.compile(r" - at `(?:key in )?\$\.?(?P<path>.*)`$")
 _FIELD = re.compile(r"(?P<problem>unknown field|missing required field) `(?P<field>.*?)`")
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """All that a body may say: a struct, and of it and those within it the fields that only take
+    null or the values beside them."""
+
+    body: type[msgspec.Struct]
+    neutral: Mapping[type[msgspec.Struct], Mapping[str, tuple[Any, ...]]]
 
 
 def decode_body(decoder: msgspec.json.Decoder[Any], body: bytes) -> Any:

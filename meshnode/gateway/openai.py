@@ -18,11 +18,19 @@ import msgspec
 from meshnode.engine import ChatMessage, Finish, Request, Sampling, Usage
 from meshnode.errors import RequestError
 from meshnode.gateway import ServedModel
-from meshnode.gateway.fields import decode_body, invalid_body, refuse_unsupported, unsupported
+from meshnode.gateway.fields import (
+    Shape,
+    decode_body,
+    invalid_body,
+    refuse_unsupported,
+    unsupported,
+)
 
 __all__ = [
     "CHAT_PATH",
+    "CHAT_SHAPE",
     "TEXT_PATH",
+    "TEXT_SHAPE",
     "Call",
     "Encoder",
     "decode_chat",
@@ -195,6 +203,8 @@ _NEUTRAL_MESSAGE: Mapping[str, tuple[Any, ...]] = {
 # OpenAI renamed `system` for its newer models; the templates of open models know `system`.
 _ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
 
+CHAT_SHAPE = Shape(_ChatBody, {_ChatBody: _NEUTRAL_CHAT, _ChatMessage: _NEUTRAL_MESSAGE})
+TEXT_SHAPE = Shape(_TextBody, {_TextBody: _NEUTRAL_TEXT})
 _chat_decoder = msgspec.json.Decoder(_ChatBody)
 _text_decoder = msgspec.json.Decoder(_TextBody)
 

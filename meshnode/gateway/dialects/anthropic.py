@@ -17,10 +17,10 @@ import msgspec
 from meshnode.engine import Finish, Usage
 from meshnode.errors import RequestError
 from meshnode.gateway.dialects import Asked, Name, Tokens, ask, read_error, stop_of
-from meshnode.gateway.fields import decode_body, refuse_unsupported
+from meshnode.gateway.fields import Shape, decode_body, refuse_unsupported
 from meshnode.gateway.openai import TOKEN_ID_MAX, Call, encode_error
 
-__all__ = ["COUNT_REFUSED", "decode_messages", "encode_messages_error"]
+__all__ = ["COUNT_REFUSED", "MESSAGES_SHAPE", "decode_messages", "encode_messages_error"]
 
 
 class _CacheControl(msgspec.Struct, forbid_unknown_fields=True):
@@ -84,6 +84,8 @@ _NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "tool_choice": ({"type": "none"},),
     "tools": ([],),
 }
+_NEUTRAL_TEXT: Mapping[str, tuple[Any, ...]] = {"citations": ([],)}
+MESSAGES_SHAPE = Shape(_Body, {_Body: _NEUTRAL, _Text: _NEUTRAL_TEXT})
 _decoder = msgspec.json.Decoder(_Body)
 
 
@@ -129,7 +131,7 @@ def _parts(content: str | list[_Text], path: str) -> list[dict[str, str]]:
     if isinstance(content, str):
         return [{"type": "text", "text": content}]
     for index, block in enumerate(content):
-        refuse_unsupported(block, {"citations": ([],)}, f"{path}[{index}].")
+        refuse_unsupported(block, _NEUTRAL_TEXT, f"{path}[{index}].")
     return [{"type": "text", "text": block.text} for block in content]
 
 

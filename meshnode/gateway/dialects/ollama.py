@@ -19,11 +19,14 @@ from meshnode.engine import Finish, ModelCard
 from meshnode.errors import RequestError
 from meshnode.gateway import ServedModel
 from meshnode.gateway.dialects import Asked, Name, ask, read_error, stop_of
-from meshnode.gateway.fields import decode_body, refuse_unsupported, unsupported
+from meshnode.gateway.fields import Shape, decode_body, refuse_unsupported, unsupported
 from meshnode.gateway.openai import TOKEN_ID_MAX, Call
 
 __all__ = [
     "API_VERSION",
+    "CHAT_SHAPE",
+    "GENERATE_SHAPE",
+    "SHOW_SHAPE",
     "decode_chat",
     "decode_generate",
     "decode_show",
@@ -128,6 +131,13 @@ _NEUTRAL_MESSAGE: Mapping[str, tuple[Any, ...]] = {
     "tool_call_id": ("",),
 }
 _NEUTRAL_SHOW: Mapping[str, tuple[Any, ...]] = {"verbose": (False,)}
+_WITHIN: Mapping[type[msgspec.Struct], Mapping[str, tuple[Any, ...]]] = {
+    _Options: _NEUTRAL_OPTIONS,
+    _Message: _NEUTRAL_MESSAGE,
+}
+CHAT_SHAPE = Shape(_ChatBody, {**_WITHIN, _ChatBody: _NEUTRAL_CHAT})
+GENERATE_SHAPE = Shape(_GenerateBody, {**_WITHIN, _GenerateBody: _NEUTRAL_GENERATE})
+SHOW_SHAPE = Shape(_ShowBody, {_ShowBody: _NEUTRAL_SHOW})
 _chat_decoder = msgspec.json.Decoder(_ChatBody)
 _generate_decoder = msgspec.json.Decoder(_GenerateBody)
 _show_decoder = msgspec.json.Decoder(_ShowBody)

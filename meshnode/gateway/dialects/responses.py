@@ -16,10 +16,10 @@ import msgspec
 from meshnode.engine import ChatMessage, Finish, Usage
 from meshnode.gateway.dialects import Asked, Name, Tokens, ask
 from meshnode.gateway.dialects.kept import Kept
-from meshnode.gateway.fields import decode_body, refuse_unsupported
+from meshnode.gateway.fields import Shape, decode_body, refuse_unsupported
 from meshnode.gateway.openai import Call
 
-__all__ = ["decode_response", "encode_deleted"]
+__all__ = ["RESPONSES_SHAPE", "decode_response", "encode_deleted"]
 
 # OpenAI's own bounds.
 METADATA_PAIRS_MAX = 16
@@ -116,6 +116,9 @@ _NEUTRAL: Mapping[str, tuple[Any, ...]] = {
 }
 _NEUTRAL_ITEM: Mapping[str, tuple[Any, ...]] = {"phase": ()}
 _NEUTRAL_OUTPUT: Mapping[str, tuple[Any, ...]] = {"annotations": ([],), "logprobs": ([],)}
+RESPONSES_SHAPE = Shape(
+    _Body, {_Body: _NEUTRAL, _Item: _NEUTRAL_ITEM, _OutputText: _NEUTRAL_OUTPUT}
+)
 _decoder = msgspec.json.Decoder(_Body)
 
 
