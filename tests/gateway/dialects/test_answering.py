@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from contextlib import aclosing
 
+import httpx
 import pytest
 import trio
 from anthropic.types import Message, RawMessageStreamEvent
@@ -24,6 +25,7 @@ from meshnode.gateway.dialects import ollama
 from meshnode.gateway.dialects.answer import EventReader, told_as_stream, told_whole
 from meshnode.gateway.door import Door
 from meshnode.gateway.keys import ApiKey, generate_token, hash_token, with_key
+from meshnode.gateway.server import serve_api
 from tests.fakes import MODEL, FakeMesh, WordEngine, local_mesh
 from tests.gateway.link import HANG_S, Link
 
@@ -319,6 +321,38 @@ async def test_text_goes_on_before_the_next_comes():
     with trio.fail_after(HANG_S):
         async with aclosing(events()) as source, aclosing(told_as_stream(source, a_writer())) as it:
             assert lines(await anext(it))[0]["message"]["content"] == "a"
+
+
+@pytest.mark.parametrize("path", BODIES)
+@pytest.mark.parametrize("where", ["here", "far"])
+async def test_the_engine_stops_when_the_client_leaves(nursery, path, where):
+    async def one_token_a_second():
+        if engine.produced:
+            await trio.sleep(1.0)
+
+    engine = WordEngine(pace=one_token_a_second, tokens_default=10**6)
+    mesh = local_mesh(engine) if where == "here" else Link(nursery, b=engine).mesh
+    leave = trio.Event()
+    with trio.fail_after(HANG_S):
+        port = (await nursery.start(serve_until, leave, create_api_app(mesh)))[1]
+        body = {**BODIES[path], "stream": True}
+        for limit in ("max_output_tokens", "max_tokens"):
+            if limit in body:
+                body[limit] = 10**6
+        async with (
+            httpx.AsyncClient(timeout=HANG_S) as client,
+            client.stream("POST", f"http://127.0.0.1:{port}{path}", json=body) as response,
+        ):
+            await anext(response.aiter_raw())
+            assert engine.running == 1
+        while engine.running:
+            await trio.sleep(0.01)
+    assert engine.produced < 100
+    leave.set()
+
+
+async def serve_until(leave, app, task_status):
+    await serve_api(app, ("127.0.0.1", 0), shutdown=leave.wait, task_status=task_status)
 
 
 def test_an_answer_is_read():
