@@ -6,7 +6,6 @@ What OpenAI's own client does with chats is in test_one_node.py; here it asks fo
 from __future__ import annotations
 
 import anthropic
-import httpx
 import ollama
 import openai
 import pytest
@@ -186,28 +185,3 @@ def test_litellm(node: NodeProcess, provider: str, path: str) -> None:
         api_key="none",
     )
     assert "Paris" in answer.choices[0].message.content
-
-
-# ---------------------------------------------------------------------------------------------
-# Leaving
-# ---------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("path", "body"),
-    [
-        ("/v1/responses", {"input": "Count to a thousand.", "stream": True}),
-        ("/v1/messages", {"messages": TURN, "max_tokens": 500, "stream": True}),
-        ("/api/chat", {"messages": TURN}),
-    ],
-)
-def test_engine_is_free_again_when_the_client_leaves(
-    node: NodeProcess, path: str, body: dict[str, object]
-) -> None:
-    with (
-        httpx.Client(timeout=HANG_S) as client,
-        client.stream("POST", node.url + path, json={"model": MODEL_NAME, **body}) as reply,
-    ):
-        assert reply.status_code == 200
-        next(reply.iter_raw())
-    node.wait_until(lambda status: status["models"][0]["slots_busy"] == 0)
