@@ -2,7 +2,7 @@
 
 Decides which paths exist and who may take them: behind a door, whoever asks for more than health
 needs an API key. Does not know sockets (`server.py`), nor how a request is answered (`answer.py`).
-What peers may ask is in `tunnel.py`.
+What peers may ask is in `tunnel.py`; what clients of other APIs may, in `dialects/routes.py`.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import secrets
 from collections.abc import Callable
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, aclosing
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -31,8 +31,13 @@ from meshnode.gateway.answer import (
     Ask,
     answer,
 )
+from meshnode.gateway.dialects import Asked
+from meshnode.gateway.dialects.answer import told_as_stream, told_whole
+from meshnode.gateway.dialects.routes import error_shape, mount_dialects
 from meshnode.gateway.door import Door
 from meshnode.gateway.openai import (
+    CHAT_PATH,
+    TEXT_PATH,
     Call,
     decode_chat,
     decode_text,
@@ -40,14 +45,12 @@ from meshnode.gateway.openai import (
     encode_model,
     encode_models,
 )
+from meshnode.gateway.openapi import encode_openapi
 from meshnode.gateway.refusal import refusal_of
 from meshnode.gateway.session import session_key
 from meshnode.transport.http import BODY_BYTES_MAX, TunnelPool
 
 __all__ = ["GatewayLimits", "create_api_app"]
-
-CHAT_PATH = "/v1/chat/completions"
-TEXT_PATH = "/v1/completions"
 
 # A client that needs longer to upload its request is holding a connection, not asking.
 BODY_TIMEOUT_S = 60
@@ -81,10 +84,20 @@ def create_api_app(
 
     async def complete(decode: Callable[[bytes], Call]) -> Result:
         body = await _body()
-        call = decode(body)
-        session = session_key(call, header=request.headers.get("x-session-id"), tenant=g.tenant)
-        ask = Ask(call, g.request_id, session, request.path, body)
+        ask = _ask(decode(body), request.path, body)
         return _result(await answer(mesh, pool, ask, _owned()))
+
+    async def complete_translated(asked: Asked) -> Result:
+        ask = _ask(asked.call, CHAT_PATH, asked.body)
+        writer = asked.writer(ask.id, ask.created)
+        said = await answer(mesh, pool, ask, _owned())
+        if said.status != 200:
+            return _result(said)
+        if said.is_stream:
+            told = await _owned().enter_async_context(aclosing(told_as_stream(said.body, writer)))
+            return told, 200, {**said.headers, "content-type": writer.stream_type}
+        whole = b"".join([part async for part in said.body])
+        return told_whole(whole, writer), 200, said.headers
 
     @app.post(CHAT_PATH)
     async def chat() -> Result:
@@ -105,6 +118,12 @@ def create_api_app(
             if served.id == model_id:
                 return _json(encode_model(served))
         raise UnknownModelError(model_id, tuple(served.id for served in known))
+
+    mount_dialects(app, mesh, complete_translated)
+
+    @app.get("/openapi.json")
+    async def described() -> Result:
+        return _json(encode_openapi())
 
     @app.get("/healthz")
     async def alive() -> Result:
@@ -138,6 +157,12 @@ def create_api_app(
             g.tenant = visitor.name.encode()
 
     return app
+
+
+def _ask(call: Call, target: str, body: bytes) -> Ask:
+    """The request of this moment: `body` says `call` to the route `target` of a peer."""
+    session = session_key(call, header=request.headers.get("x-session-id"), tenant=g.tenant)
+    return Ask(call, g.request_id, session, target, body)
 
 
 def _token() -> str | None:
@@ -216,6 +241,12 @@ def _create_app(mesh: Mesh, limits: GatewayLimits) -> QuartTrio:
     async def sign_answer(response: Any) -> Any:
         response.headers[REQUEST_ID_HEADER] = g.get("request_id", "")
         response.headers.setdefault(SERVED_BY_HEADER, mesh.peer_id)
+        return response
+
+    @app.after_request
+    async def shape_error(response: Any) -> Any:
+        if response.status_code >= 400 and (shape := error_shape(request.path)) is not None:
+            response.set_data(shape(response.status_code, await response.get_data(as_text=False)))
         return response
 
     @app.errorhandler(MeshnodeError)

@@ -9,7 +9,6 @@ The shapes follow OpenAI's reference for /v1/chat/completions, /v1/completions a
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
@@ -19,8 +18,19 @@ import msgspec
 from meshnode.engine import ChatMessage, Finish, Request, Sampling, Usage
 from meshnode.errors import RequestError
 from meshnode.gateway import ServedModel
+from meshnode.gateway.fields import (
+    Shape,
+    decode_body,
+    invalid_body,
+    refuse_unsupported,
+    unsupported,
+)
 
 __all__ = [
+    "CHAT_PATH",
+    "CHAT_SHAPE",
+    "TEXT_PATH",
+    "TEXT_SHAPE",
     "Call",
     "Encoder",
     "decode_chat",
@@ -30,6 +40,9 @@ __all__ = [
     "encode_model",
     "encode_models",
 ]
+
+CHAT_PATH = "/v1/chat/completions"
+TEXT_PATH = "/v1/completions"
 
 # OpenAI's own bounds.
 STOP_SEQUENCES_MAX = 4
@@ -190,16 +203,16 @@ _NEUTRAL_MESSAGE: Mapping[str, tuple[Any, ...]] = {
 # OpenAI renamed `system` for its newer models; the templates of open models know `system`.
 _ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
 
+CHAT_SHAPE = Shape(_ChatBody, {_ChatBody: _NEUTRAL_CHAT, _ChatMessage: _NEUTRAL_MESSAGE})
+TEXT_SHAPE = Shape(_TextBody, {_TextBody: _NEUTRAL_TEXT})
 _chat_decoder = msgspec.json.Decoder(_ChatBody)
 _text_decoder = msgspec.json.Decoder(_TextBody)
-_PATH = re.compile(r" - at `(?:key in )?\$\.?(?P<path>.*)`$")
-_FIELD = re.compile(r"(?P<problem>unknown field|missing required field) `(?P<field>.*?)`")
 
 
 def decode_chat(body: bytes) -> Call:
     """Understand the body of /v1/chat/completions. Raises `RequestError` naming the field."""
-    chat: _ChatBody = _decode(_chat_decoder, body)
-    _refuse_unsupported(chat, _NEUTRAL_CHAT)
+    chat: _ChatBody = decode_body(_chat_decoder, body)
+    refuse_unsupported(chat, _NEUTRAL_CHAT)
     if chat.max_tokens is not None and chat.max_completion_tokens is not None:
         raise RequestError(
             "Give either `max_tokens` or `max_completion_tokens`, not both.",
@@ -216,57 +229,10 @@ def decode_chat(body: bytes) -> Call:
 
 def decode_text(body: bytes) -> Call:
     """Understand the body of /v1/completions. Raises `RequestError` naming the field."""
-    text: _TextBody = _decode(_text_decoder, body)
-    _refuse_unsupported(text, _NEUTRAL_TEXT)
+    text: _TextBody = decode_body(_text_decoder, body)
+    refuse_unsupported(text, _NEUTRAL_TEXT)
     max_tokens = TEXT_MAX_TOKENS_DEFAULT if text.max_tokens is None else text.max_tokens
     return _call(text, "text", _text_prompt(text.prompt), max_tokens)
-
-
-def _decode(decoder: msgspec.json.Decoder[Any], body: bytes) -> Any:
-    try:
-        return decoder.decode(body)
-    except msgspec.ValidationError as error:
-        raise _invalid(str(error)) from None
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        # The message of a DecodeError gives a position, never the text.
-        detail = str(error) if isinstance(error, msgspec.DecodeError) else type(error).__name__
-        raise RequestError(f"The body is not valid JSON: {detail}.", code="invalid_json") from None
-
-
-def _invalid(message: str) -> RequestError:
-    """msgspec's "Expected `int`, got `str` - at `$.max_tokens`", with the field as `param`."""
-    found = _PATH.search(message)
-    path = found["path"] if found else ""
-    problem = message[: found.start()] if found else message
-    field = _FIELD.search(problem)
-    if field is None:
-        code, param = "invalid_value", path
-    elif field["problem"] == "unknown field":
-        code, param = "unknown_parameter", f"{path}.{field['field']}" if path else field["field"]
-    else:
-        code = "missing_required_parameter"
-        param = f"{path}.{field['field']}" if path else field["field"]
-    where = f"`{param}`: " if param else ""
-    return RequestError(f"{where}{problem}.", param=param or None, code=code)
-
-
-def _refuse_unsupported(
-    struct: msgspec.Struct, neutral: Mapping[str, tuple[Any, ...]], path: str = ""
-) -> None:
-    for field, values in neutral.items():
-        given = getattr(struct, field)
-        # JSON's true is not 1, though Python's is.
-        if given is None or any(type(given) is type(v) and given == v for v in values):
-            continue
-        raise _unsupported(path + field)
-
-
-def _unsupported(param: str) -> RequestError:
-    return RequestError(
-        f"`{param}` is not supported with this value; leave it out.",
-        param=param,
-        code="unsupported_parameter",
-    )
 
 
 def _chat_message(message: _ChatMessage, index: int) -> ChatMessage:
@@ -278,7 +244,7 @@ def _chat_message(message: _ChatMessage, index: int) -> ChatMessage:
             param=f"{path}.role",
             code="unsupported_parameter" if later else "invalid_value",
         )
-    _refuse_unsupported(message, _NEUTRAL_MESSAGE, f"{path}.")
+    refuse_unsupported(message, _NEUTRAL_MESSAGE, f"{path}.")
     content = message.content
     if content is None:
         raise RequestError(
@@ -292,7 +258,7 @@ def _chat_message(message: _ChatMessage, index: int) -> ChatMessage:
 
 def _text_part(part: dict[str, Any], path: str) -> str:
     if part.get("type") != "text":
-        raise _unsupported(f"{path}.type")
+        raise unsupported(f"{path}.type")
     text = part.get("text")
     if not isinstance(text, str):
         raise RequestError(
@@ -300,7 +266,7 @@ def _text_part(part: dict[str, Any], path: str) -> str:
         )
     for field in part:
         if field not in ("type", "text"):
-            raise _invalid(f"Object contains unknown field `{field}` - at `$.{path}`")
+            raise invalid_body(f"Object contains unknown field `{field}` - at `$.{path}`")
     return text
 
 

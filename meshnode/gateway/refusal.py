@@ -17,6 +17,7 @@ from meshnode.errors import (
     UnknownModelError,
 )
 from meshnode.gateway.answer import RETRY_HEADER, NobodyAnsweredError
+from meshnode.gateway.dialects.kept import UnknownResponseError
 from meshnode.gateway.keys import BadKeyError, LimitError
 from meshnode.gateway.openai import encode_error
 
@@ -48,6 +49,9 @@ def refusal_of(error: MeshnodeError) -> Refusal | None:
                 models=known,
             )
             return Refusal(404, body)
+        case UnknownResponseError(param=param):
+            code = f"{param.removesuffix('_id')}_not_found"
+            return Refusal(404, encode_error(text, "invalid_request_error", param=param, code=code))
         case NoReplicaError(state=state, retry_after_s=seconds):
             body = encode_error(text, "server_error", param="model", code="no_replica", state=state)
             return Refusal(503, body, _retry_after(seconds))

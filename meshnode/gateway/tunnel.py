@@ -33,7 +33,13 @@ from meshnode.gateway.answer import (
     Ask,
     answer_locally,
 )
-from meshnode.gateway.openai import decode_chat, decode_text, encode_error
+from meshnode.gateway.openai import (
+    CHAT_PATH,
+    TEXT_PATH,
+    decode_chat,
+    decode_text,
+    encode_error,
+)
 from meshnode.gateway.refusal import Refusal, refusal_of
 from meshnode.gateway.resume import CONTINUE_HEADER, split_continuation
 from meshnode.gateway.session import SESSION_BYTES
@@ -45,7 +51,7 @@ __all__ = ["TunnelApp"]
 BODY_TIMEOUT_S = 60
 """A gateway has the whole body before it forwards it; slower than this is a broken path."""
 
-_ROUTES = {"/v1/chat/completions": decode_chat, "/v1/completions": decode_text}
+_ROUTES = {CHAT_PATH: decode_chat, TEXT_PATH: decode_text}
 _REQUEST_ID = re.compile(rf"[0-9a-f]{{{2 * REQUEST_ID_BYTES}}}")
 _SESSION = re.compile(rf"[0-9a-f]{{{2 * SESSION_BYTES}}}")
 _UNIX_SECONDS = re.compile(r"[0-9]{1,12}")

@@ -1,0 +1,328 @@
+"""Ollama's /api to and from a chat request. Pure: bytes in, values out.
+
+Decides which fields and options work, which are harmless, and which are refused by name; and what
+Ollama's clients learn about the models of the mesh. The shapes follow Ollama's API reference.
+A stream is one JSON object a line, and is what a client gets that does not say otherwise.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Mapping
+from datetime import UTC, datetime
+from functools import partial
+from typing import Annotated, Any, Literal
+
+import msgspec
+
+from meshnode.engine import Finish, ModelCard
+from meshnode.errors import RequestError
+from meshnode.gateway import ServedModel
+from meshnode.gateway.dialects import Asked, Name, ask, read_error, stop_of
+from meshnode.gateway.fields import Shape, decode_body, refuse_unsupported, unsupported
+from meshnode.gateway.openai import TOKEN_ID_MAX, Call
+
+__all__ = [
+    "API_VERSION",
+    "CHAT_SHAPE",
+    "GENERATE_SHAPE",
+    "SHOW_SHAPE",
+    "decode_chat",
+    "decode_generate",
+    "decode_show",
+    "encode_ollama_error",
+    "encode_show",
+    "encode_tags",
+]
+
+API_VERSION = "0.6.4"
+"""The release of Ollama whose API this is. Its clients compare it; it says nothing of ours."""
+
+_Share = Annotated[float, msgspec.Meta(ge=0.0, le=1.0)]
+_Penalty = Annotated[float, msgspec.Meta(ge=-2.0, le=2.0)]
+
+
+class _Options(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
+    """`Any` marks options of which only a neutral value works."""
+
+    num_predict: Annotated[int, msgspec.Meta(ge=-2)] | None = None
+    temperature: Annotated[float, msgspec.Meta(ge=0.0, le=2.0)] | None = None
+    top_p: _Share | None = None
+    top_k: Annotated[int, msgspec.Meta(ge=0, le=TOKEN_ID_MAX)] | None = None
+    min_p: _Share | None = None
+    seed: Annotated[int, msgspec.Meta(ge=-(2**63), le=2**63 - 1)] | None = None
+    frequency_penalty: _Penalty | None = None
+    presence_penalty: _Penalty | None = None
+    stop: str | list[str] | None = None
+    mirostat: Any = None
+    num_ctx: Any = None
+    repeat_penalty: Any = None
+    typical_p: Any = None
+
+
+class _Body(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
+    model: Name
+    stream: bool | None = None
+    options: _Options | None = None
+    keep_alive: str | float | None = None  # harmless: models stay loaded
+    format: Any = None
+    think: Any = None
+    logprobs: Any = None
+    top_logprobs: Any = None
+
+
+class _Message(msgspec.Struct, forbid_unknown_fields=True):
+    role: Literal["system", "user", "assistant"]
+    content: str
+    images: Any = None
+    thinking: Any = None
+    tool_calls: Any = None
+    tool_name: Any = None
+    tool_call_id: Any = None
+
+
+class _ChatBody(_Body, forbid_unknown_fields=True, kw_only=True):
+    messages: Annotated[list[_Message], msgspec.Meta(min_length=1)]
+    tools: Any = None
+
+
+class _GenerateBody(_Body, forbid_unknown_fields=True, kw_only=True):
+    prompt: Annotated[str, msgspec.Meta(min_length=1)]
+    system: str | None = None
+    context: Any = None
+    images: Any = None
+    raw: Any = None
+    suffix: Any = None
+    template: Any = None
+
+
+class _ShowBody(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
+    model: Name | None = None
+    name: Name | None = None  # as older clients call it
+    verbose: Any = None
+
+
+_NEUTRAL_OPTIONS: Mapping[str, tuple[Any, ...]] = {
+    "mirostat": (0,),
+    "num_ctx": (),
+    "repeat_penalty": (1, 1.0),
+    "typical_p": (1, 1.0),
+}
+_NEUTRAL_BODY: Mapping[str, tuple[Any, ...]] = {
+    "format": ("",),
+    "think": (False,),
+    "logprobs": (False,),
+    "top_logprobs": (0,),
+}
+_NEUTRAL_CHAT: Mapping[str, tuple[Any, ...]] = {**_NEUTRAL_BODY, "tools": ([],)}
+_NEUTRAL_GENERATE: Mapping[str, tuple[Any, ...]] = {
+    **_NEUTRAL_BODY,
+    "context": ([],),
+    "images": ([],),
+    "raw": (False,),
+    "suffix": ("",),
+    "template": ("",),
+}
+_NEUTRAL_MESSAGE: Mapping[str, tuple[Any, ...]] = {
+    "images": ([],),
+    "thinking": ("",),
+    "tool_calls": ([],),
+    "tool_name": ("",),
+    "tool_call_id": ("",),
+}
+_NEUTRAL_SHOW: Mapping[str, tuple[Any, ...]] = {"verbose": (False,)}
+_WITHIN: Mapping[type[msgspec.Struct], Mapping[str, tuple[Any, ...]]] = {
+    _Options: _NEUTRAL_OPTIONS,
+    _Message: _NEUTRAL_MESSAGE,
+}
+CHAT_SHAPE = Shape(_ChatBody, {**_WITHIN, _ChatBody: _NEUTRAL_CHAT})
+GENERATE_SHAPE = Shape(_GenerateBody, {**_WITHIN, _GenerateBody: _NEUTRAL_GENERATE})
+SHOW_SHAPE = Shape(_ShowBody, {_ShowBody: _NEUTRAL_SHOW})
+_chat_decoder = msgspec.json.Decoder(_ChatBody)
+_generate_decoder = msgspec.json.Decoder(_GenerateBody)
+_show_decoder = msgspec.json.Decoder(_ShowBody)
+
+
+def decode_chat(body: bytes) -> Asked:
+    """Understand the body of /api/chat. Raises `RequestError` naming the field."""
+    chat: _ChatBody = decode_body(_chat_decoder, body)
+    refuse_unsupported(chat, _NEUTRAL_CHAT)
+    for index, message in enumerate(chat.messages):
+        refuse_unsupported(message, _NEUTRAL_MESSAGE, f"messages[{index}].")
+    messages = [{"role": each.role, "content": each.content} for each in chat.messages]
+    return _ask(chat, messages, _chat_text)
+
+
+def decode_generate(body: bytes) -> Asked:
+    """Understand the body of /api/generate: a chat of one turn, as Ollama's own templates have it.
+
+    Raises `RequestError` naming the field.
+    """
+    asked: _GenerateBody = decode_body(_generate_decoder, body)
+    refuse_unsupported(asked, _NEUTRAL_GENERATE)
+    messages = [{"role": "user", "content": asked.prompt}]
+    if asked.system:
+        messages.insert(0, {"role": "system", "content": asked.system})
+    return _ask(asked, messages, _generate_text)
+
+
+def decode_show(body: bytes) -> str:
+    """The model that /api/show is asked about. Raises `RequestError` naming the field."""
+    asked: _ShowBody = decode_body(_show_decoder, body)
+    refuse_unsupported(asked, _NEUTRAL_SHOW)
+    named = asked.model or asked.name
+    if named is None:
+        raise RequestError(
+            "`model`: missing required field.", param="model", code="missing_required_parameter"
+        )
+    return named
+
+
+def _ask(
+    body: _Body,
+    messages: list[dict[str, str]],
+    shown: Callable[[str], dict[str, Any]],
+) -> Asked:
+    options = body.options or _Options()
+    refuse_unsupported(options, _NEUTRAL_OPTIONS, "options.")
+    stop = [options.stop] if isinstance(options.stop, str) else options.stop
+    limit = options.num_predict
+    if limit == 0:  # releases of Ollama disagree on what it means
+        raise unsupported("options.num_predict")
+    fields = {
+        "model": body.model,
+        "messages": messages,
+        # -1 and -2: as many as there is room for.
+        "max_tokens": None if limit is None or limit < 0 else limit,
+        "stop": stop_of(stop, "options.stop"),
+        "stream": body.stream is not False,
+        "temperature": options.temperature,
+        "top_p": options.top_p,
+        "top_k": options.top_k,
+        "min_p": options.min_p,
+        "seed": options.seed,
+        "frequency_penalty": options.frequency_penalty,
+        "presence_penalty": options.presence_penalty,
+    }
+    return ask(fields, lambda call: partial(_Writer, call, shown))
+
+
+def _chat_text(text: str) -> dict[str, Any]:
+    return {"message": {"role": "assistant", "content": text}}
+
+
+def _generate_text(text: str) -> dict[str, Any]:
+    return {"response": text}
+
+
+# ---------------------------------------------------------------------------------------------
+# Encoding
+# ---------------------------------------------------------------------------------------------
+
+_json = msgspec.json.Encoder()
+
+
+class _Writer:
+    """Writes the answer to one request; `shown` puts text where the route has it."""
+
+    stream_type = "application/x-ndjson"
+
+    def __init__(
+        self,
+        call: Call,
+        shown: Callable[[str], dict[str, Any]],
+        id: str,
+        created: int,
+        clock: Callable[[], int] = time.monotonic_ns,
+    ) -> None:
+        self._shown = shown
+        self._head = {"model": call.model, "created_at": _date(created)}
+        self._clock = clock
+        self._began = clock()
+
+    def opening(self) -> bytes:
+        return b""
+
+    def delta(self, text: str) -> bytes:
+        return _json.encode({**self._head, **self._shown(text), "done": False}) + b"\n"
+
+    def closing(self, finish: Finish) -> bytes:
+        return self.whole("", finish) + b"\n"
+
+    def broken(self, message: str) -> bytes:
+        return _json.encode({"error": message}) + b"\n"
+
+    def whole(self, text: str, finish: Finish) -> bytes:
+        return _json.encode(
+            {
+                **self._head,
+                **self._shown(text),
+                "done": True,
+                "done_reason": finish.reason,
+                "total_duration": self._clock() - self._began,  # nanoseconds
+                "prompt_eval_count": finish.usage.prompt_tokens,
+                "eval_count": finish.usage.completion_tokens,
+            }
+        )
+
+
+def _date(seconds: int) -> str:
+    return datetime.fromtimestamp(seconds, UTC).isoformat().replace("+00:00", "Z")
+
+
+Known = tuple[ServedModel, ModelCard | None]
+"""A model of the mesh, and its file's card if the file is on this node."""
+
+
+def encode_tags(models: Iterable[Known]) -> bytes:
+    """The answer of /api/tags."""
+    return _json.encode({"models": [_tag(*known) for known in models]})
+
+
+def _tag(model: ServedModel, card: ModelCard | None) -> dict[str, Any]:
+    return {
+        "name": model.id,
+        "model": model.id,
+        "modified_at": _date(model.created),
+        "size": card.size_bytes if card else 0,
+        "digest": model.digest,
+        "details": _details(card),
+    }
+
+
+def encode_show(model: ServedModel, card: ModelCard | None) -> bytes:
+    """The answer of /api/show."""
+    architecture = card.architecture if card else "unknown"
+    return _json.encode(
+        {
+            "details": _details(card),
+            "model_info": {
+                "general.architecture": architecture,
+                "general.parameter_count": card.parameters if card else 0,
+                f"{architecture}.context_length": model.context_tokens,
+            },
+            "capabilities": ["completion"],
+            "modified_at": _date(model.created),
+        }
+    )
+
+
+def _details(card: ModelCard | None) -> dict[str, Any]:
+    return {
+        "parent_model": "",
+        "format": "gguf",
+        "family": card.architecture if card else "",
+        "families": [card.architecture] if card else [],
+        "parameter_size": _people_size(card.parameters) if card else "",
+        "quantization_level": card.quantization if card else "",
+    }
+
+
+def _people_size(parameters: int) -> str:
+    """`134.52M`, `8.03B`, as Ollama writes it."""
+    return f"{parameters / 1e9:.2f}B" if parameters >= 10**9 else f"{parameters / 1e6:.2f}M"
+
+
+def encode_ollama_error(status: int, body: bytes) -> bytes:
+    """An error in OpenAI's shape, in Ollama's, which has no types."""
+    return _json.encode({"error": read_error(body).message})

@@ -1,0 +1,187 @@
+"""The official clients of other APIs against a real node with a real model.
+
+What OpenAI's own client does with chats is in test_one_node.py; here it asks for responses.
+"""
+
+from __future__ import annotations
+
+import anthropic
+import ollama
+import openai
+import pytest
+
+from tests.e2e.mesh import HANG_S, MODEL_NAME, QUESTION, Mesh, NodeProcess
+
+ASK = {"model": MODEL_NAME, "temperature": 0}
+# Anthropic's own models no longer take a temperature, so its client has no argument for it.
+MESSAGE = {"model": MODEL_NAME, "extra_body": {"temperature": 0}}
+TURN = [{"role": "user", "content": QUESTION}]
+OPTIONS = {"temperature": 0, "num_predict": 12}
+
+
+@pytest.fixture(scope="module")
+def node(module_mesh: Mesh) -> NodeProcess:
+    return module_mesh.node("alone").wait_ready()
+
+
+@pytest.fixture(scope="module")
+def responses(node: NodeProcess) -> openai.resources.Responses:
+    client = openai.OpenAI(base_url=f"{node.url}/v1", api_key="none", max_retries=0)
+    return client.responses
+
+
+@pytest.fixture(scope="module")
+def messages(node: NodeProcess) -> anthropic.resources.Messages:
+    client = anthropic.Anthropic(base_url=node.url, api_key="none", max_retries=0)
+    return client.messages
+
+
+@pytest.fixture(scope="module")
+def llama(node: NodeProcess) -> ollama.Client:
+    return ollama.Client(host=node.url, timeout=HANG_S)
+
+
+# ---------------------------------------------------------------------------------------------
+# openai: responses
+# ---------------------------------------------------------------------------------------------
+
+
+def test_responses_whole_and_streamed_alike(responses: openai.resources.Responses) -> None:
+    whole = responses.create(**ASK, input=QUESTION, max_output_tokens=64)
+    assert "Paris" in whole.output_text
+    assert whole.usage is not None
+    assert 1 <= whole.usage.output_tokens <= 64
+    with responses.stream(**ASK, input=TURN, max_output_tokens=64) as stream:
+        events = list(stream)
+        final = stream.get_final_response()
+    deltas = [each.delta for each in events if each.type == "response.output_text.delta"]
+    assert len(deltas) > 3, "a stream comes in pieces"
+    assert "".join(deltas) == final.output_text == whole.output_text
+    assert [each.sequence_number for each in events] == list(range(len(events)))
+
+
+def test_responses_go_on_from_the_one_before(responses: openai.resources.Responses) -> None:
+    first = responses.create(**ASK, input="My name is Zebediah. Say hello.", max_output_tokens=16)
+    second = responses.create(
+        **ASK, input="What is my name?", previous_response_id=first.id, max_output_tokens=16
+    )
+    assert "Zebediah" in second.output_text
+    assert second.usage is not None
+    assert second.usage.input_tokens_details.cached_tokens > 0
+    assert responses.retrieve(second.id).output_text == second.output_text
+    responses.delete(first.id)
+    with pytest.raises(openai.NotFoundError) as refused:
+        responses.create(**ASK, input="And now?", previous_response_id=first.id)
+    assert refused.value.code == "previous_response_not_found"
+    with pytest.raises(openai.NotFoundError):
+        responses.retrieve(first.id)
+
+
+def test_responses_refuse_by_name(responses: openai.resources.Responses) -> None:
+    with pytest.raises(openai.BadRequestError) as refused:
+        responses.create(**ASK, input="x", background=True)
+    assert refused.value.param == "background"
+
+
+# ---------------------------------------------------------------------------------------------
+# anthropic
+# ---------------------------------------------------------------------------------------------
+
+
+def test_messages_whole_and_streamed_alike(messages: anthropic.resources.Messages) -> None:
+    ask = {**MESSAGE, "messages": TURN, "max_tokens": 12, "system": "You are a helpful assistant."}
+    whole = messages.create(**ask)
+    (block,) = whole.content
+    assert "Paris" in block.text
+    assert 1 <= whole.usage.output_tokens <= 12
+    with messages.stream(**ask) as stream:
+        pieces = list(stream.text_stream)
+        final = stream.get_final_message()
+    assert len(pieces) > 3, "a stream comes in pieces"
+    assert "".join(pieces) == final.content[0].text == block.text
+    assert (final.stop_reason, final.usage.output_tokens) == (
+        whole.stop_reason,
+        whole.usage.output_tokens,
+    )
+    assert final.usage.input_tokens + (final.usage.cache_read_input_tokens or 0) > 10
+
+
+def test_messages_stop_where_told(messages: anthropic.resources.Messages) -> None:
+    whole = messages.create(**MESSAGE, messages=TURN, max_tokens=12, stop_sequences=["Paris"])
+    assert whole.stop_reason == "end_turn"
+    assert all("Paris" not in block.text for block in whole.content)
+
+
+def test_messages_refuse_in_anthropics_shape(messages: anthropic.resources.Messages) -> None:
+    with pytest.raises(anthropic.NotFoundError) as unknown:
+        messages.create(model="nobody", messages=TURN, max_tokens=1)
+    assert unknown.value.body["error"]["type"] == "not_found_error"
+    with pytest.raises(anthropic.BadRequestError, match="`tools`"):
+        messages.create(
+            **MESSAGE, messages=TURN, max_tokens=1, tools=[{"name": "f", "input_schema": {}}]
+        )
+    with pytest.raises(anthropic.InternalServerError) as uncounted:
+        messages.count_tokens(model=MODEL_NAME, messages=TURN)
+    assert uncounted.value.status_code == 501
+
+
+# ---------------------------------------------------------------------------------------------
+# ollama
+# ---------------------------------------------------------------------------------------------
+
+
+def test_ollama_chats_whole_and_streamed_alike(llama: ollama.Client) -> None:
+    whole = llama.chat(MODEL_NAME, messages=TURN, options=OPTIONS)
+    assert "Paris" in (whole.message.content or "")
+    parts = list(llama.chat(MODEL_NAME, messages=TURN, options=OPTIONS, stream=True))
+    assert len(parts) > 3, "a stream comes in pieces"
+    assert "".join(part.message.content or "" for part in parts) == whole.message.content
+    assert [part.done for part in parts] == [False] * (len(parts) - 1) + [True]
+    assert parts[-1].eval_count == whole.eval_count
+    assert 1 <= (whole.eval_count or 0) <= 12
+
+
+def test_ollama_generates_as_it_chats(llama: ollama.Client) -> None:
+    told = llama.generate(MODEL_NAME, QUESTION, options=OPTIONS)
+    chatted = llama.chat(MODEL_NAME, messages=TURN, options=OPTIONS)
+    assert told.response == chatted.message.content
+
+
+def test_ollama_knows_the_models(llama: ollama.Client) -> None:
+    (model,) = llama.list().models
+    assert model.model == MODEL_NAME
+    assert model.details is not None
+    assert model.details.quantization_level
+    shown = llama.show(MODEL_NAME)
+    assert shown.modelinfo is not None
+    assert shown.modelinfo["llama.context_length"] > 0
+    with pytest.raises(ollama.ResponseError, match="nobody") as unknown:
+        llama.show("nobody")
+    assert unknown.value.status_code == 404
+
+
+def test_ollama_refuses_by_name(llama: ollama.Client) -> None:
+    with pytest.raises(ollama.ResponseError, match=r"options\.num_ctx") as refused:
+        llama.chat(MODEL_NAME, messages=TURN, options={"num_ctx": 4096})
+    assert refused.value.status_code == 400
+
+
+# ---------------------------------------------------------------------------------------------
+# litellm
+# ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("provider", "path"), [("openai", "/v1"), ("anthropic", ""), ("ollama_chat", "")]
+)
+def test_litellm(node: NodeProcess, provider: str, path: str) -> None:
+    litellm = pytest.importorskip("litellm", reason="pins an older openai than ours")
+    answer = litellm.completion(
+        model=f"{provider}/{MODEL_NAME}",
+        messages=TURN,
+        max_tokens=12,
+        temperature=0,
+        api_base=f"{node.url}{path}",
+        api_key="none",
+    )
+    assert "Paris" in answer.choices[0].message.content

@@ -1,0 +1,253 @@
+"""What each dialect's fields become in a chat request, and which are refused by name."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from meshnode.engine import ChatMessage
+from meshnode.errors import RequestError
+from meshnode.gateway.dialects import Asked, ollama
+from meshnode.gateway.dialects.anthropic import decode_messages
+from meshnode.gateway.dialects.kept import UnknownResponseError
+from meshnode.gateway.dialects.responses import decode_response
+from meshnode.gateway.openai import decode_chat
+
+TURN = {"role": "user", "content": "hi"}
+BEFORE = (ChatMessage("user", "a"), ChatMessage("assistant", "b"))
+
+
+def recall(id: str) -> tuple[ChatMessage, ...]:
+    if id != "resp_1":
+        raise UnknownResponseError(id, "previous_response_id")
+    return BEFORE
+
+
+def respond(body: bytes) -> Asked:
+    return decode_response(body, recall, lambda id, kept: None)
+
+
+DECODERS = {
+    "responses": (respond, {"model": "m", "input": "hi"}),
+    "messages": (decode_messages, {"model": "m", "max_tokens": 5, "messages": [TURN]}),
+    "chat": (ollama.decode_chat, {"model": "m", "messages": [TURN]}),
+    "generate": (ollama.decode_generate, {"model": "m", "prompt": "hi"}),
+}
+
+
+def asked(dialect: str, **fields: Any) -> Asked:
+    decode, least = DECODERS[dialect]
+    return decode(json.dumps({**least, **fields}).encode())
+
+
+def said(**fields: Any) -> dict[str, Any]:
+    return {"type": "text", **fields}
+
+
+WORKS = [
+    # dialect, fields, attribute of the call, its value
+    ("responses", {}, "prompt", (ChatMessage("user", "hi"),)),
+    ("responses", {}, "max_tokens", None),
+    ("responses", {}, "stream", False),
+    ("responses", {"max_output_tokens": 7}, "max_tokens", 7),
+    ("responses", {"stream": True}, "include_usage", True),
+    ("responses", {"temperature": 0.5}, "sampling.temperature", 0.5),
+    ("responses", {"top_p": 0.5}, "sampling.top_p", 0.5),
+    ("responses", {"user": "u"}, "user", "u"),
+    ("responses", {"prompt_cache_key": "k"}, "prompt_cache_key", "k"),
+    (
+        "responses",
+        {
+            "instructions": "be kind",
+            "input": [
+                {"role": "developer", "content": "x"},
+                {"type": "message", "role": "user", "content": [said(type="input_text", text="y")]},
+                {
+                    "type": "message",
+                    "id": "msg_1",
+                    "status": "completed",
+                    "role": "assistant",
+                    "content": [said(type="output_text", text="z", annotations=[], logprobs=[])],
+                },
+            ],
+        },
+        "prompt",
+        (
+            ChatMessage("system", "be kind"),
+            ChatMessage("system", "x"),
+            ChatMessage("user", "y"),
+            ChatMessage("assistant", "z"),
+        ),
+    ),
+    (
+        "responses",
+        {"instructions": "s", "previous_response_id": "resp_1"},
+        "prompt",
+        (ChatMessage("system", "s"), *BEFORE, ChatMessage("user", "hi")),
+    ),
+    ("messages", {}, "max_tokens", 5),
+    ("messages", {"stream": True}, "include_usage", True),
+    ("messages", {"stop_sequences": ["a", "b"]}, "stop", ("a", "b")),
+    ("messages", {"temperature": 1.0}, "sampling.temperature", 1.0),
+    ("messages", {"top_p": 0.5}, "sampling.top_p", 0.5),
+    ("messages", {"top_k": 3}, "sampling.top_k", 3),
+    ("messages", {"metadata": {"user_id": "u"}}, "user", None),
+    (
+        "messages",
+        {
+            "system": [said(text="s", cache_control={"type": "ephemeral"})],
+            "messages": [
+                {"role": "user", "content": [said(text="a"), said(text="b")]},
+                {"role": "user", "content": "c"},
+                {"role": "assistant", "content": "d"},
+                {"role": "user", "content": "e"},
+            ],
+        },
+        "prompt",
+        (
+            ChatMessage("system", "s"),
+            ChatMessage("user", "a\nb\nc"),
+            ChatMessage("assistant", "d"),
+            ChatMessage("user", "e"),
+        ),
+    ),
+    ("chat", {}, "stream", True),
+    ("chat", {"stream": False}, "stream", False),
+    ("chat", {}, "max_tokens", None),
+    ("chat", {"options": {"num_predict": 9}}, "max_tokens", 9),
+    ("chat", {"options": {"num_predict": -1}}, "max_tokens", None),
+    ("chat", {"options": {"stop": "x"}}, "stop", ("x",)),
+    ("chat", {"options": {"seed": 4}}, "sampling.seed", 4),
+    ("chat", {"options": {"temperature": 0}}, "sampling.temperature", 0),
+    ("chat", {"options": {"top_k": 4}}, "sampling.top_k", 4),
+    ("chat", {"options": {"min_p": 0.5}}, "sampling.min_p", 0.5),
+    ("chat", {"options": {"presence_penalty": 1}}, "sampling.presence_penalty", 1),
+    ("chat", {"keep_alive": "5m"}, "prompt", (ChatMessage("user", "hi"),)),
+    (
+        "generate",
+        {"system": "s"},
+        "prompt",
+        (ChatMessage("system", "s"), ChatMessage("user", "hi")),
+    ),
+]
+
+
+@pytest.mark.parametrize(("dialect", "fields", "attribute", "value"), WORKS)
+def test_fields_that_work(
+    dialect: str, fields: dict[str, Any], attribute: str, value: object
+) -> None:
+    request = asked(dialect, **fields)
+    found: Any = request.call
+    for name in attribute.split("."):
+        found = getattr(found, name)
+    assert found == value
+    # A peer gets the body and understands the same.
+    assert decode_chat(request.body) == request.call
+
+
+HARMLESS = [
+    ("responses", {"store": False, "metadata": {"a": "b"}, "safety_identifier": "s"}),
+    ("responses", {"tools": [], "tool_choice": "auto", "parallel_tool_calls": True}),
+    ("responses", {"text": {"format": {"type": "text"}}, "truncation": "disabled"}),
+    ("responses", {"reasoning": None, "include": [], "background": False}),
+    ("responses", {"stream": True, "stream_options": {"include_obfuscation": False}}),
+    ("messages", {"service_tier": "auto", "thinking": {"type": "disabled"}, "tools": []}),
+    ("messages", {"cache_control": {"type": "ephemeral", "ttl": "1h"}}),
+    ("chat", {"format": "", "think": False, "tools": [], "keep_alive": 0}),
+    ("chat", {"options": {"repeat_penalty": 1, "mirostat": 0, "typical_p": 1.0}}),
+    ("generate", {"raw": False, "context": [], "suffix": "", "template": "", "images": []}),
+]
+
+
+@pytest.mark.parametrize(("dialect", "fields"), HARMLESS)
+def test_fields_that_change_no_answer(dialect: str, fields: dict[str, Any]) -> None:
+    changed = asked(dialect, **fields).call
+    plain = asked(dialect, **({"stream": True} if "stream" in fields else {})).call
+    assert changed == plain
+
+
+def message(**fields: Any) -> dict[str, Any]:
+    return {"messages": [TURN, {**TURN, **fields}]}
+
+
+REFUSED = [
+    # dialect, fields, the field that the error names
+    ("responses", {"model": ""}, "model"),
+    ("responses", {"model": None}, "model"),
+    ("responses", {"input": []}, "input"),
+    ("responses", {"input": 3}, "input"),
+    ("responses", {"input": [{"type": "item_reference", "id": "x"}]}, "input[0]"),
+    ("responses", {"input": [{**TURN, "role": "tool"}]}, "input[0].role"),
+    (
+        "responses",
+        {"input": [{**TURN, "content": [{"type": "input_image", "image_url": "x"}]}]},
+        "input[0].content[0].type",
+    ),
+    ("responses", {"max_output_tokens": 0}, "max_output_tokens"),
+    ("responses", {"temperature": 2.1}, "temperature"),
+    ("responses", {"top_p": "1"}, "top_p"),
+    ("responses", {"tools": [{"type": "web_search"}]}, "tools"),
+    ("responses", {"tool_choice": "required"}, "tool_choice"),
+    ("responses", {"text": {"format": {"type": "json_object"}}}, "text"),
+    ("responses", {"reasoning": {"effort": "low"}}, "reasoning"),
+    ("responses", {"truncation": "auto"}, "truncation"),
+    ("responses", {"background": True}, "background"),
+    ("responses", {"conversation": "c"}, "conversation"),
+    ("responses", {"include": ["message.output_text.logprobs"]}, "include"),
+    ("responses", {"metadata": {"k": "v" * 513}}, "metadata[...]"),
+    ("responses", {"stream_options": {"include_obfuscation": True}}, "stream_options"),
+    ("responses", {"seed": 1}, "seed"),
+    ("messages", {"max_tokens": None}, "max_tokens"),
+    ("messages", {"messages": []}, "messages"),
+    ("messages", message(role="system"), "messages[1].role"),
+    ("messages", message(role="assistant"), "messages[1].role"),
+    ("messages", message(content=[{"type": "image"}]), "messages[1].content[0].type"),
+    ("messages", message(content=[said(text="a", citations=[1])]), "messages[1].content[0]"),
+    ("messages", {"stop_sequences": ["a"] * 5}, "stop_sequences"),
+    ("messages", {"stop_sequences": [""]}, "stop_sequences"),
+    ("messages", {"temperature": 1.1}, "temperature"),
+    ("messages", {"thinking": {"type": "enabled", "budget_tokens": 1024}}, "thinking"),
+    ("messages", {"tools": [{"name": "f"}]}, "tools"),
+    ("messages", {"n": 2}, "n"),
+    ("chat", {"options": {"num_ctx": 4096}}, "options.num_ctx"),
+    ("chat", {"options": {"num_predict": 0}}, "options.num_predict"),
+    ("chat", {"options": {"repeat_penalty": 1.1}}, "options.repeat_penalty"),
+    ("chat", {"options": {"num_gpu": 1}}, "options.num_gpu"),
+    ("chat", {"options": {"stop": ["a"] * 5}}, "options.stop"),
+    ("chat", {"format": "json"}, "format"),
+    ("chat", {"think": True}, "think"),
+    ("chat", {"tools": [{}]}, "tools"),
+    ("chat", message(images=["aGk="]), "messages[1].images"),
+    ("chat", message(role="tool"), "messages[1].role"),
+    ("chat", {"messages": []}, "messages"),
+    ("generate", {"raw": True}, "raw"),
+    ("generate", {"context": [1]}, "context"),
+    ("generate", {"suffix": "x"}, "suffix"),
+    ("generate", {"template": "x"}, "template"),
+    ("generate", {"images": ["aGk="]}, "images"),
+    ("generate", {"prompt": ""}, "prompt"),
+]
+
+
+@pytest.mark.parametrize(("dialect", "fields", "param"), REFUSED)
+def test_fields_that_are_refused(dialect: str, fields: dict[str, Any], param: str) -> None:
+    with pytest.raises(RequestError) as refused:
+        asked(dialect, **fields)
+    assert refused.value.param is not None
+    assert refused.value.param.startswith(param)
+    assert f"`{param}" in str(refused.value)
+
+
+@pytest.mark.parametrize("dialect", DECODERS)
+def test_missing_fields_are_named(dialect: str) -> None:
+    decode, least = DECODERS[dialect]
+    for field in least:
+        with pytest.raises(RequestError, match=f"`{field}`"):
+            decode(json.dumps({k: v for k, v in least.items() if k != field}).encode())
+
+
+def test_unknown_previous_response() -> None:
+    with pytest.raises(UnknownResponseError):
+        asked("responses", previous_response_id="resp_2")
