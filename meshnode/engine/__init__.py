@@ -19,7 +19,11 @@ from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
+# OpenAI's penalties look at the whole answer; this is longer than almost all of them.
+PENALTY_TOKENS_MAX = 2048
+
 __all__ = [
+    "PENALTY_TOKENS_MAX",
     "ChatMessage",
     "Continuation",
     "Delta",
@@ -61,7 +65,13 @@ class ChatMessage:
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
-    """How the next token is drawn. Defaults are llama.cpp's; temperature 0 is greedy."""
+    """How the next token is drawn. Defaults are llama.cpp's; temperature 0 is greedy.
+
+    All penalties look at the answer, not at the prompt, so an answer that goes on elsewhere is
+    penalised alike. `repeat_penalty` (1 is off) looks at its last `repeat_last_n` tokens, DRY at
+    its last `dry_penalty_last_n`. Mirostat (0 is off) takes the place of the four filters by rank
+    and probability.
+    """
 
     temperature: float = 0.8
     top_k: int = 40
@@ -71,6 +81,17 @@ class Sampling:
     frequency_penalty: float = 0.0
     presence_penalty: float = 0.0
     logit_bias: tuple[tuple[int, float], ...] = ()
+    typical_p: float = 1.0
+    repeat_penalty: float = 1.0
+    repeat_last_n: int = 64
+    dry_multiplier: float = 0.0
+    dry_base: float = 1.75
+    dry_allowed_length: int = 2
+    dry_penalty_last_n: int = PENALTY_TOKENS_MAX
+    dry_sequence_breakers: tuple[str, ...] = ("\n", ":", '"', "*")
+    mirostat: Literal[0, 1, 2] = 0
+    mirostat_tau: float = 5.0
+    mirostat_eta: float = 0.1
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,6 +12,7 @@ libgomp reads it once, when it is loaded.
 from __future__ import annotations
 
 import ctypes
+import dataclasses
 import math
 import os
 import sys
@@ -23,17 +24,17 @@ from typing import Any, Self
 import llama_cpp.llama_cpp as _llama
 import numpy as np
 
-from meshnode.engine import ChatMessage, Sampling
+from meshnode.engine import PENALTY_TOKENS_MAX, ChatMessage, Sampling
 from meshnode.engine.chat import ChatTemplate, Segment
 from meshnode.engine.scheduler import PREFILL_TOKENS_MAX, Batch, Trim
 from meshnode.errors import ModelLoadError, RequestError
 
-# OpenAI's penalties look at the whole answer; this is longer than almost all of them.
-PENALTY_TOKENS = 2048
 # Below it the likeliest token is drawn anyway, and dividing by it would soon overflow.
 TEMPERATURE_MIN = 1e-3
 # llama.cpp reads this seed as "choose one at random", so it cannot be a client's seed.
 _SEED_RANDOM = 0xFFFF_FFFF
+# How many of the likeliest tokens mirostat 1 estimates its distribution from: llama.cpp's choice.
+_MIROSTAT_TOKENS = 100
 # A piece is seldom longer than 16 bytes; a longer one reports its length and is read again.
 _PIECE_BYTES = 64
 # Levels of ggml: 1 debug, 2 info, 3 warn, 4 error, 5 continuation of the previous message.
@@ -78,7 +79,7 @@ _log = _Log()
 class Sampler:
     """The chain that draws one sequence's tokens; it remembers them for penalties and seed."""
 
-    def __init__(self, vocabulary_size: int, sampling: Sampling) -> None:
+    def __init__(self, vocabulary: Any, vocabulary_size: int, sampling: Sampling) -> None:
         self._chain = _llama.llama_sampler_chain_init(_llama.llama_sampler_chain_default_params())
         if not self._chain:
             raise DecodeError("no memory for a sampler")
@@ -91,23 +92,44 @@ class Sampler:
             self._add(
                 _llama.llama_sampler_init_penalties(
                     vocabulary_size,
-                    PENALTY_TOKENS,
+                    PENALTY_TOKENS_MAX,
                     1.0,
                     sampling.frequency_penalty,
                     sampling.presence_penalty,
                 )
             )
+        if sampling.repeat_penalty != 1.0:
+            self._add(
+                _llama.llama_sampler_init_penalties(
+                    vocabulary_size, sampling.repeat_last_n, sampling.repeat_penalty, 0.0, 0.0
+                )
+            )
+        if sampling.dry_multiplier:
+            self._add(_dry(vocabulary, sampling))
         if sampling.temperature < TEMPERATURE_MIN:
             self._add(_llama.llama_sampler_init_greedy())
             return
-        self._add(_llama.llama_sampler_init_top_k(sampling.top_k))
-        self._add(_llama.llama_sampler_init_top_p(sampling.top_p, 1))
-        self._add(_llama.llama_sampler_init_min_p(sampling.min_p, 1))
-        self._add(_llama.llama_sampler_init_temp(sampling.temperature))
         seed = sampling.seed
         if seed is None:
             seed = int.from_bytes(os.urandom(4), "big")
-        self._add(_llama.llama_sampler_init_dist(seed % _SEED_RANDOM))
+        seed %= _SEED_RANDOM
+        tau, eta = sampling.mirostat_tau, sampling.mirostat_eta
+        if sampling.mirostat:
+            self._add(_llama.llama_sampler_init_temp(sampling.temperature))
+            if sampling.mirostat == 1:
+                draw = _llama.llama_sampler_init_mirostat(
+                    vocabulary_size, seed, tau, eta, _MIROSTAT_TOKENS
+                )
+            else:
+                draw = _llama.llama_sampler_init_mirostat_v2(seed, tau, eta)
+            self._add(draw)
+            return
+        self._add(_llama.llama_sampler_init_top_k(sampling.top_k))
+        self._add(_llama.llama_sampler_init_typical(sampling.typical_p, 1))
+        self._add(_llama.llama_sampler_init_top_p(sampling.top_p, 1))
+        self._add(_llama.llama_sampler_init_min_p(sampling.min_p, 1))
+        self._add(_llama.llama_sampler_init_temp(sampling.temperature))
+        self._add(_llama.llama_sampler_init_dist(seed))
 
     def _add(self, sampler: Any) -> None:
         if not sampler:  # a NULL in the chain would be a crash at the first token
@@ -128,6 +150,19 @@ class Sampler:
         if self._chain:
             _llama.llama_sampler_free(self._chain)
             self._chain = None
+
+
+def _dry(vocabulary: Any, sampling: Sampling) -> Any:
+    breakers = [breaker.encode("utf-8", "replace") for breaker in sampling.dry_sequence_breakers]
+    return _llama.llama_sampler_init_dry(
+        vocabulary,
+        sampling.dry_multiplier,
+        sampling.dry_base,
+        sampling.dry_allowed_length,
+        sampling.dry_penalty_last_n,
+        (ctypes.c_char_p * len(breakers))(*breakers),
+        len(breakers),
+    )
 
 
 class LlamaModel:
@@ -336,17 +371,11 @@ class LlamaModel:
         Raises `RequestError` for tokens of no vocabulary and for numbers that are none.
         """
         self._check_tokens([token for token, _ in sampling.logit_bias], "logit_bias")
-        numbers = [
-            sampling.temperature,
-            sampling.top_p,
-            sampling.min_p,
-            sampling.frequency_penalty,
-            sampling.presence_penalty,
-            *(bias for _, bias in sampling.logit_bias),
-        ]
-        if not all(map(math.isfinite, numbers)):
+        settings = [getattr(sampling, setting.name) for setting in dataclasses.fields(sampling)]
+        numbers = [setting for setting in settings if isinstance(setting, float)]
+        if not all(map(math.isfinite, [*numbers, *(bias for _, bias in sampling.logit_bias)])):
             raise RequestError("Sampling settings must be finite numbers.")
-        return Sampler(self.vocabulary_size, sampling)
+        return Sampler(self._vocabulary, self.vocabulary_size, sampling)
 
     def _check_tokens(self, tokens: list[int], param: str) -> None:
         if any(not 0 <= token < self.vocabulary_size for token in tokens):

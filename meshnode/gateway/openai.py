@@ -4,7 +4,7 @@ Decides which fields of a request work, which are harmless, and which are refuse
 is ignored that the caller could have meant. Does not know engines, peers, sessions or HTTP.
 
 The shapes follow OpenAI's reference for /v1/chat/completions, /v1/completions and /v1/models;
-`top_k` and `min_p` are the usual extensions of local servers.
+`top_k` and the settings after it are llama.cpp's, which the clients of local servers use.
 """
 
 from __future__ import annotations
@@ -16,7 +16,14 @@ from typing import Annotated, Any, Literal
 
 import msgspec
 
-from meshnode.engine import ChatMessage, Finish, Request, Sampling, Usage
+from meshnode.engine import (
+    PENALTY_TOKENS_MAX,
+    ChatMessage,
+    Finish,
+    Request,
+    Sampling,
+    Usage,
+)
 from meshnode.errors import RequestError
 from meshnode.gateway import ServedModel
 
@@ -34,6 +41,9 @@ __all__ = [
 # OpenAI's own bounds.
 STOP_SEQUENCES_MAX = 4
 LOGIT_BIAS_ENTRIES_MAX = 1024
+# llama.cpp reads no more than 40 bytes of a breaker, and each costs a walk through the vocabulary.
+DRY_BREAKERS_MAX = 16
+DRY_BREAKER_BYTES_MAX = 40
 # /v1/completions answers with 16 tokens unless told otherwise; clients rely on it.
 TEXT_MAX_TOKENS_DEFAULT = 16
 # Names travel in headers, logs and adverts.
@@ -77,6 +87,7 @@ class Call:
 _Name = Annotated[str, msgspec.Meta(min_length=1, max_length=NAME_CHARS_MAX)]
 _Penalty = Annotated[float, msgspec.Meta(ge=-2.0, le=2.0)]
 _Share = Annotated[float, msgspec.Meta(ge=0.0, le=1.0)]
+_Lookback = Annotated[int, msgspec.Meta(ge=-1, le=PENALTY_TOKENS_MAX)]
 
 
 class _StreamOptions(msgspec.Struct, forbid_unknown_fields=True):
@@ -94,6 +105,18 @@ class _Body(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     top_p: _Share | None = None
     top_k: Annotated[int, msgspec.Meta(ge=0, le=TOKEN_ID_MAX)] | None = None
     min_p: _Share | None = None
+    typical_p: _Share | None = None
+    repeat_penalty: Annotated[float, msgspec.Meta(gt=0.0, le=10.0)] | None = None
+    repetition_penalty: Annotated[float, msgspec.Meta(gt=0.0, le=10.0)] | None = None
+    repeat_last_n: _Lookback | None = None
+    dry_multiplier: Annotated[float, msgspec.Meta(ge=0.0, le=100.0)] | None = None
+    dry_base: Annotated[float, msgspec.Meta(ge=1.0, le=100.0)] | None = None
+    dry_allowed_length: Annotated[int, msgspec.Meta(ge=1, le=PENALTY_TOKENS_MAX)] | None = None
+    dry_penalty_last_n: _Lookback | None = None
+    dry_sequence_breakers: list[str] | None = None
+    mirostat: Literal[0, 1, 2] | None = None
+    mirostat_tau: Annotated[float, msgspec.Meta(gt=0.0, le=100.0)] | None = None
+    mirostat_eta: Annotated[float, msgspec.Meta(gt=0.0, le=1.0)] | None = None
     seed: Annotated[int, msgspec.Meta(ge=-(2**63), le=2**63 - 1)] | None = None
     frequency_penalty: _Penalty | None = None
     presence_penalty: _Penalty | None = None
@@ -353,21 +376,69 @@ def _call(
     )
 
 
+# Fields of a body that are fields of `Sampling`, as they are.
+_SAMPLING = (
+    "temperature",
+    "top_k",
+    "top_p",
+    "min_p",
+    "typical_p",
+    "seed",
+    "frequency_penalty",
+    "presence_penalty",
+    "repeat_penalty",
+    "repeat_last_n",
+    "dry_multiplier",
+    "dry_base",
+    "dry_allowed_length",
+    "dry_penalty_last_n",
+    "mirostat",
+    "mirostat_tau",
+    "mirostat_eta",
+)
+
+
 def _sampling(body: _Body) -> Sampling:
     given: dict[str, Any] = {
-        name: value
-        for name in (
-            "temperature",
-            "top_k",
-            "top_p",
-            "min_p",
-            "seed",
-            "frequency_penalty",
-            "presence_penalty",
-        )
-        if (value := getattr(body, name)) is not None
+        name: value for name in _SAMPLING if (value := getattr(body, name)) is not None
     }
+    if body.mirostat:
+        # Mirostat draws by surprise alone; what it would ignore is refused.
+        for name in ("top_k", "top_p", "min_p", "typical_p"):
+            if name in given:
+                raise _conflict(name, "mirostat")
+        if body.temperature == 0.0:
+            raise _conflict("mirostat", "temperature: 0")
+    if body.repetition_penalty is not None:
+        if body.repeat_penalty is not None:
+            raise _conflict("repetition_penalty", "repeat_penalty")
+        given["repeat_penalty"] = body.repetition_penalty
+    for name in ("repeat_last_n", "dry_penalty_last_n"):
+        if given.get(name) == -1:  # llama.cpp's word for the whole context
+            given[name] = PENALTY_TOKENS_MAX
+    if body.dry_sequence_breakers is not None:
+        given["dry_sequence_breakers"] = _breakers(body.dry_sequence_breakers)
     return Sampling(**given, logit_bias=_logit_bias(body.logit_bias or {}))
+
+
+def _conflict(param: str, other: str) -> RequestError:
+    return RequestError(
+        f"`{param}` cannot be combined with `{other}`.", param=param, code="invalid_value"
+    )
+
+
+def _breakers(breakers: list[str]) -> tuple[str, ...]:
+    if len(breakers) > DRY_BREAKERS_MAX or any(
+        not 0 < len(breaker.encode()) <= DRY_BREAKER_BYTES_MAX or "\0" in breaker
+        for breaker in breakers
+    ):
+        raise RequestError(
+            f"`dry_sequence_breakers` are up to {DRY_BREAKERS_MAX} strings of 1 to "
+            f"{DRY_BREAKER_BYTES_MAX} bytes.",
+            param="dry_sequence_breakers",
+            code="invalid_value",
+        )
+    return tuple(breakers)
 
 
 def _logit_bias(bias: dict[str, float]) -> tuple[tuple[int, float], ...]:
