@@ -21,18 +21,23 @@ from typing import Literal, Protocol
 
 # OpenAI's penalties look at the whole answer; this is longer than almost all of them.
 PENALTY_TOKENS_MAX = 2048
+# OpenAI's own bound.
+TOP_LOGPROBS_MAX = 20
 
 __all__ = [
     "PENALTY_TOKENS_MAX",
+    "TOP_LOGPROBS_MAX",
     "ChatMessage",
     "Continuation",
     "Delta",
     "Engine",
     "EngineStats",
     "Finish",
+    "Logprob",
     "ModelCard",
     "Request",
     "Sampling",
+    "TokenLogprobs",
     "Usage",
 ]
 
@@ -113,6 +118,8 @@ class Request:
     `session` is the 16-byte session key of `protocol.dispatch`: requests with equal keys are
     turns of one conversation, and the engine keeps their KV cache together.
     `max_tokens` None means up to the end of the context.
+    `logprobs` asks for every token's probability beside so many of the likeliest (0 to
+    `TOP_LOGPROBS_MAX`); None for none.
     `continuation`: the answer goes on from there; what it counts, `max_tokens` and the usage
     include what came before, and stop strings may begin in it.
     """
@@ -124,6 +131,7 @@ class Request:
     max_tokens: int | None = None
     stop: tuple[str, ...] = ()
     continuation: Continuation | None = None
+    logprobs: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,24 +144,46 @@ class Usage:
 
 
 @dataclass(frozen=True, slots=True)
+class Logprob:
+    """A token's bytes, and the natural logarithm of its probability."""
+
+    piece: bytes
+    logprob: float
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprobs:
+    """How likely the model found a token of the answer, and the likeliest, best first.
+
+    These are the model's own probabilities, before temperature, penalties and grammar.
+    """
+
+    drawn: Logprob
+    top: tuple[Logprob, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Delta:
     """Some text, always whole UTF-8 characters, from `tokens` newly decoded tokens.
 
     `ids` are these tokens; empty if the engine does not tell them, so that its answers cannot be
-    continued by another.
+    continued by another. `logprobs`, if asked for, has one entry for each that has text to show.
     """
 
     text: str
     tokens: int = 1
     ids: tuple[int, ...] = ()
+    logprobs: tuple[TokenLogprobs, ...] = ()
+    index: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class Finish:
-    """The end of an answer; always the last event."""
+    """The end of the answer number `index`; its last event."""
 
     reason: Literal["stop", "length"]
     usage: Usage
+    index: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NoReturn
 
-from meshnode.engine import Usage, wire
+from meshnode.engine import TokenLogprobs, Usage, wire
 from meshnode.engine.cores import usable_cores
 from meshnode.engine.llama import LlamaModel, Sampler, quantize_q4_0
 from meshnode.engine.pace import Rates, Threads
@@ -41,9 +41,11 @@ EXIT_BUG = 1
 @dataclass(frozen=True, slots=True)
 class _Resumed:
     """What an answer had when another engine was lost in it: tokens, now at the end of the
-    prompt, and characters shown beyond those that the tokens release by themselves."""
+    prompt, bytes of their text that are held back, and characters shown beyond those that the
+    tokens release by themselves."""
 
     tokens: int = 0
+    bytes_held: int = 0
     chars_beyond: int = 0
 
     def usage(self, usage: Usage) -> Usage:
@@ -67,12 +69,14 @@ class _Start:
     sampler: Sampler
     text: AnswerText
     resumed: _Resumed
+    logprobs: int | None
 
 
 class _Answer:
     """What the main thread keeps of a sequence besides its tokens."""
 
-    __slots__ = ("chars_beyond", "ids_unsent", "resumed", "sampler", "text")
+    __slots__ = ("bytes_fed", "bytes_released", "chars_beyond", "ids_unsent", "logprobs",
+                 "logprobs_unsent", "resumed", "sampler", "text")  # fmt: skip
 
     def __init__(self, start: _Start) -> None:
         self.sampler = start.sampler
@@ -80,6 +84,31 @@ class _Answer:
         self.resumed = start.resumed
         self.chars_beyond = start.resumed.chars_beyond
         self.ids_unsent: list[int] = []
+        self.logprobs = start.logprobs
+        # Each with the place in the answer's bytes where its token begins.
+        self.logprobs_unsent: list[tuple[int, TokenLogprobs]] = []
+        self.bytes_fed = start.resumed.bytes_held
+        self.bytes_released = 0
+
+    def feed(self, token: int, piece: bytes) -> str:
+        """Add a token; returns the text that is now safe."""
+        self.ids_unsent.append(token)
+        self.bytes_fed += len(piece)
+        return self.text.feed(piece)
+
+    def observe(self, logprobs: TokenLogprobs) -> None:
+        """What the model thought of the token that will be fed next."""
+        self.logprobs_unsent.append((self.bytes_fed, logprobs))
+
+    def take_logprobs(self, text: str, *, over: bool) -> tuple[TokenLogprobs, ...]:
+        """Those that go with the text now released; tokens that a stop string has eaten have
+        none."""
+        self.bytes_released += len(text.encode())
+        if not text and not over:
+            return ()
+        taken, self.logprobs_unsent = self.logprobs_unsent, []
+        end = self.bytes_released if self.text.stopped else self.bytes_fed
+        return tuple(logprobs for start, logprobs in taken if start < end)
 
     def unshown(self, text: str) -> str:
         """Without what was shown already."""
@@ -167,7 +196,16 @@ class Child:
             prompt += frame.continuation.tokens
             sampler.remember(frame.continuation.tokens)
         max_tokens = None if frame.max_tokens is None else frame.max_tokens - resumed.tokens
-        start = _Start(frame.number, frame.session, prompt, max_tokens, sampler, text, resumed)
+        start = _Start(
+            frame.number,
+            frame.session,
+            prompt,
+            max_tokens,
+            sampler,
+            text,
+            resumed,
+            frame.logprobs,
+        )
         full = not self._limits.fits(len(prompt), max_tokens)
         if text.stopped or full or (max_tokens is not None and max_tokens <= 0):
             self._end_at_once(start)
@@ -182,11 +220,13 @@ class Child:
         tokens = frame.continuation.tokens
         if any(not 0 <= token < self._model.vocabulary_size for token in tokens):
             raise RequestError("The answer to be continued is not this model's.")
-        released = sum(len(text.feed(self._model.piece(token))) for token in tokens)
-        chars_beyond = frame.continuation.chars - released
+        pieces = [self._model.piece(token) for token in tokens]
+        released = "".join(map(text.feed, pieces))
+        chars_beyond = frame.continuation.chars - len(released)
         if chars_beyond < 0:
             raise RequestError("The answer to be continued shows less than it has.")
-        return text, _Resumed(len(tokens), chars_beyond)
+        bytes_held = sum(map(len, pieces)) - len(released.encode())
+        return text, _Resumed(len(tokens), bytes_held, chars_beyond)
 
     def _end_at_once(self, start: _Start) -> None:
         """The lost engine had decoded the last token, and only its end was not heard."""
@@ -275,7 +315,11 @@ class Child:
         for chunk in batch.chunks:
             row += len(chunk.tokens)
             if chunk.wants_logits:
-                tokens.append(self._model.draw(self._answers[chunk.sequence].sampler, row))
+                answer = self._answers[chunk.sequence]
+                token = self._model.draw(answer.sampler, row)
+                tokens.append(token)
+                if answer.logprobs is not None and token not in self._model.end_tokens:
+                    answer.observe(self._model.logprobs(row, token, answer.logprobs))
         return tokens
 
     def _deliver(self, sampled: Sampled) -> Iterator[wire.FromChild]:
@@ -283,18 +327,18 @@ class Child:
         answer = self._answers[sampled.sequence]
         text, finish = "", sampled.finish
         if finish != "stop":
-            text = answer.text.feed(self._model.piece(sampled.token))
-            answer.ids_unsent.append(sampled.token)
+            text = answer.feed(sampled.token, self._model.piece(sampled.token))
         if answer.text.stopped:
             if finish is None:
                 self._scheduler.end(sampled.sequence)
             finish = "stop"
         if finish is not None:
             text += answer.text.flush()
+        logprobs = answer.take_logprobs(text, over=finish is not None)
         text = answer.unshown(text)
-        if text:
+        if text or logprobs:
             ids, answer.ids_unsent = tuple(answer.ids_unsent), []
-            yield wire.Text(sampled.sequence, text, len(ids), ids)
+            yield wire.Text(sampled.sequence, text, len(ids), ids, logprobs)
         if finish is not None:
             self._answers.pop(sampled.sequence).sampler.close()
             yield wire.Done(sampled.sequence, finish, answer.resumed.usage(sampled.usage))

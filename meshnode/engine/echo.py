@@ -77,6 +77,8 @@ class EchoEngine:
     async def generate(self, request: Request) -> AsyncIterator[AsyncIterator[Delta | Finish]]:
         """See `Engine.generate`."""
         await trio.lowlevel.checkpoint()
+        if request.logprobs is not None:
+            raise RequestError("An echo has no probabilities.", param="logprobs")
         prompt, answer = _words(request)
         if not prompt:
             raise RequestError("The prompt is empty.", param="messages")

@@ -24,7 +24,13 @@ from typing import Any, Self
 import llama_cpp.llama_cpp as _llama
 import numpy as np
 
-from meshnode.engine import PENALTY_TOKENS_MAX, ChatMessage, Sampling
+from meshnode.engine import (
+    PENALTY_TOKENS_MAX,
+    ChatMessage,
+    Logprob,
+    Sampling,
+    TokenLogprobs,
+)
 from meshnode.engine.chat import ChatTemplate, Segment
 from meshnode.engine.scheduler import PREFILL_TOKENS_MAX, Batch, Trim
 from meshnode.errors import ModelLoadError, RequestError
@@ -418,16 +424,28 @@ class LlamaModel:
 
     def draw(self, sampler: Sampler, row: int) -> int:
         """The next token from row `row` of the last batch."""
-        logits = _llama.llama_get_logits_ith(self._context, row)
-        if not logits:
-            raise DecodeError(f"row {row} of the batch has no logits")
-        largest = np.ctypeslib.as_array(logits, shape=(self.vocabulary_size,)).max()
-        if not math.isfinite(largest):
+        if not math.isfinite(self._logits(row).max()):
             raise DecodeError("the model computes no numbers; its file may be damaged")
         token = sampler.draw(self._context, row)
         if not 0 <= token < self.vocabulary_size:
             raise DecodeError(f"sampling gave token {token}")
         return token
+
+    def logprobs(self, row: int, drawn: int, top: int) -> TokenLogprobs:
+        """What row `row` of the last batch says of the token drawn from it, and the `top` best."""
+        logits = self._logits(row)
+        scores = logits - logits.max()
+        scores -= math.log(np.exp(scores).sum())
+        best = np.argpartition(scores, -top)[-top:] if top else np.zeros(0, np.int64)
+        best = best[np.argsort(-scores[best])]
+        entries = [Logprob(self.piece(int(t)), float(scores[t])) for t in (drawn, *best)]
+        return TokenLogprobs(entries[0], tuple(entries[1:]))
+
+    def _logits(self, row: int) -> np.ndarray[Any, Any]:
+        logits = _llama.llama_get_logits_ith(self._context, row)
+        if not logits:
+            raise DecodeError(f"row {row} of the batch has no logits")
+        return np.ctypeslib.as_array(logits, shape=(self.vocabulary_size,))
 
     def abort(self) -> None:
         """Make a running `decode` return False within milliseconds. From any thread."""

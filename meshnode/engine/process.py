@@ -19,7 +19,15 @@ from typing import Literal, Self
 
 import trio
 
-from meshnode.engine import Delta, EngineStats, Finish, ModelCard, Request, wire
+from meshnode.engine import (
+    Delta,
+    EngineStats,
+    Finish,
+    ModelCard,
+    Request,
+    TokenLogprobs,
+    wire,
+)
 from meshnode.engine.memory import available_bytes, check_fits, context_for, memory_need
 from meshnode.engine.scheduler import BUSY_RETRY_AFTER_S
 from meshnode.errors import (
@@ -81,6 +89,7 @@ class _Answer:
         self._text: list[str] = []
         self._tokens = 0
         self._ids: tuple[int, ...] = ()
+        self._logprobs: tuple[TokenLogprobs, ...] = ()
         self._finish: Finish | None = None
         self._error: EngineError | None = None
         self._arrived = trio.Event()
@@ -91,10 +100,11 @@ class _Answer:
         self._accepted = True
         self._arrived.set()
 
-    def add(self, text: str, tokens: int, ids: tuple[int, ...]) -> None:
-        self._text.append(text)
-        self._tokens += tokens
-        self._ids += ids
+    def add(self, more: wire.Text) -> None:
+        self._text.append(more.text)
+        self._tokens += more.tokens
+        self._ids += more.ids
+        self._logprobs += more.logprobs
         self._arrived.set()
 
     def finish(self, finish: Finish) -> None:
@@ -120,8 +130,8 @@ class _Answer:
         await trio.lowlevel.checkpoint()
         while True:
             if self._text:
-                delta = Delta("".join(self._text), self._tokens, self._ids)
-                self._text, self._tokens, self._ids = [], 0, ()
+                delta = Delta("".join(self._text), self._tokens, self._ids, self._logprobs)
+                self._text, self._tokens, self._ids, self._logprobs = [], 0, (), ()
                 return delta
             if self._error is not None:
                 raise self._error
@@ -388,8 +398,8 @@ class EngineProcess:
                 )
             case wire.TooLong(number=number, prompt_tokens=prompt_tokens):
                 self._ended(number).fail(_TooLongError(prompt_tokens))
-            case wire.Text(number=number, text=text, tokens=tokens, ids=ids):
-                self._answers[number].add(text, tokens, ids)
+            case wire.Text(number=number):
+                self._answers[number].add(frame)
             case wire.Done(number=number, reason=reason, usage=usage):
                 answer = self._ended(number)
                 if reason != "cancelled":

@@ -12,7 +12,14 @@ from typing import Literal, TypeVar
 
 import msgspec
 
-from meshnode.engine import ChatMessage, Continuation, Request, Sampling, Usage
+from meshnode.engine import (
+    ChatMessage,
+    Continuation,
+    Request,
+    Sampling,
+    TokenLogprobs,
+    Usage,
+)
 from meshnode.errors import LocalProtocolError
 
 # A prompt is at most a context: 1 Mi tokens of 6 bytes is more than any model here takes.
@@ -43,6 +50,7 @@ class Generate(msgspec.Struct, frozen=True, tag="generate"):
     max_tokens: int | None
     stop: tuple[str, ...]
     continuation: Continuation | None = None
+    logprobs: int | None = None
 
     @property
     def prompt(self) -> tuple[ChatMessage, ...] | str | tuple[int, ...]:
@@ -66,6 +74,7 @@ class Generate(msgspec.Struct, frozen=True, tag="generate"):
             max_tokens=request.max_tokens,
             stop=request.stop,
             continuation=request.continuation,
+            logprobs=request.logprobs,
         )
 
 
@@ -123,6 +132,7 @@ class Text(msgspec.Struct, frozen=True, tag="text"):
     text: str
     tokens: int
     ids: tuple[int, ...] = ()
+    logprobs: tuple[TokenLogprobs, ...] = ()
 
 
 class Done(msgspec.Struct, frozen=True, tag="done"):

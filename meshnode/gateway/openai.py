@@ -10,7 +10,7 @@ The shapes follow OpenAI's reference for /v1/chat/completions, /v1/completions a
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
@@ -18,11 +18,14 @@ import msgspec
 
 from meshnode.engine import (
     PENALTY_TOKENS_MAX,
+    TOP_LOGPROBS_MAX,
     ChatMessage,
+    Delta,
     Finish,
+    Logprob,
     Request,
     Sampling,
-    Usage,
+    TokenLogprobs,
 )
 from meshnode.errors import RequestError
 from meshnode.gateway import ServedModel
@@ -67,6 +70,16 @@ class Call:
     include_usage: bool
     prompt_cache_key: str | None
     user: str | None
+    logprobs: int | None = None
+    n: int = 1
+
+    @property
+    def is_resumable(self) -> bool:
+        """Whether another engine can go on in the middle of the answer as if it were its own.
+
+        Mirostat's state is what it has drawn so far, with which chances; no other engine has it.
+        """
+        return not self.sampling.mirostat
 
     def request(self, id: str, session: bytes) -> Request:
         """The same in the engine's words; `session` is 16 bytes."""
@@ -77,6 +90,7 @@ class Call:
             sampling=self.sampling,
             max_tokens=self.max_tokens,
             stop=self.stop,
+            logprobs=self.logprobs,
         )
 
 
@@ -87,6 +101,7 @@ class Call:
 _Name = Annotated[str, msgspec.Meta(min_length=1, max_length=NAME_CHARS_MAX)]
 _Penalty = Annotated[float, msgspec.Meta(ge=-2.0, le=2.0)]
 _Share = Annotated[float, msgspec.Meta(ge=0.0, le=1.0)]
+_Top = Annotated[int, msgspec.Meta(ge=0, le=TOP_LOGPROBS_MAX)]
 _Lookback = Annotated[int, msgspec.Meta(ge=-1, le=PENALTY_TOKENS_MAX)]
 
 
@@ -131,7 +146,6 @@ class _Body(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     service_tier: Any = None
     # Not supported yet.
     n: Any = None
-    logprobs: Any = None
 
 
 class _ChatMessage(msgspec.Struct, forbid_unknown_fields=True):
@@ -149,7 +163,8 @@ class _ChatMessage(msgspec.Struct, forbid_unknown_fields=True):
 class _ChatBody(_Body, forbid_unknown_fields=True, kw_only=True):
     messages: Annotated[list[_ChatMessage], msgspec.Meta(min_length=1)]
     max_completion_tokens: Annotated[int, msgspec.Meta(ge=1)] | None = None
-    top_logprobs: Any = None
+    logprobs: bool | None = None
+    top_logprobs: _Top | None = None
     response_format: Any = None
     tools: Any = None
     tool_choice: Any = None
@@ -166,6 +181,7 @@ class _ChatBody(_Body, forbid_unknown_fields=True, kw_only=True):
 
 class _TextBody(_Body, forbid_unknown_fields=True, kw_only=True):
     prompt: str | list[Any]
+    logprobs: _Top | None = None
     best_of: Any = None
     echo: Any = None
     suffix: Any = None
@@ -179,8 +195,6 @@ _NEUTRAL_BODY: Mapping[str, tuple[Any, ...]] = {
 }
 _NEUTRAL_CHAT: Mapping[str, tuple[Any, ...]] = {
     **_NEUTRAL_BODY,
-    "logprobs": (False,),
-    "top_logprobs": (),
     "response_format": ({"type": "text"},),
     "tools": ([],),
     "tool_choice": ("none",),
@@ -196,7 +210,6 @@ _NEUTRAL_CHAT: Mapping[str, tuple[Any, ...]] = {
 }
 _NEUTRAL_TEXT: Mapping[str, tuple[Any, ...]] = {
     **_NEUTRAL_BODY,
-    "logprobs": (),
     "best_of": (1,),
     "echo": (False,),
     "suffix": ("",),
@@ -234,6 +247,7 @@ def decode_chat(body: bytes) -> Call:
         "chat",
         tuple(_chat_message(message, index) for index, message in enumerate(chat.messages)),
         chat.max_completion_tokens if chat.max_tokens is None else chat.max_tokens,
+        _chat_logprobs(chat),
     )
 
 
@@ -242,7 +256,19 @@ def decode_text(body: bytes) -> Call:
     text: _TextBody = _decode(_text_decoder, body)
     _refuse_unsupported(text, _NEUTRAL_TEXT)
     max_tokens = TEXT_MAX_TOKENS_DEFAULT if text.max_tokens is None else text.max_tokens
-    return _call(text, "text", _text_prompt(text.prompt), max_tokens)
+    return _call(text, "text", _text_prompt(text.prompt), max_tokens, text.logprobs)
+
+
+def _chat_logprobs(chat: _ChatBody) -> int | None:
+    if chat.logprobs:
+        return chat.top_logprobs or 0
+    if chat.top_logprobs is not None:
+        raise RequestError(
+            "`top_logprobs` is only allowed when `logprobs` is true.",
+            param="top_logprobs",
+            code="invalid_value",
+        )
+    return None
 
 
 def _decode(decoder: msgspec.json.Decoder[Any], body: bytes) -> Any:
@@ -354,6 +380,7 @@ def _call(
     kind: Kind,
     prompt: tuple[ChatMessage, ...] | str | tuple[int, ...],
     max_tokens: int | None,
+    logprobs: int | None,
 ) -> Call:
     if body.stream_options is not None and not body.stream:
         raise RequestError(
@@ -373,6 +400,7 @@ def _call(
         include_usage=include_usage,
         prompt_cache_key=body.prompt_cache_key,
         user=body.user,
+        logprobs=logprobs,
     )
 
 
@@ -488,10 +516,15 @@ class Encoder:
     the text's escapes and two concatenations.
     """
 
-    def __init__(self, call: Call, id: str, digest: str, created: int) -> None:
+    def __init__(
+        self, call: Call, id: str, digest: str, created: int, *, chars_shown: int = 0
+    ) -> None:
+        """`chars_shown`: of an answer that goes on here."""
         chat = call.kind == "chat"
         self._chat = chat
         self._include_usage = call.include_usage
+        self._offsets = [chars_shown] * call.n
+        self._finishes: list[Finish] = []
         self._head: dict[str, Any] = {
             "id": f"chatcmpl-{id}" if chat else f"cmpl-{id}",
             "object": "chat.completion" if chat else "text_completion",
@@ -502,36 +535,46 @@ class Encoder:
         }
         chunk = {**self._head, "object": "chat.completion.chunk"} if chat else self._head
         self._open = b"data: " + _json.encode(chunk)[:-1]
-        self._choice = self._open + b',"choices":[{"index":0,'
+        self._choices = [self._open + b',"choices":[{"index":%d,' % i for i in range(call.n)]
         # With include_usage every chunk but the last says that its usage is not known yet.
         self._close = b'}],"usage":null}\n\n' if call.include_usage else b"}]}\n\n"
-        if chat:
-            self._before = self._choice + b'"delta":{"content":'
-            self._after = b'},"logprobs":null,"finish_reason":null' + self._close
-        else:
-            self._before = self._choice + b'"text":'
-            self._after = b',"logprobs":null,"finish_reason":null' + self._close
+        before, after = (b'"delta":{"content":', b"}") if chat else (b'"text":', b"")
+        self._before = [choice + before for choice in self._choices]
+        self._between = after + b',"logprobs":'
+        self._after = b',"finish_reason":null' + self._close
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether every choice has come to its end, and so the stream."""
+        return len(self._finishes) == len(self._choices)
 
     def opening(self) -> bytes:
-        """What comes before the first text: the role, for a chat."""
+        """What comes before the first text: the role of each choice, for a chat."""
         if not self._chat:
             return b""
-        return (
-            self._choice
+        return b"".join(
+            choice
             + b'"delta":{"role":"assistant","content":"","refusal":null},'
-            + b'"logprobs":null,"finish_reason":null'
-            + self._close
+            + b'"logprobs":null'
+            + self._after
+            for choice in self._choices
         )
 
-    def delta(self, text: str) -> bytes:
+    def delta(self, delta: Delta) -> bytes:
         """One event with some text."""
-        return self._before + _json.encode(text) + self._after
+        logprobs = b"null"
+        if delta.logprobs:
+            logprobs = _json.encode(self._logprobs(delta.logprobs, delta.index))
+        text = _json.encode(delta.text)
+        return self._before[delta.index] + text + self._between + logprobs + self._after
 
     def closing(self, finish: Finish) -> bytes:
-        """The reason of the end, the usage if it was asked for, and the end."""
+        """The reason of a choice's end; after the last, the usage if it was asked for, and the
+        end."""
+        self._finishes.append(finish)
         wire = b"".join(
             (
-                self._choice,
+                self._choices[finish.index],
                 b'"delta":{}' if self._chat else b'"text":""',
                 b',"logprobs":null,"finish_reason":"',
                 finish.reason.encode(),
@@ -539,31 +582,88 @@ class Encoder:
                 self._close,
             )
         )
+        if not self.is_complete:
+            return wire
         if self._include_usage:
-            usage = _json.encode(_usage(finish.usage))
+            usage = _json.encode(_usage(self._finishes))
             wire += self._open + b',"choices":[],"usage":' + usage + b"}\n\n"
         return wire + _DONE
 
-    def whole(self, text: str, finish: Finish) -> bytes:
-        """The answer as one JSON object."""
-        choice: dict[str, Any] = {
-            "index": 0,
-            "logprobs": None,
-            "finish_reason": finish.reason,
-        }
+    def whole(self, events: Sequence[Delta | Finish]) -> bytes:
+        """The answer as one JSON object, from all its events."""
+        finishes = sorted(
+            (event for event in events if isinstance(event, Finish)),
+            key=lambda finish: finish.index,
+        )
+        choices = []
+        for finish in finishes:
+            deltas = [
+                event
+                for event in events
+                if isinstance(event, Delta) and event.index == finish.index
+            ]
+            logprobs = [each for delta in deltas for each in delta.logprobs]
+            choice: dict[str, Any] = {
+                "index": finish.index,
+                "logprobs": self._logprobs(logprobs, finish.index) if logprobs else None,
+                "finish_reason": finish.reason,
+            }
+            text = "".join(delta.text for delta in deltas)
+            if self._chat:
+                choice["message"] = {"role": "assistant", "content": text, "refusal": None}
+            else:
+                choice["text"] = text
+            choices.append(choice)
+        return _json.encode({**self._head, "choices": choices, "usage": _usage(finishes)})
+
+    def _logprobs(self, tokens: Sequence[TokenLogprobs], index: int) -> dict[str, Any]:
         if self._chat:
-            choice["message"] = {"role": "assistant", "content": text, "refusal": None}
-        else:
-            choice["text"] = text
-        return _json.encode({**self._head, "choices": [choice], "usage": _usage(finish.usage)})
+            content = [
+                {**_logprob(token.drawn), "top_logprobs": [_logprob(top) for top in token.top]}
+                for token in tokens
+            ]
+            return {"content": content, "refusal": None}
+        texts = [_token_text(token.drawn.piece) for token in tokens]
+        offsets = []
+        for token in tokens:
+            offsets.append(self._offsets[index])
+            self._offsets[index] += len(token.drawn.piece.decode("utf-8", "ignore"))
+        return {
+            "tokens": texts,
+            "token_logprobs": [token.drawn.logprob for token in tokens],
+            "top_logprobs": [
+                {_token_text(top.piece): top.logprob for top in token.top} for token in tokens
+            ],
+            "text_offset": offsets,
+        }
 
 
-def _usage(usage: Usage) -> dict[str, Any]:
+def _logprob(entry: Logprob) -> dict[str, Any]:
     return {
-        "prompt_tokens": usage.prompt_tokens,
-        "completion_tokens": usage.completion_tokens,
-        "total_tokens": usage.prompt_tokens + usage.completion_tokens,
-        "prompt_tokens_details": {"cached_tokens": usage.cached_tokens},
+        "token": _token_text(entry.piece),
+        "logprob": entry.logprob,
+        "bytes": list(entry.piece),
+    }
+
+
+def _token_text(piece: bytes) -> str:
+    """A token that is half a character has no text; OpenAI writes its bytes like this."""
+    try:
+        return piece.decode()
+    except UnicodeDecodeError:
+        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in piece)
+
+
+def _usage(finishes: Sequence[Finish]) -> dict[str, Any]:
+    """Of all choices together; they share the prompt, which is computed and counted once."""
+    prompt_tokens = max(finish.usage.prompt_tokens for finish in finishes)
+    completion_tokens = sum(finish.usage.completion_tokens for finish in finishes)
+    cached_tokens = min(finish.usage.cached_tokens for finish in finishes)
+    return {
+        "prompt_tokens": prompt_tokens,
+        "completion_tokens": completion_tokens,
+        "total_tokens": prompt_tokens + completion_tokens,
+        "prompt_tokens_details": {"cached_tokens": cached_tokens},
     }
 
 

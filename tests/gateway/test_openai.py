@@ -8,7 +8,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from meshnode.engine import ChatMessage, Finish, Sampling, Usage
+from meshnode.engine import (
+    ChatMessage,
+    Delta,
+    Finish,
+    Logprob,
+    Sampling,
+    TokenLogprobs,
+    Usage,
+)
 from meshnode.errors import RequestError
 from meshnode.gateway.openai import Encoder, decode_chat, decode_text
 from meshnode.gateway.session import SESSION_BYTES, session_key
@@ -116,7 +124,8 @@ def test_harmless_fields_pass(fields):
 REFUSED = [
     ({"n": 2}, "n"),
     ({"n": True}, "n"),
-    ({"logprobs": True}, "logprobs"),
+    ({"logprobs": 1}, "logprobs"),
+    ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
     ({"top_logprobs": 2}, "top_logprobs"),
     ({"tools": [{"type": "function"}]}, "tools"),
     ({"tool_choice": "required"}, "tool_choice"),
@@ -203,7 +212,8 @@ def test_what_does_not_work_is_refused_by_name(fields, param):
         ({"echo": True}, "echo"),
         ({"suffix": "x"}, "suffix"),
         ({"best_of": 2}, "best_of"),
-        ({"logprobs": 0}, "logprobs"),
+        ({"logprobs": 21}, "logprobs"),
+        ({"logprobs": True}, "logprobs"),
         ({"messages": MESSAGES}, "messages"),
     ],
 )
@@ -267,11 +277,46 @@ def test_chunks_are_json_whatever_the_text(content, include_usage):
     call = chat(stream=True, stream_options={"include_usage": include_usage})
     encoder = Encoder(call, "id", "ab" * 32, 1)
     finish = Finish("stop", Usage(1, 0, 1))
-    wire = encoder.opening() + encoder.delta(content) + encoder.closing(finish)
+    wire = encoder.opening() + encoder.delta(Delta(content)) + encoder.closing(finish)
     *events, done, empty = wire.decode().split("\n\n")
     assert (done, empty) == ("data: [DONE]", "")
     chunks = [json.loads(event.removeprefix("data: ")) for event in events]
     assert chunks[1]["choices"][0]["delta"] == {"content": content}
     assert chunks[2]["choices"][0]["finish_reason"] == "stop"
     assert len(chunks) == 3 + include_usage
-    assert json.loads(encoder.whole(content, finish))["choices"][0]["message"]["content"] == content
+    whole = json.loads(encoder.whole([Delta(content), finish]))
+    assert whole["choices"][0]["message"]["content"] == content
+
+
+SAID = TokenLogprobs(Logprob(b"hi", -0.5), (Logprob(b"hi", -0.5), Logprob(b"ho", -1.0)))
+HALF = TokenLogprobs(Logprob(b"\xf0\x9f", -0.25), ())
+
+
+def test_logprobs_of_a_chat():
+    call = chat(logprobs=True, top_logprobs=2)
+    assert call.logprobs == 2
+    assert chat(logprobs=True).logprobs == 0
+    events = [Delta("hi", logprobs=(SAID, HALF)), Finish("stop", Usage(1, 0, 2))]
+    choice = json.loads(Encoder(call, "id", "ab" * 32, 1).whole(events))["choices"][0]
+    hi = {"token": "hi", "logprob": -0.5, "bytes": [104, 105]}
+    ho = {"token": "ho", "logprob": -1.0, "bytes": [104, 111]}
+    half = {"token": "bytes:\\xf0\\x9f", "logprob": -0.25, "bytes": [240, 159]}
+    content = [{**hi, "top_logprobs": [hi, ho]}, {**half, "top_logprobs": []}]
+    assert choice["logprobs"] == {"content": content, "refusal": None}
+
+
+def test_logprobs_of_a_text_go_on_counting_characters():
+    call = text(logprobs=2, stream=True)
+    assert call.logprobs == 2
+    encoder = Encoder(call, "id", "ab" * 32, 1, chars_shown=10)
+    told = []
+    for _ in range(2):
+        chunk = json.loads(encoder.delta(Delta("hi", logprobs=(SAID,)))[6:])
+        told.append(chunk["choices"][0]["logprobs"])
+    assert told[0] == {
+        "tokens": ["hi"],
+        "token_logprobs": [-0.5],
+        "top_logprobs": [{"hi": -0.5, "ho": -1.0}],
+        "text_offset": [10],
+    }
+    assert told[1]["text_offset"] == [12]
