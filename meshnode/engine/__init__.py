@@ -5,6 +5,7 @@ routing or HTTP. The parts, in data-flow order:
 
 * `scheduler.py`  sans-IO policy: waiting and running sequences in, the next batch out
 * `llama.py`      mechanism: the only import of llama_cpp; runs inside the child process
+* `trial.py`      tries a client's grammar where a crash costs nothing
 * `child.py`      the child process's main loop: requests in, deltas out, one step at a time
 * `process.py`    `EngineProcess`: the Trio side that starts, watches and talks to the child
 * `echo.py`       a deterministic engine without a model, for protocol tests only
@@ -21,10 +22,13 @@ from typing import Literal, Protocol
 
 # OpenAI's penalties look at the whole answer; this is longer than almost all of them.
 PENALTY_TOKENS_MAX = 2048
+# Far more than any schema that a small model could follow.
+GRAMMAR_BYTES_MAX = 64 * 1024
 # OpenAI's own bound.
 TOP_LOGPROBS_MAX = 20
 
 __all__ = [
+    "GRAMMAR_BYTES_MAX",
     "PENALTY_TOKENS_MAX",
     "TOP_LOGPROBS_MAX",
     "ChatMessage",
@@ -33,6 +37,7 @@ __all__ = [
     "Engine",
     "EngineStats",
     "Finish",
+    "Grammar",
     "Logprob",
     "ModelCard",
     "Request",
@@ -100,6 +105,17 @@ class Sampling:
 
 
 @dataclass(frozen=True, slots=True)
+class Grammar:
+    """What an answer must match, in llama.cpp's GBNF; its first rule is `root`.
+
+    `param` is the field of the client's request that it comes from, to be named if it is none.
+    """
+
+    gbnf: str
+    param: str = "grammar"
+
+
+@dataclass(frozen=True, slots=True)
 class Continuation:
     """How far an answer had come when its engine was lost.
 
@@ -132,6 +148,7 @@ class Request:
     stop: tuple[str, ...] = ()
     continuation: Continuation | None = None
     logprobs: int | None = None
+    grammar: Grammar | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -185,7 +185,9 @@ class Child:
                 self._pipe.send(wire.TooLong(frame.number, len(prompt)))
                 return
             text, resumed = self._resume(frame)
-            sampler = self._model.sampler(frame.sampling)
+            sampler = self._model.sampler(frame.sampling, frame.grammar)
+            if frame.continuation is not None:
+                sampler.remember(frame.continuation.tokens)
         except RequestError as error:
             self._pipe.send(
                 wire.Refused(frame.number, str(error), param=error.param, code=error.code)
@@ -194,7 +196,6 @@ class Child:
         self._pipe.send(wire.Accepted(frame.number, len(prompt)))
         if frame.continuation is not None:
             prompt += frame.continuation.tokens
-            sampler.remember(frame.continuation.tokens)
         max_tokens = None if frame.max_tokens is None else frame.max_tokens - resumed.tokens
         start = _Start(
             frame.number,

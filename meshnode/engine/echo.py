@@ -79,6 +79,8 @@ class EchoEngine:
         await trio.lowlevel.checkpoint()
         if request.logprobs is not None:
             raise RequestError("An echo has no probabilities.", param="logprobs")
+        if request.grammar is not None:
+            raise RequestError("An echo keeps to no grammar.", param=request.grammar.param)
         prompt, answer = _words(request)
         if not prompt:
             raise RequestError("The prompt is empty.", param="messages")

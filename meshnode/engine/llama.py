@@ -25,14 +25,17 @@ import llama_cpp.llama_cpp as _llama
 import numpy as np
 
 from meshnode.engine import (
+    GRAMMAR_BYTES_MAX,
     PENALTY_TOKENS_MAX,
     ChatMessage,
+    Grammar,
     Logprob,
     Sampling,
     TokenLogprobs,
 )
 from meshnode.engine.chat import ChatTemplate, Segment
 from meshnode.engine.scheduler import PREFILL_TOKENS_MAX, Batch, Trim
+from meshnode.engine.trial import survives
 from meshnode.errors import ModelLoadError, RequestError
 
 # Below it the likeliest token is drawn anyway, and dividing by it would soon overflow.
@@ -41,6 +44,12 @@ TEMPERATURE_MIN = 1e-3
 _SEED_RANDOM = 0xFFFF_FFFF
 # How many of the likeliest tokens mirostat 1 estimates its distribution from: llama.cpp's choice.
 _MIROSTAT_TOKENS = 100
+# Grammars that have passed their trial, each of at most `GRAMMAR_BYTES_MAX`.
+_GRAMMARS_KEPT_MAX = 64
+# How far a trial walks: most of what explodes does so within the first tokens.
+_GRAMMAR_TRIAL_TOKENS = 16
+# llama_token_data as numpy lays it out.
+_CANDIDATE = np.dtype([("id", np.int32), ("logit", np.float32), ("p", np.float32)])
 # A piece is seldom longer than 16 bytes; a longer one reports its length and is read again.
 _PIECE_BYTES = 64
 # Levels of ggml: 1 debug, 2 info, 3 warn, 4 error, 5 continuation of the previous message.
@@ -82,10 +91,62 @@ class _Log:
 _log = _Log()
 
 
+class GrammarSampler:
+    """How far an answer has come in its grammar, and which tokens may come next.
+
+    llama.cpp ends the process if it is given a token to accept that the grammar does not admit.
+    """
+
+    def __init__(self, sampler: Any, vocabulary_size: int) -> None:
+        """Takes over a sampler of llama.cpp's that is not NULL."""
+        self._sampler = sampler
+        self._table = np.zeros(vocabulary_size, _CANDIDATE)
+        self._ids = np.arange(vocabulary_size, dtype=np.int32)
+
+    def candidates(self, logits: np.ndarray[Any, Any]) -> Any:
+        """All tokens, for samplers to sort and strike. One set at a time is good."""
+        self._table["id"] = self._ids
+        self._table["logit"] = logits
+        self._table["p"] = 0.0
+        data = self._table.ctypes.data_as(ctypes.POINTER(_llama.llama_token_data))
+        return _llama.llama_token_data_array(data, len(self._table), -1, False)
+
+    def strike(self, candidates: Any) -> None:
+        """Make impossible what may not come next: 15 ms for a vocabulary."""
+        _llama.llama_sampler_apply(self._sampler, ctypes.byref(candidates))
+
+    @property
+    def logits(self) -> np.ndarray[Any, Any]:
+        """Of the latest `candidates`; minus infinity where struck."""
+        return self._table["logit"]
+
+    def admits(self, token: int) -> bool:
+        """Whether this token may come next."""
+        one = _llama.llama_token_data(token, 1.0, 0.0)
+        array = _llama.llama_token_data_array(ctypes.pointer(one), 1, -1, False)
+        self.strike(array)
+        return bool(math.isfinite(one.logit))
+
+    def accept(self, token: int) -> None:
+        _llama.llama_sampler_accept(self._sampler, token)
+
+    def close(self) -> None:
+        if self._sampler:
+            _llama.llama_sampler_free(self._sampler)
+            self._sampler = None
+
+
 class Sampler:
     """The chain that draws one sequence's tokens; it remembers them for penalties and seed."""
 
-    def __init__(self, vocabulary: Any, vocabulary_size: int, sampling: Sampling) -> None:
+    def __init__(
+        self,
+        vocabulary: Any,
+        vocabulary_size: int,
+        sampling: Sampling,
+        grammar: GrammarSampler | None = None,
+    ) -> None:
+        self._grammar = grammar
         self._chain = _llama.llama_sampler_chain_init(_llama.llama_sampler_chain_default_params())
         if not self._chain:
             raise DecodeError("no memory for a sampler")
@@ -143,16 +204,47 @@ class Sampler:
             raise DecodeError("llama.cpp refused a sampler")
         _llama.llama_sampler_chain_add(self._chain, sampler)
 
-    def draw(self, context: Any, row: int) -> int:
-        """The next token, from row `row` of the last batch; it must have wanted logits."""
-        return int(_llama.llama_sampler_sample(self._chain, context, row))
+    def draw(self, context: Any, row: int, logits: np.ndarray[Any, Any]) -> int | None:
+        """The next token, from row `row` of the last batch; it must have wanted logits.
+
+        None if the grammar admits no token of this vocabulary, not even an end.
+        """
+        grammar = self._grammar
+        if grammar is None:
+            return int(_llama.llama_sampler_sample(self._chain, context, row))
+        # Asking the grammar about all tokens doubles a step, and it seldom minds the first choice.
+        token = self._choose(grammar.candidates(logits))
+        if not grammar.admits(token):
+            candidates = grammar.candidates(logits)
+            grammar.strike(candidates)
+            token = self._choose(candidates)
+            if not grammar.admits(token):
+                return None
+        grammar.accept(token)
+        _llama.llama_sampler_accept(self._chain, token)
+        return token
+
+    def _choose(self, candidates: Any) -> int:
+        _llama.llama_sampler_apply(self._chain, ctypes.byref(candidates))
+        return int(candidates.data[candidates.selected].id)
 
     def remember(self, tokens: Sequence[int]) -> None:
-        """Count tokens that another engine drew, as if drawn here; the seed does not move on."""
+        """Count tokens that another engine drew, as if drawn here; the seed does not move on.
+
+        Raises `RequestError` if the grammar would not have let it draw them.
+        """
         for token in tokens:
+            if self._grammar is not None:
+                if not self._grammar.admits(token):
+                    self.close()
+                    raise RequestError("The answer to be continued breaks its grammar.")
+                self._grammar.accept(token)
             _llama.llama_sampler_accept(self._chain, token)
 
     def close(self) -> None:
+        if self._grammar is not None:
+            self._grammar.close()
+            self._grammar = None
         if self._chain:
             _llama.llama_sampler_free(self._chain)
             self._chain = None
@@ -213,6 +305,7 @@ class LlamaModel:
             raise
         self._slots = slots
         self._pieces: dict[int, bytes] = {}
+        self._grammars: dict[str, None] = {}
         self._make_batch()
         self._make_abort_flag()
         on_progress(1.0)
@@ -371,17 +464,65 @@ class LlamaModel:
             size = -count
         raise DecodeError(f"token {token} has no piece")
 
-    def sampler(self, sampling: Sampling) -> Sampler:
+    def sampler(self, sampling: Sampling, grammar: Grammar | None = None) -> Sampler:
         """A new chain; the caller closes it.
 
-        Raises `RequestError` for tokens of no vocabulary and for numbers that are none.
+        Raises `RequestError` for tokens of no vocabulary, for numbers that are none, and for what
+        is no grammar.
         """
         self._check_tokens([token for token, _ in sampling.logit_bias], "logit_bias")
         settings = [getattr(sampling, setting.name) for setting in dataclasses.fields(sampling)]
         numbers = [setting for setting in settings if isinstance(setting, float)]
         if not all(map(math.isfinite, [*numbers, *(bias for _, bias in sampling.logit_bias)])):
             raise RequestError("Sampling settings must be finite numbers.")
-        return Sampler(self._vocabulary, self.vocabulary_size, sampling)
+        rules = None if grammar is None else self._checked_grammar(grammar)
+        return Sampler(self._vocabulary, self.vocabulary_size, sampling, rules)
+
+    def _checked_grammar(self, grammar: Grammar) -> GrammarSampler:
+        """Compile a grammar that has survived its trial. Raises `RequestError`."""
+        if grammar.gbnf not in self._grammars:
+            if len(grammar.gbnf.encode()) > GRAMMAR_BYTES_MAX:
+                raise RequestError(
+                    f"`{grammar.param}` makes a grammar of over {GRAMMAR_BYTES_MAX} bytes.",
+                    param=grammar.param,
+                    code="invalid_grammar",
+                )
+            if not survives(lambda: self._try_grammar(grammar)):
+                raise RequestError(
+                    f"`{grammar.param}` is no grammar that llama.cpp can follow.",
+                    param=grammar.param,
+                    code="invalid_grammar",
+                )
+            if len(self._grammars) >= _GRAMMARS_KEPT_MAX:
+                del self._grammars[next(iter(self._grammars))]
+            self._grammars[grammar.gbnf] = None
+        compiled = self._compile(grammar)
+        if compiled is None:
+            raise DecodeError("a grammar that compiled before does not compile again")
+        return compiled
+
+    def _compile(self, grammar: Grammar) -> GrammarSampler | None:
+        sampler = _llama.llama_sampler_init_grammar(
+            self._vocabulary, grammar.gbnf.encode("utf-8", "replace"), b"root"
+        )
+        return GrammarSampler(sampler, self.vocabulary_size) if sampler else None
+
+    def _try_grammar(self, grammar: Grammar) -> bool:
+        """Compile it and walk a few tokens into it; may crash or never end."""
+        rules = self._compile(grammar)
+        if rules is None:
+            return False
+        for step in range(_GRAMMAR_TRIAL_TOKENS):
+            candidates = rules.candidates(np.zeros(self.vocabulary_size, np.float32))
+            rules.strike(candidates)
+            admitted = np.flatnonzero(np.isfinite(rules.logits))
+            if not len(admitted):
+                return step > 0
+            token = int(admitted[step % len(admitted)])
+            if token in self.end_tokens:
+                break
+            rules.accept(token)
+        return True
 
     def _check_tokens(self, tokens: list[int], param: str) -> None:
         if any(not 0 <= token < self.vocabulary_size for token in tokens):
@@ -424,9 +565,12 @@ class LlamaModel:
 
     def draw(self, sampler: Sampler, row: int) -> int:
         """The next token from row `row` of the last batch."""
-        if not math.isfinite(self._logits(row).max()):
+        logits = self._logits(row)
+        if not math.isfinite(logits.max()):
             raise DecodeError("the model computes no numbers; its file may be damaged")
-        token = sampler.draw(self._context, row)
+        token = sampler.draw(self._context, row, logits)
+        if token is None:  # a dead end of the grammar is the end of the answer
+            return min(self.end_tokens)
         if not 0 <= token < self.vocabulary_size:
             raise DecodeError(f"sampling gave token {token}")
         return token

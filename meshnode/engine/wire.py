@@ -15,6 +15,7 @@ import msgspec
 from meshnode.engine import (
     ChatMessage,
     Continuation,
+    Grammar,
     Request,
     Sampling,
     TokenLogprobs,
@@ -51,6 +52,7 @@ class Generate(msgspec.Struct, frozen=True, tag="generate"):
     stop: tuple[str, ...]
     continuation: Continuation | None = None
     logprobs: int | None = None
+    grammar: Grammar | None = None
 
     @property
     def prompt(self) -> tuple[ChatMessage, ...] | str | tuple[int, ...]:
@@ -75,6 +77,7 @@ class Generate(msgspec.Struct, frozen=True, tag="generate"):
             stop=request.stop,
             continuation=request.continuation,
             logprobs=request.logprobs,
+            grammar=request.grammar,
         )
 
 

@@ -22,6 +22,7 @@ from meshnode.engine import (
     ChatMessage,
     Delta,
     Finish,
+    Grammar,
     Logprob,
     Request,
     Sampling,
@@ -29,6 +30,7 @@ from meshnode.engine import (
 )
 from meshnode.errors import RequestError
 from meshnode.gateway import ServedModel
+from meshnode.gateway.schema import JSON_OBJECT, SchemaGrammar
 
 __all__ = [
     "Call",
@@ -72,6 +74,7 @@ class Call:
     user: str | None
     logprobs: int | None = None
     n: int = 1
+    grammar: Grammar | None = None
 
     @property
     def is_resumable(self) -> bool:
@@ -91,6 +94,7 @@ class Call:
             max_tokens=self.max_tokens,
             stop=self.stop,
             logprobs=self.logprobs,
+            grammar=self.grammar,
         )
 
 
@@ -137,6 +141,7 @@ class _Body(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     presence_penalty: _Penalty | None = None
     logit_bias: dict[str, float] | None = None
     stop: str | list[str] | None = None
+    grammar: Annotated[str, msgspec.Meta(min_length=1)] | None = None
     # Harmless: they change no answer.
     user: str | None = None
     metadata: dict[str, str] | None = None
@@ -160,12 +165,24 @@ class _ChatMessage(msgspec.Struct, forbid_unknown_fields=True):
     annotations: Any = None
 
 
+class _JsonSchema(msgspec.Struct, forbid_unknown_fields=True):
+    name: _Name
+    schema: dict[str, Any] = msgspec.field(default_factory=dict)
+    strict: bool | None = None
+    description: str | None = None
+
+
+class _ResponseFormat(msgspec.Struct, forbid_unknown_fields=True):
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: _JsonSchema | None = None
+
+
 class _ChatBody(_Body, forbid_unknown_fields=True, kw_only=True):
     messages: Annotated[list[_ChatMessage], msgspec.Meta(min_length=1)]
     max_completion_tokens: Annotated[int, msgspec.Meta(ge=1)] | None = None
     logprobs: bool | None = None
     top_logprobs: _Top | None = None
-    response_format: Any = None
+    response_format: _ResponseFormat | None = None
     tools: Any = None
     tool_choice: Any = None
     parallel_tool_calls: Any = None
@@ -195,7 +212,6 @@ _NEUTRAL_BODY: Mapping[str, tuple[Any, ...]] = {
 }
 _NEUTRAL_CHAT: Mapping[str, tuple[Any, ...]] = {
     **_NEUTRAL_BODY,
-    "response_format": ({"type": "text"},),
     "tools": ([],),
     "tool_choice": ("none",),
     "parallel_tool_calls": (),
@@ -248,6 +264,7 @@ def decode_chat(body: bytes) -> Call:
         tuple(_chat_message(message, index) for index, message in enumerate(chat.messages)),
         chat.max_completion_tokens if chat.max_tokens is None else chat.max_tokens,
         _chat_logprobs(chat),
+        _chat_grammar(chat),
     )
 
 
@@ -256,7 +273,27 @@ def decode_text(body: bytes) -> Call:
     text: _TextBody = _decode(_text_decoder, body)
     _refuse_unsupported(text, _NEUTRAL_TEXT)
     max_tokens = TEXT_MAX_TOKENS_DEFAULT if text.max_tokens is None else text.max_tokens
-    return _call(text, "text", _text_prompt(text.prompt), max_tokens, text.logprobs)
+    return _call(text, "text", _text_prompt(text.prompt), max_tokens, text.logprobs, _grammar(text))
+
+
+def _grammar(body: _Body) -> Grammar | None:
+    return None if body.grammar is None else Grammar(body.grammar)
+
+
+def _chat_grammar(chat: _ChatBody) -> Grammar | None:
+    """The promise of `response_format`, kept by a grammar; strict or not makes no difference."""
+    form = chat.response_format
+    if form is None or form.type == "text":
+        return _grammar(chat)
+    if chat.grammar is not None:
+        raise _conflict("grammar", "response_format")
+    if form.type == "json_object":
+        return Grammar(JSON_OBJECT, "response_format")
+    param = "response_format.json_schema"
+    if form.json_schema is None:
+        raise RequestError(f"`{param}` is missing.", param=param, code="missing_required_parameter")
+    rules = SchemaGrammar()
+    return Grammar(rules.text(rules.add(form.json_schema.schema, f"{param}.schema")), param)
 
 
 def _chat_logprobs(chat: _ChatBody) -> int | None:
@@ -381,6 +418,7 @@ def _call(
     prompt: tuple[ChatMessage, ...] | str | tuple[int, ...],
     max_tokens: int | None,
     logprobs: int | None,
+    grammar: Grammar | None,
 ) -> Call:
     if body.stream_options is not None and not body.stream:
         raise RequestError(
@@ -401,6 +439,7 @@ def _call(
         prompt_cache_key=body.prompt_cache_key,
         user=body.user,
         logprobs=logprobs,
+        grammar=grammar,
     )
 
 
