@@ -133,6 +133,8 @@ class Request:
 
     `session` is the 16-byte session key of `protocol.dispatch`: requests with equal keys are
     turns of one conversation, and the engine keeps their KV cache together.
+    `n` answers are drawn from one computed prompt, each with a slot of its own; choice i has the
+    seed `seed + i`.
     `max_tokens` None means up to the end of the context.
     `logprobs` asks for every token's probability beside so many of the likeliest (0 to
     `TOP_LOGPROBS_MAX`); None for none.
@@ -149,6 +151,7 @@ class Request:
     continuation: Continuation | None = None
     logprobs: int | None = None
     grammar: Grammar | None = None
+    n: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -196,7 +199,7 @@ class Delta:
 
 @dataclass(frozen=True, slots=True)
 class Finish:
-    """The end of the answer number `index`; its last event."""
+    """The end of the answer number `index`; its last event. `Request.n` of them come."""
 
     reason: Literal["stop", "length"]
     usage: Usage
@@ -236,7 +239,8 @@ class Engine(Protocol):
     ) -> AbstractAsyncContextManager[AsyncIterator[Delta | Finish]]:
         """Enter: the request is tokenised and queued (raises `ContextLengthError`,
         `RequestError`, `EngineBusyError`, `EngineError` before any output).
-        Iterate: `Delta`s, then one `Finish`; raises `EngineError` if the child dies midway.
+        Iterate: `Delta`s, and after those of a choice its `Finish`; raises `EngineError` if the
+        child dies midway.
         Leave early: the sequence is cancelled within one decode step; its KV stays for reuse.
         """
         ...

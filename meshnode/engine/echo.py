@@ -81,6 +81,8 @@ class EchoEngine:
             raise RequestError("An echo has no probabilities.", param="logprobs")
         if request.grammar is not None:
             raise RequestError("An echo keeps to no grammar.", param=request.grammar.param)
+        if request.n != 1:
+            raise RequestError("There is only one echo.", param="n")
         prompt, answer = _words(request)
         if not prompt:
             raise RequestError("The prompt is empty.", param="messages")

@@ -34,7 +34,7 @@ from meshnode.engine import (
     TokenLogprobs,
 )
 from meshnode.engine.chat import ChatTemplate, Segment
-from meshnode.engine.scheduler import PREFILL_TOKENS_MAX, Batch, Trim
+from meshnode.engine.scheduler import PREFILL_TOKENS_MAX, Batch, Copy, Trim
 from meshnode.engine.trial import survives
 from meshnode.errors import ModelLoadError, RequestError
 
@@ -297,6 +297,10 @@ class LlamaModel:
                 for token in range(self.vocabulary_size)
                 if _llama.llama_vocab_is_eog(self._vocabulary, token)
             )
+            self._is_recurrent = bool(
+                _llama.llama_model_is_recurrent(self._model)
+                or _llama.llama_model_is_hybrid(self._model)
+            )
             self._bos = int(_llama.llama_vocab_bos(self._vocabulary))
             self._add_bos = bool(_llama.llama_vocab_get_add_bos(self._vocabulary))
             self._template = self._load_template()
@@ -542,6 +546,16 @@ class LlamaModel:
         if not _llama.llama_memory_seq_rm(self._memory, trim.slot, -1, -1):
             raise DecodeError(f"the KV cache of slot {trim.slot} cannot be cleared")
         return False
+
+    def copy(self, copy: Copy) -> bool:
+        """Share a slot's KV with another; False if this model cannot, and the copy is empty.
+
+        A recurrent model's state is that of its last token; there is no copy of a beginning.
+        """
+        if self._is_recurrent:
+            return False
+        _llama.llama_memory_seq_cp(self._memory, copy.source, copy.slot, 0, copy.tokens)
+        return True
 
     def decode(self, batch: Batch) -> bool:
         """Compute a batch; False if `abort` stopped it, then trim its slots to where they were."""

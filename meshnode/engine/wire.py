@@ -53,6 +53,7 @@ class Generate(msgspec.Struct, frozen=True, tag="generate"):
     continuation: Continuation | None = None
     logprobs: int | None = None
     grammar: Grammar | None = None
+    n: int = 1
 
     @property
     def prompt(self) -> tuple[ChatMessage, ...] | str | tuple[int, ...]:
@@ -78,11 +79,12 @@ class Generate(msgspec.Struct, frozen=True, tag="generate"):
             continuation=request.continuation,
             logprobs=request.logprobs,
             grammar=request.grammar,
+            n=request.n,
         )
 
 
 class Cancel(msgspec.Struct, frozen=True, tag="cancel"):
-    """End a sequence; answered by `Done` with reason "cancelled" if it was still going."""
+    """End all choices; answered by `Done` with reason "cancelled" for each still going."""
 
     number: int
 
@@ -136,14 +138,16 @@ class Text(msgspec.Struct, frozen=True, tag="text"):
     tokens: int
     ids: tuple[int, ...] = ()
     logprobs: tuple[TokenLogprobs, ...] = ()
+    index: int = 0
 
 
 class Done(msgspec.Struct, frozen=True, tag="done"):
-    """The end of a sequence; nothing follows under this number."""
+    """The end of a choice; after that of each, nothing follows under this number."""
 
     number: int
     reason: Literal["stop", "length", "cancelled"]
     usage: Usage
+    index: int = 0
 
 
 class Status(msgspec.Struct, frozen=True, tag="status"):

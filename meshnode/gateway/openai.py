@@ -46,6 +46,7 @@ __all__ = [
 # OpenAI's own bounds.
 STOP_SEQUENCES_MAX = 4
 LOGIT_BIAS_ENTRIES_MAX = 1024
+CHOICES_MAX = 128
 # llama.cpp reads no more than 40 bytes of a breaker, and each costs a walk through the vocabulary.
 DRY_BREAKERS_MAX = 16
 DRY_BREAKER_BYTES_MAX = 40
@@ -81,8 +82,9 @@ class Call:
         """Whether another engine can go on in the middle of the answer as if it were its own.
 
         Mirostat's state is what it has drawn so far, with which chances; no other engine has it.
+        Of several choices each would be somewhere else.
         """
-        return not self.sampling.mirostat
+        return not self.sampling.mirostat and self.n == 1
 
     def request(self, id: str, session: bytes) -> Request:
         """The same in the engine's words; `session` is 16 bytes."""
@@ -95,6 +97,7 @@ class Call:
             stop=self.stop,
             logprobs=self.logprobs,
             grammar=self.grammar,
+            n=self.n,
         )
 
 
@@ -149,8 +152,7 @@ class _Body(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     safety_identifier: str | None = None
     store: Any = None
     service_tier: Any = None
-    # Not supported yet.
-    n: Any = None
+    n: Annotated[int, msgspec.Meta(ge=1, le=CHOICES_MAX)] | None = None
 
 
 class _ChatMessage(msgspec.Struct, forbid_unknown_fields=True):
@@ -208,7 +210,6 @@ class _TextBody(_Body, forbid_unknown_fields=True, kw_only=True):
 _NEUTRAL_BODY: Mapping[str, tuple[Any, ...]] = {
     "store": (False,),
     "service_tier": ("auto", "default"),
-    "n": (1,),
 }
 _NEUTRAL_CHAT: Mapping[str, tuple[Any, ...]] = {
     **_NEUTRAL_BODY,
@@ -440,6 +441,7 @@ def _call(
         user=body.user,
         logprobs=logprobs,
         grammar=grammar,
+        n=body.n or 1,
     )
 
 
