@@ -322,8 +322,10 @@ async def _streamed(
         elif event.text or event.logprobs:
             if opening and noted:
                 opening = opening_note(event) + opening
-            yield opening + (note(event) if noted else b"") + encoder.delta(event)
-            opening = b""
+            said = (note(event) if noted else b"") + encoder.delta(event)
+            if said:  # the beginning of a tool call is silent
+                yield opening + said
+                opening = b""
     raise EngineError("The engine ended without a finish.")
 
 

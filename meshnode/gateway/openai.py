@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal
 
 import msgspec
@@ -31,6 +31,18 @@ from meshnode.engine import (
 from meshnode.errors import RequestError
 from meshnode.gateway import ServedModel
 from meshnode.gateway.schema import JSON_OBJECT, SchemaGrammar
+from meshnode.gateway.tools import (
+    CALL_END,
+    Arguments,
+    Content,
+    Function,
+    ToolReader,
+    Tools,
+    call_text,
+    join_responses,
+    response_text,
+)
+from meshnode.gateway.tools import Call as ToolCall
 
 __all__ = [
     "Call",
@@ -47,6 +59,7 @@ __all__ = [
 STOP_SEQUENCES_MAX = 4
 LOGIT_BIAS_ENTRIES_MAX = 1024
 CHOICES_MAX = 128
+TOOLS_MAX = 128
 # llama.cpp reads no more than 40 bytes of a breaker, and each costs a walk through the vocabulary.
 DRY_BREAKERS_MAX = 16
 DRY_BREAKER_BYTES_MAX = 40
@@ -76,15 +89,17 @@ class Call:
     logprobs: int | None = None
     n: int = 1
     grammar: Grammar | None = None
+    tools: Tools | None = None
 
     @property
     def is_resumable(self) -> bool:
         """Whether another engine can go on in the middle of the answer as if it were its own.
 
         Mirostat's state is what it has drawn so far, with which chances; no other engine has it.
-        Of several choices each would be somewhere else.
+        Of several choices each would be somewhere else; and of a tool call, less is shown than
+        was said, so that nobody could tell how far the client has read.
         """
-        return not self.sampling.mirostat and self.n == 1
+        return not self.sampling.mirostat and self.n == 1 and self.tools is None
 
     def request(self, id: str, session: bytes) -> Request:
         """The same in the engine's words; `session` is 16 bytes."""
@@ -106,6 +121,7 @@ class Call:
 # ---------------------------------------------------------------------------------------------
 
 _Name = Annotated[str, msgspec.Meta(min_length=1, max_length=NAME_CHARS_MAX)]
+_FunctionName = Annotated[str, msgspec.Meta(pattern="^[a-zA-Z0-9_-]{1,64}$")]
 _Penalty = Annotated[float, msgspec.Meta(ge=-2.0, le=2.0)]
 _Share = Annotated[float, msgspec.Meta(ge=0.0, le=1.0)]
 _Top = Annotated[int, msgspec.Meta(ge=0, le=TOP_LOGPROBS_MAX)]
@@ -155,13 +171,45 @@ class _Body(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     n: Annotated[int, msgspec.Meta(ge=1, le=CHOICES_MAX)] | None = None
 
 
+class _FunctionCall(msgspec.Struct, forbid_unknown_fields=True):
+    name: _FunctionName
+    arguments: str
+
+
+class _ToolCall(msgspec.Struct, forbid_unknown_fields=True):
+    id: str
+    function: _FunctionCall
+    type: Literal["function"] = "function"
+
+
+class _Function(msgspec.Struct, forbid_unknown_fields=True):
+    name: _FunctionName
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = None
+
+
+class _Tool(msgspec.Struct, forbid_unknown_fields=True):
+    type: Literal["function"]
+    function: _Function
+
+
+class _NamedFunction(msgspec.Struct, forbid_unknown_fields=True):
+    name: str
+
+
+class _NamedTool(msgspec.Struct, forbid_unknown_fields=True):
+    type: Literal["function"]
+    function: _NamedFunction
+
+
 class _ChatMessage(msgspec.Struct, forbid_unknown_fields=True):
     role: str
     content: str | list[dict[str, Any]] | None = None
     name: Any = None
     refusal: Any = None
-    tool_calls: Any = None
-    tool_call_id: Any = None
+    tool_calls: list[_ToolCall] | None = None
+    tool_call_id: str | None = None
     function_call: Any = None
     audio: Any = None
     annotations: Any = None
@@ -185,9 +233,9 @@ class _ChatBody(_Body, forbid_unknown_fields=True, kw_only=True):
     logprobs: bool | None = None
     top_logprobs: _Top | None = None
     response_format: _ResponseFormat | None = None
-    tools: Any = None
-    tool_choice: Any = None
-    parallel_tool_calls: Any = None
+    tools: Annotated[list[_Tool], msgspec.Meta(max_length=TOOLS_MAX)] | None = None
+    tool_choice: str | _NamedTool | None = None
+    parallel_tool_calls: bool | None = None
     functions: Any = None
     function_call: Any = None
     modalities: Any = None
@@ -213,9 +261,6 @@ _NEUTRAL_BODY: Mapping[str, tuple[Any, ...]] = {
 }
 _NEUTRAL_CHAT: Mapping[str, tuple[Any, ...]] = {
     **_NEUTRAL_BODY,
-    "tools": ([],),
-    "tool_choice": ("none",),
-    "parallel_tool_calls": (),
     "functions": ([],),
     "function_call": ("none",),
     "modalities": (["text"],),
@@ -234,14 +279,13 @@ _NEUTRAL_TEXT: Mapping[str, tuple[Any, ...]] = {
 _NEUTRAL_MESSAGE: Mapping[str, tuple[Any, ...]] = {
     "name": (),
     "refusal": (),
-    "tool_calls": ([],),
-    "tool_call_id": (),
     "function_call": (),
     "audio": (),
     "annotations": ([],),
 }
 # OpenAI renamed `system` for its newer models; the templates of open models know `system`.
-_ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
+_ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant",
+          "tool": "tool"}  # fmt: skip
 
 _chat_decoder = msgspec.json.Decoder(_ChatBody)
 _text_decoder = msgspec.json.Decoder(_TextBody)
@@ -259,14 +303,80 @@ def decode_chat(body: bytes) -> Call:
             param="max_completion_tokens",
             code="invalid_value",
         )
-    return _call(
+    messages = join_responses(
+        [_chat_message(message, index) for index, message in enumerate(chat.messages)]
+    )
+    tools = _tools(chat)
+    if tools is not None:
+        messages = tools.introduce(messages)
+    call = _call(
         chat,
         "chat",
-        tuple(_chat_message(message, index) for index, message in enumerate(chat.messages)),
+        messages,
         chat.max_completion_tokens if chat.max_tokens is None else chat.max_tokens,
         _chat_logprobs(chat),
-        _chat_grammar(chat),
+        _chat_grammar(chat) if tools is None else tools.grammar(),
     )
+    if tools is None:
+        return call
+    # A model that may make one call only is stopped after it.
+    stop = call.stop if tools.parallel else (*call.stop, CALL_END)
+    return replace(call, stop=stop, tools=tools)
+
+
+def _tools(chat: _ChatBody) -> Tools | None:
+    """The tools that the model is told of: none, if it may not call them."""
+    choice = chat.tool_choice
+    named = choice.function.name if isinstance(choice, _NamedTool) else None
+    names = [tool.function.name for tool in chat.tools or ()]
+    if named is None and choice not in (None, "none", "auto", "required"):
+        raise RequestError(
+            "`tool_choice` is none, auto, required or a function.",
+            param="tool_choice",
+            code="invalid_value",
+        )
+    if (named is not None and named not in names) or (choice == "required" and not names):
+        raise RequestError(
+            "`tool_choice` asks for a function that is not in `tools`.",
+            param="tool_choice",
+            code="invalid_value",
+        )
+    if len(set(names)) < len(names):
+        raise RequestError(
+            "`tools` has two functions of one name.", param="tools", code="invalid_value"
+        )
+    if not chat.tools or choice == "none":
+        return None
+    form = chat.response_format
+    if form is not None and form.type != "text":
+        raise _conflict("response_format", "tools")
+    for field in ("grammar", "logprobs"):
+        if getattr(chat, field):
+            raise _conflict(field, "tools")
+    functions = []
+    for index, tool in enumerate(chat.tools):
+        path = f"tools[{index}].function"
+        function = tool.function
+        if function.strict and choice in (None, "auto"):
+            raise RequestError(
+                f"`{path}.strict` can be kept only with `tool_choice` required or a function.",
+                param=f"{path}.strict",
+                code="unsupported_parameter",
+            )
+        parameters = function.parameters
+        if not parameters:
+            parameters = {"type": "object", "properties": {}, "additionalProperties": False}
+        if parameters.get("type") != "object":
+            raise RequestError(
+                f"`{path}.parameters` must be the schema of an object.",
+                param=f"{path}.parameters",
+                code="invalid_json_schema",
+            )
+        functions.append(
+            Function(function.name, function.description, parameters, f"{path}.parameters")
+        )
+    choice = named or ("auto" if not isinstance(choice, str) else choice)
+    return Tools(tuple(functions), choice, chat.parallel_tool_calls is not False)
 
 
 def decode_text(body: bytes) -> Call:
@@ -284,6 +394,8 @@ def _grammar(body: _Body) -> Grammar | None:
 def _chat_grammar(chat: _ChatBody) -> Grammar | None:
     """The promise of `response_format`, kept by a grammar; strict or not makes no difference."""
     form = chat.response_format
+    if form is not None and form.type != "json_schema" and form.json_schema is not None:
+        raise _conflict("response_format.json_schema", f"type: {form.type}")
     if form is None or form.type == "text":
         return _grammar(chat)
     if chat.grammar is not None:
@@ -359,14 +471,24 @@ def _unsupported(param: str) -> RequestError:
 def _chat_message(message: _ChatMessage, index: int) -> ChatMessage:
     path = f"messages[{index}]"
     if message.role not in _ROLES:
-        later = message.role in ("tool", "function")
         raise RequestError(
             f"`{path}.role` must be one of {', '.join(_ROLES)}.",
             param=f"{path}.role",
-            code="unsupported_parameter" if later else "invalid_value",
+            code="unsupported_parameter" if message.role == "function" else "invalid_value",
         )
     _refuse_unsupported(message, _NEUTRAL_MESSAGE, f"{path}.")
+    for field, role in (("tool_calls", "assistant"), ("tool_call_id", "tool")):
+        if getattr(message, field) and message.role != role:
+            raise _unsupported(f"{path}.{field}")
+    if message.role == "tool" and not message.tool_call_id:
+        raise RequestError(
+            f"`{path}.tool_call_id` is missing.",
+            param=f"{path}.tool_call_id",
+            code="missing_required_parameter",
+        )
     content = message.content
+    if content is None and message.tool_calls:
+        content = ""
     if content is None:
         raise RequestError(
             f"`{path}.content` must be text.", param=f"{path}.content", code="invalid_value"
@@ -374,7 +496,28 @@ def _chat_message(message: _ChatMessage, index: int) -> ChatMessage:
     if isinstance(content, list):
         parts = (_text_part(part, f"{path}.content[{i}]") for i, part in enumerate(content))
         content = "\n".join(parts)
+    if message.role == "tool":
+        content = response_text(content)
+    if message.tool_calls:
+        calls = [
+            call_text(each.function.name, _arguments(each, f"{path}.tool_calls[{index}]"))
+            for index, each in enumerate(message.tool_calls)
+        ]
+        content = "\n".join([content, *calls] if content else calls)
     return ChatMessage(_ROLES[message.role], content)
+
+
+def _arguments(call: _ToolCall, path: str) -> str:
+    """As they are: the model's own words, which its cache may hold. Half of them are none."""
+    try:
+        msgspec.json.decode(call.function.arguments)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        raise RequestError(
+            f"`{path}.function.arguments` is not JSON.",
+            param=f"{path}.function.arguments",
+            code="invalid_value",
+        ) from None
+    return call.function.arguments
 
 
 def _text_part(part: dict[str, Any], path: str) -> str:
@@ -566,6 +709,9 @@ class Encoder:
         self._include_usage = call.include_usage
         self._offsets = [chars_shown] * call.n
         self._finishes: list[Finish] = []
+        self._id = id
+        self._tools = call.tools
+        self._readers = [ToolReader(call.tools) for _ in range(call.n)] if call.tools else []
         self._head: dict[str, Any] = {
             "id": f"chatcmpl-{id}" if chat else f"cmpl-{id}",
             "object": "chat.completion" if chat else "text_completion",
@@ -602,23 +748,50 @@ class Encoder:
         )
 
     def delta(self, delta: Delta) -> bytes:
-        """One event with some text."""
+        """One event with some text; with tools, none or several of text and calls."""
+        if self._readers:
+            said = self._readers[delta.index].feed(delta.text)
+            return b"".join(self._said(each, delta.index) for each in said)
+        return self._text(delta)
+
+    def _text(self, delta: Delta) -> bytes:
         logprobs = b"null"
         if delta.logprobs:
             logprobs = _json.encode(self._logprobs(delta.logprobs, delta.index))
         text = _json.encode(delta.text)
         return self._before[delta.index] + text + self._between + logprobs + self._after
 
+    def _said(self, said: Content | ToolCall | Arguments, choice: int) -> bytes:
+        if isinstance(said, Content):
+            return self._text(Delta(said.text, index=choice))
+        call: dict[str, Any] = {"index": said.index}
+        if isinstance(said, ToolCall):
+            call |= {"id": self._call_id(choice, said.index), "type": "function",
+                     "function": {"name": said.name, "arguments": ""}}  # fmt: skip
+        else:
+            call["function"] = {"arguments": said.text}
+        delta = b'"delta":' + _json.encode({"tool_calls": [call]}) + b',"logprobs":null'
+        return self._choices[choice] + delta + self._after
+
+    def _call_id(self, choice: int, index: int) -> str:
+        return f"call_{self._id}{choice:02x}{index:02x}"
+
     def closing(self, finish: Finish) -> bytes:
         """The reason of a choice's end; after the last, the usage if it was asked for, and the
         end."""
         self._finishes.append(finish)
-        wire = b"".join(
+        reason: str = finish.reason
+        rest = b""
+        if self._readers:
+            reader = self._readers[finish.index]
+            rest = b"".join(self._said(each, finish.index) for each in reader.flush())
+            reason = _reason(reader, finish)
+        wire = rest + b"".join(
             (
                 self._choices[finish.index],
                 b'"delta":{}' if self._chat else b'"text":""',
                 b',"logprobs":null,"finish_reason":"',
-                finish.reason.encode(),
+                reason.encode(),
                 b'"',
                 self._close,
             )
@@ -652,10 +825,33 @@ class Encoder:
             text = "".join(delta.text for delta in deltas)
             if self._chat:
                 choice["message"] = {"role": "assistant", "content": text, "refusal": None}
+                if self._tools is not None:
+                    choice |= self._called(text, finish, self._tools)
             else:
                 choice["text"] = text
             choices.append(choice)
         return _json.encode({**self._head, "choices": choices, "usage": _usage(finishes)})
+
+    def _called(self, text: str, finish: Finish, tools: Tools) -> dict[str, Any]:
+        """A choice's message and reason, where there may be calls in its text."""
+        reader = ToolReader(tools)
+        contents: list[str] = []
+        calls: list[dict[str, Any]] = []
+        for said in reader.feed(text) + reader.flush():
+            if isinstance(said, Content):
+                contents.append(said.text)
+            elif isinstance(said, ToolCall):
+                function = {"name": said.name, "arguments": ""}
+                id = self._call_id(finish.index, said.index)
+                calls.append({"id": id, "type": "function", "function": function})
+            else:
+                calls[said.index]["function"]["arguments"] += said.text
+        message: dict[str, Any] = {"role": "assistant", "content": "".join(contents),
+                                   "refusal": None}  # fmt: skip
+        if calls:
+            message["content"] = message["content"] or None
+            message["tool_calls"] = calls
+        return {"message": message, "finish_reason": _reason(reader, finish)}
 
     def _logprobs(self, tokens: Sequence[TokenLogprobs], index: int) -> dict[str, Any]:
         if self._chat:
@@ -677,6 +873,10 @@ class Encoder:
             ],
             "text_offset": offsets,
         }
+
+
+def _reason(reader: ToolReader, finish: Finish) -> str:
+    return "tool_calls" if reader.calls and finish.reason == "stop" else finish.reason
 
 
 def _logprob(entry: Logprob) -> dict[str, Any]:

@@ -121,6 +121,19 @@ def test_harmless_fields_pass(fields):
     assert chat(**fields).model == "m"
 
 
+def function(name="f", **fields):
+    return {"type": "function", "function": {"name": name, **fields}}
+
+
+def named(name):
+    return {"type": "function", "function": {"name": name}}
+
+
+def called(name, arguments):
+    return {"id": "c", "type": "function", "function": {"name": name, "arguments": arguments}}
+
+
+F = function()
 REFUSED = [
     ({"n": 0}, "n"),
     ({"n": 129}, "n"),
@@ -128,9 +141,36 @@ REFUSED = [
     ({"logprobs": 1}, "logprobs"),
     ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
     ({"top_logprobs": 2}, "top_logprobs"),
-    ({"tools": [{"type": "function"}]}, "tools"),
+    ({"tools": [{"type": "function"}]}, "tools[0].function"),
+    ({"tools": [{"type": "custom", "function": {"name": "f"}}]}, "tools[0].type"),
+    ({"tools": [{"type": "function", "function": {"name": "a b"}}]}, "tools[0].function.name"),
+    ({"tools": [F, F]}, "tools"),
+    ({"tools": [F], "tool_choice": "sometimes"}, "tool_choice"),
+    ({"tools": [F], "tool_choice": named("g")}, "tool_choice"),
+    ({"tools": [F], "response_format": {"type": "json_object"}}, "response_format"),
+    ({"tools": [F], "grammar": 'root ::= "a"'}, "grammar"),
+    ({"tools": [F], "logprobs": True}, "logprobs"),
+    ({"tools": [function(strict=True)]}, "tools[0].function.strict"),
+    ({"tools": [function(parameters={"type": "string"})]}, "tools[0].function.parameters"),
+    (
+        {
+            "tools": [
+                function(parameters={"type": "object", "properties": {"a": {"not": {}}}}),
+            ],
+            "tool_choice": "required",
+        },
+        "tools[0].function.parameters.properties.a.not",
+    ),
     ({"tool_choice": "required"}, "tool_choice"),
-    ({"parallel_tool_calls": True}, "parallel_tool_calls"),
+    ({"messages": [{"role": "tool", "content": "x"}]}, "messages[0].tool_call_id"),
+    (
+        {"messages": [{"role": "user", "content": "x", "tool_call_id": "c"}]},
+        "messages[0].tool_call_id",
+    ),
+    (
+        {"messages": [{"role": "assistant", "tool_calls": [called("f", "{")]}]},
+        "messages[0].tool_calls[0].function.arguments",
+    ),
     ({"response_format": {"type": "xml"}}, "response_format.type"),
     ({"response_format": {"type": "json_schema"}}, "response_format.json_schema"),
     (
@@ -184,7 +224,7 @@ REFUSED = [
     ({"unheard_of": None}, "unheard_of"),
     ({"model": ""}, "model"),
     ({"messages": []}, "messages"),
-    ({"messages": [{"role": "tool", "content": "x"}]}, "messages[0].role"),
+    ({"messages": [{"role": "function", "content": "x"}]}, "messages[0].role"),
     ({"messages": [{"role": "wizard", "content": "x"}]}, "messages[0].role"),
     ({"messages": [{"role": "user"}]}, "messages[0].content"),
     ({"messages": [{"content": "x"}]}, "messages[0].role"),
