@@ -5,6 +5,7 @@ routing or HTTP. The parts, in data-flow order:
 
 * `scheduler.py`  sans-IO policy: waiting and running sequences in, the next batch out
 * `llama.py`      mechanism: the only import of llama_cpp; runs inside the child process
+* `trial.py`      tries a client's grammar where a crash costs nothing
 * `child.py`      the child process's main loop: requests in, deltas out, one step at a time
 * `process.py`    `EngineProcess`: the Trio side that starts, watches and talks to the child
 * `echo.py`       a deterministic engine without a model, for protocol tests only
@@ -19,16 +20,29 @@ from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
+# OpenAI's penalties look at the whole answer; this is longer than almost all of them.
+PENALTY_TOKENS_MAX = 2048
+# Far more than any schema that a small model could follow.
+GRAMMAR_BYTES_MAX = 64 * 1024
+# OpenAI's own bound.
+TOP_LOGPROBS_MAX = 20
+
 __all__ = [
+    "GRAMMAR_BYTES_MAX",
+    "PENALTY_TOKENS_MAX",
+    "TOP_LOGPROBS_MAX",
     "ChatMessage",
     "Continuation",
     "Delta",
     "Engine",
     "EngineStats",
     "Finish",
+    "Grammar",
+    "Logprob",
     "ModelCard",
     "Request",
     "Sampling",
+    "TokenLogprobs",
     "Usage",
 ]
 
@@ -61,7 +75,13 @@ class ChatMessage:
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
-    """How the next token is drawn. Defaults are llama.cpp's; temperature 0 is greedy."""
+    """How the next token is drawn. Defaults are llama.cpp's; temperature 0 is greedy.
+
+    All penalties look at the answer, not at the prompt, so an answer that goes on elsewhere is
+    penalised alike. `repeat_penalty` (1 is off) looks at its last `repeat_last_n` tokens, DRY at
+    its last `dry_penalty_last_n`. Mirostat (0 is off) takes the place of the four filters by rank
+    and probability.
+    """
 
     temperature: float = 0.8
     top_k: int = 40
@@ -71,6 +91,28 @@ class Sampling:
     frequency_penalty: float = 0.0
     presence_penalty: float = 0.0
     logit_bias: tuple[tuple[int, float], ...] = ()
+    typical_p: float = 1.0
+    repeat_penalty: float = 1.0
+    repeat_last_n: int = 64
+    dry_multiplier: float = 0.0
+    dry_base: float = 1.75
+    dry_allowed_length: int = 2
+    dry_penalty_last_n: int = PENALTY_TOKENS_MAX
+    dry_sequence_breakers: tuple[str, ...] = ("\n", ":", '"', "*")
+    mirostat: Literal[0, 1, 2] = 0
+    mirostat_tau: float = 5.0
+    mirostat_eta: float = 0.1
+
+
+@dataclass(frozen=True, slots=True)
+class Grammar:
+    """What an answer must match, in llama.cpp's GBNF; its first rule is `root`.
+
+    `param` is the field of the client's request that it comes from, to be named if it is none.
+    """
+
+    gbnf: str
+    param: str = "grammar"
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +133,11 @@ class Request:
 
     `session` is the 16-byte session key of `protocol.dispatch`: requests with equal keys are
     turns of one conversation, and the engine keeps their KV cache together.
+    `n` answers are drawn from one computed prompt, each with a slot of its own; choice i has the
+    seed `seed + i`.
     `max_tokens` None means up to the end of the context.
+    `logprobs` asks for every token's probability beside so many of the likeliest (0 to
+    `TOP_LOGPROBS_MAX`); None for none.
     `continuation`: the answer goes on from there; what it counts, `max_tokens` and the usage
     include what came before, and stop strings may begin in it.
     """
@@ -103,6 +149,9 @@ class Request:
     max_tokens: int | None = None
     stop: tuple[str, ...] = ()
     continuation: Continuation | None = None
+    logprobs: int | None = None
+    grammar: Grammar | None = None
+    n: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,24 +164,46 @@ class Usage:
 
 
 @dataclass(frozen=True, slots=True)
+class Logprob:
+    """A token's bytes, and the natural logarithm of its probability."""
+
+    piece: bytes
+    logprob: float
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprobs:
+    """How likely the model found a token of the answer, and the likeliest, best first.
+
+    These are the model's own probabilities, before temperature, penalties and grammar.
+    """
+
+    drawn: Logprob
+    top: tuple[Logprob, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Delta:
     """Some text, always whole UTF-8 characters, from `tokens` newly decoded tokens.
 
     `ids` are these tokens; empty if the engine does not tell them, so that its answers cannot be
-    continued by another.
+    continued by another. `logprobs`, if asked for, has one entry for each that has text to show.
     """
 
     text: str
     tokens: int = 1
     ids: tuple[int, ...] = ()
+    logprobs: tuple[TokenLogprobs, ...] = ()
+    index: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class Finish:
-    """The end of an answer; always the last event."""
+    """The end of the answer number `index`; its last event. `Request.n` of them come."""
 
     reason: Literal["stop", "length"]
     usage: Usage
+    index: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,7 +239,8 @@ class Engine(Protocol):
     ) -> AbstractAsyncContextManager[AsyncIterator[Delta | Finish]]:
         """Enter: the request is tokenised and queued (raises `ContextLengthError`,
         `RequestError`, `EngineBusyError`, `EngineError` before any output).
-        Iterate: `Delta`s, then one `Finish`; raises `EngineError` if the child dies midway.
+        Iterate: `Delta`s, and after those of a choice its `Finish`; raises `EngineError` if the
+        child dies midway.
         Leave early: the sequence is cancelled within one decode step; its KV stays for reuse.
         """
         ...

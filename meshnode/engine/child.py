@@ -17,11 +17,11 @@ import threading
 import time
 import traceback
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, NoReturn
 
-from meshnode.engine import Usage, wire
+from meshnode.engine import TokenLogprobs, Usage, wire
 from meshnode.engine.cores import usable_cores
 from meshnode.engine.llama import LlamaModel, Sampler, quantize_q4_0
 from meshnode.engine.pace import Rates, Threads
@@ -41,9 +41,11 @@ EXIT_BUG = 1
 @dataclass(frozen=True, slots=True)
 class _Resumed:
     """What an answer had when another engine was lost in it: tokens, now at the end of the
-    prompt, and characters shown beyond those that the tokens release by themselves."""
+    prompt, bytes of their text that are held back, and characters shown beyond those that the
+    tokens release by themselves."""
 
     tokens: int = 0
+    bytes_held: int = 0
     chars_beyond: int = 0
 
     def usage(self, usage: Usage) -> Usage:
@@ -58,28 +60,58 @@ class _Resumed:
 
 @dataclass(frozen=True, slots=True)
 class _Start:
-    """A request that was accepted: tokenised, checked, with its own sampler."""
+    """A request that was accepted: tokenised, checked, with a sampler and text per choice."""
 
     number: int
     session: bytes
     prompt: list[int]
     max_tokens: int | None
-    sampler: Sampler
-    text: AnswerText
+    samplers: tuple[Sampler, ...]
+    texts: tuple[AnswerText, ...]
     resumed: _Resumed
+    logprobs: int | None
 
 
 class _Answer:
-    """What the main thread keeps of a sequence besides its tokens."""
+    """What the main thread keeps of a sequence, which is one choice, besides its tokens."""
 
-    __slots__ = ("chars_beyond", "ids_unsent", "resumed", "sampler", "text")
+    __slots__ = ("bytes_fed", "bytes_released", "chars_beyond", "ids_unsent", "index",
+                 "logprobs", "logprobs_unsent", "number", "resumed", "sampler",
+                 "text")  # fmt: skip
 
-    def __init__(self, start: _Start) -> None:
-        self.sampler = start.sampler
-        self.text = start.text
+    def __init__(self, start: _Start, index: int) -> None:
+        self.number = start.number
+        self.index = index
+        self.sampler = start.samplers[index]
+        self.text = start.texts[index]
         self.resumed = start.resumed
         self.chars_beyond = start.resumed.chars_beyond
         self.ids_unsent: list[int] = []
+        self.logprobs = start.logprobs
+        # Each with the place in the answer's bytes where its token begins.
+        self.logprobs_unsent: list[tuple[int, TokenLogprobs]] = []
+        self.bytes_fed = start.resumed.bytes_held
+        self.bytes_released = 0
+
+    def feed(self, token: int, piece: bytes) -> str:
+        """Add a token; returns the text that is now safe."""
+        self.ids_unsent.append(token)
+        self.bytes_fed += len(piece)
+        return self.text.feed(piece)
+
+    def observe(self, logprobs: TokenLogprobs) -> None:
+        """What the model thought of the token that will be fed next."""
+        self.logprobs_unsent.append((self.bytes_fed, logprobs))
+
+    def take_logprobs(self, text: str, *, over: bool) -> tuple[TokenLogprobs, ...]:
+        """Those that go with the text now released; tokens that a stop string has eaten have
+        none."""
+        self.bytes_released += len(text.encode())
+        if not text and not over:
+            return ()
+        taken, self.logprobs_unsent = self.logprobs_unsent, []
+        end = self.bytes_released if self.text.stopped else self.bytes_fed
+        return tuple(logprobs for start, logprobs in taken if start < end)
 
     def unshown(self, text: str) -> str:
         """Without what was shown already."""
@@ -124,8 +156,10 @@ class Child:
         self._limits = limits
         self._scheduler = Scheduler(limits, model.end_tokens)
         self._inbox: queue.Queue[_Start | wire.Cancel] = queue.Queue(INBOX_MAX)
+        # By sequence: a request has one for each choice.
         self._answers: dict[int, _Answer] = {}
-        # Sequences of a batch that holds only prefill: if one is cancelled, it is worth aborting.
+        self._sequences = 0
+        # Requests of a batch that holds only prefill: if one is cancelled, it is worth aborting.
         self._abortable: frozenset[int] = frozenset()
         self._threads = threads
         self._rates = Rates()
@@ -156,7 +190,7 @@ class Child:
                 self._pipe.send(wire.TooLong(frame.number, len(prompt)))
                 return
             text, resumed = self._resume(frame)
-            sampler = self._model.sampler(frame.sampling)
+            samplers = self._samplers(frame)
         except RequestError as error:
             self._pipe.send(
                 wire.Refused(frame.number, str(error), param=error.param, code=error.code)
@@ -165,14 +199,42 @@ class Child:
         self._pipe.send(wire.Accepted(frame.number, len(prompt)))
         if frame.continuation is not None:
             prompt += frame.continuation.tokens
-            sampler.remember(frame.continuation.tokens)
         max_tokens = None if frame.max_tokens is None else frame.max_tokens - resumed.tokens
-        start = _Start(frame.number, frame.session, prompt, max_tokens, sampler, text, resumed)
+        start = _Start(
+            frame.number,
+            frame.session,
+            prompt,
+            max_tokens,
+            samplers,
+            (text, *(AnswerText(frame.stop) for _ in samplers[1:])),
+            resumed,
+            frame.logprobs,
+        )
         full = not self._limits.fits(len(prompt), max_tokens)
-        if text.stopped or full or (max_tokens is not None and max_tokens <= 0):
+        if start.texts[0].stopped or full or (max_tokens is not None and max_tokens <= 0):
             self._end_at_once(start)
         else:
             self._inbox.put(start)
+
+    def _samplers(self, frame: wire.Generate) -> tuple[Sampler, ...]:
+        """One per choice, each with a seed of its own. Raises `RequestError`."""
+        come = frame.continuation
+        if come is not None and frame.n > 1:
+            raise RequestError("Several choices cannot be continued.", param="n")
+        samplers: list[Sampler] = []
+        try:
+            for index in range(frame.n):
+                sampling, seed = frame.sampling, frame.sampling.seed
+                if seed is not None:
+                    sampling = replace(sampling, seed=seed + index)
+                samplers.append(self._model.sampler(sampling, frame.grammar))
+            if come is not None:
+                samplers[0].remember(come.tokens)
+        except RequestError:
+            for sampler in samplers:
+                sampler.close()
+            raise
+        return tuple(samplers)
 
     def _resume(self, frame: wire.Generate) -> tuple[AnswerText, _Resumed]:
         """The answer's text as the lost engine had it: held back is what that one held back."""
@@ -182,17 +244,20 @@ class Child:
         tokens = frame.continuation.tokens
         if any(not 0 <= token < self._model.vocabulary_size for token in tokens):
             raise RequestError("The answer to be continued is not this model's.")
-        released = sum(len(text.feed(self._model.piece(token))) for token in tokens)
-        chars_beyond = frame.continuation.chars - released
+        pieces = [self._model.piece(token) for token in tokens]
+        released = "".join(map(text.feed, pieces))
+        chars_beyond = frame.continuation.chars - len(released)
         if chars_beyond < 0:
             raise RequestError("The answer to be continued shows less than it has.")
-        return text, _Resumed(len(tokens), chars_beyond)
+        bytes_held = sum(map(len, pieces)) - len(released.encode())
+        return text, _Resumed(len(tokens), bytes_held, chars_beyond)
 
     def _end_at_once(self, start: _Start) -> None:
         """The lost engine had decoded the last token, and only its end was not heard."""
-        start.sampler.close()
-        reason: Literal["stop", "length"] = "stop" if start.text.stopped else "length"
-        text = _Answer(start).unshown(start.text.flush())
+        answer = _Answer(start, 0)
+        answer.sampler.close()
+        reason: Literal["stop", "length"] = "stop" if answer.text.stopped else "length"
+        text = answer.unshown(answer.text.flush())
         if text:
             self._pipe.send(wire.Text(start.number, text, 0, ()))
         usage = start.resumed.usage(Usage(len(start.prompt), 0, 0))
@@ -222,18 +287,34 @@ class Child:
             if isinstance(item, wire.Cancel):
                 self._cancel(item.number)
             else:
-                self._answers[item.number] = _Answer(item)
-                self._scheduler.submit(item.number, item.session, item.prompt, item.max_tokens)
+                self._begin(item)
+
+    def _begin(self, start: _Start) -> None:
+        first = self._sequences + 1
+        for index in range(len(start.samplers)):
+            self._sequences += 1
+            self._answers[self._sequences] = _Answer(start, index)
+            self._scheduler.submit(
+                self._sequences,
+                start.session,
+                start.prompt,
+                start.max_tokens,
+                follows=first if index else None,
+            )
 
     def _cancel(self, number: int) -> None:
-        usage = self._scheduler.end(number)
-        if usage is not None:  # else its end and the cancel have crossed
-            self._answers.pop(number).sampler.close()
-            self._pipe.send(wire.Done(number, "cancelled", usage))
+        """What has come to its end already is not here any more: the two have crossed."""
+        going = [each for each, answer in self._answers.items() if answer.number == number]
+        for sequence in going:
+            usage = self._scheduler.end(sequence)
+            assert usage is not None
+            answer = self._answers.pop(sequence)
+            answer.sampler.close()
+            self._pipe.send(wire.Done(number, "cancelled", usage, answer.index))
 
     def _step(self, batch: Batch) -> None:
-        """Trim, decode, sample, send."""
-        if not self._trim_all(batch):
+        """Trim, copy, decode, sample, send."""
+        if not self._prepare(batch) or not batch.chunks:
             return
         decoding = [chunk for chunk in batch.chunks if len(chunk.tokens) == 1]
         prefill_tokens = batch.tokens - len(decoding)
@@ -241,7 +322,9 @@ class Child:
         self._model.set_threads(threads.threads)
         self._model.allow()
         if not decoding:
-            self._abortable = frozenset(chunk.sequence for chunk in batch.chunks)
+            self._abortable = frozenset(
+                self._answers[chunk.sequence].number for chunk in batch.chunks
+            )
         wall_s, cpu_s = time.perf_counter(), time.process_time()
         decoded = self._model.decode(batch)
         wall_s, cpu_s = time.perf_counter() - wall_s, time.process_time() - cpu_s
@@ -257,9 +340,10 @@ class Child:
         if frames:
             self._pipe.send(*frames)
 
-    def _trim_all(self, batch: Batch) -> bool:
+    def _prepare(self, batch: Batch) -> bool:
         """False if some slot lost all its KV, so that the batch must be planned anew."""
         lost = [trim.slot for trim in batch.trims if not self._model.trim(trim)]
+        lost += [copy.slot for copy in batch.copies if not self._model.copy(copy)]
         for slot in lost:
             self._scheduler.forget(slot)
         return not lost
@@ -275,7 +359,11 @@ class Child:
         for chunk in batch.chunks:
             row += len(chunk.tokens)
             if chunk.wants_logits:
-                tokens.append(self._model.draw(self._answers[chunk.sequence].sampler, row))
+                answer = self._answers[chunk.sequence]
+                token = self._model.draw(answer.sampler, row)
+                tokens.append(token)
+                if answer.logprobs is not None and token not in self._model.end_tokens:
+                    answer.observe(self._model.logprobs(row, token, answer.logprobs))
         return tokens
 
     def _deliver(self, sampled: Sampled) -> Iterator[wire.FromChild]:
@@ -283,21 +371,22 @@ class Child:
         answer = self._answers[sampled.sequence]
         text, finish = "", sampled.finish
         if finish != "stop":
-            text = answer.text.feed(self._model.piece(sampled.token))
-            answer.ids_unsent.append(sampled.token)
+            text = answer.feed(sampled.token, self._model.piece(sampled.token))
         if answer.text.stopped:
             if finish is None:
                 self._scheduler.end(sampled.sequence)
             finish = "stop"
         if finish is not None:
             text += answer.text.flush()
+        logprobs = answer.take_logprobs(text, over=finish is not None)
         text = answer.unshown(text)
-        if text:
+        if text or logprobs:
             ids, answer.ids_unsent = tuple(answer.ids_unsent), []
-            yield wire.Text(sampled.sequence, text, len(ids), ids)
+            yield wire.Text(answer.number, text, len(ids), ids, logprobs, answer.index)
         if finish is not None:
             self._answers.pop(sampled.sequence).sampler.close()
-            yield wire.Done(sampled.sequence, finish, answer.resumed.usage(sampled.usage))
+            usage = answer.resumed.usage(sampled.usage)
+            yield wire.Done(answer.number, finish, usage, answer.index)
 
     def _send_status(self) -> None:
         now = time.monotonic()

@@ -77,6 +77,12 @@ class EchoEngine:
     async def generate(self, request: Request) -> AsyncIterator[AsyncIterator[Delta | Finish]]:
         """See `Engine.generate`."""
         await trio.lowlevel.checkpoint()
+        if request.logprobs is not None:
+            raise RequestError("An echo has no probabilities.", param="logprobs")
+        if request.grammar is not None:
+            raise RequestError("An echo keeps to no grammar.", param=request.grammar.param)
+        if request.n != 1:
+            raise RequestError("There is only one echo.", param="n")
         prompt, answer = _words(request)
         if not prompt:
             raise RequestError("The prompt is empty.", param="messages")

@@ -12,6 +12,7 @@ libgomp reads it once, when it is loaded.
 from __future__ import annotations
 
 import ctypes
+import dataclasses
 import math
 import os
 import sys
@@ -23,17 +24,32 @@ from typing import Any, Self
 import llama_cpp.llama_cpp as _llama
 import numpy as np
 
-from meshnode.engine import ChatMessage, Sampling
+from meshnode.engine import (
+    GRAMMAR_BYTES_MAX,
+    PENALTY_TOKENS_MAX,
+    ChatMessage,
+    Grammar,
+    Logprob,
+    Sampling,
+    TokenLogprobs,
+)
 from meshnode.engine.chat import ChatTemplate, Segment
-from meshnode.engine.scheduler import PREFILL_TOKENS_MAX, Batch, Trim
+from meshnode.engine.scheduler import PREFILL_TOKENS_MAX, Batch, Copy, Trim
+from meshnode.engine.trial import survives
 from meshnode.errors import ModelLoadError, RequestError
 
-# OpenAI's penalties look at the whole answer; this is longer than almost all of them.
-PENALTY_TOKENS = 2048
 # Below it the likeliest token is drawn anyway, and dividing by it would soon overflow.
 TEMPERATURE_MIN = 1e-3
 # llama.cpp reads this seed as "choose one at random", so it cannot be a client's seed.
 _SEED_RANDOM = 0xFFFF_FFFF
+# How many of the likeliest tokens mirostat 1 estimates its distribution from: llama.cpp's choice.
+_MIROSTAT_TOKENS = 100
+# Grammars that have passed their trial, each of at most `GRAMMAR_BYTES_MAX`.
+_GRAMMARS_KEPT_MAX = 64
+# How far a trial walks: most of what explodes does so within the first tokens.
+_GRAMMAR_TRIAL_TOKENS = 16
+# llama_token_data as numpy lays it out.
+_CANDIDATE = np.dtype([("id", np.int32), ("logit", np.float32), ("p", np.float32)])
 # A piece is seldom longer than 16 bytes; a longer one reports its length and is read again.
 _PIECE_BYTES = 64
 # Levels of ggml: 1 debug, 2 info, 3 warn, 4 error, 5 continuation of the previous message.
@@ -75,10 +91,62 @@ class _Log:
 _log = _Log()
 
 
+class GrammarSampler:
+    """How far an answer has come in its grammar, and which tokens may come next.
+
+    llama.cpp ends the process if it is given a token to accept that the grammar does not admit.
+    """
+
+    def __init__(self, sampler: Any, vocabulary_size: int) -> None:
+        """Takes over a sampler of llama.cpp's that is not NULL."""
+        self._sampler = sampler
+        self._table = np.zeros(vocabulary_size, _CANDIDATE)
+        self._ids = np.arange(vocabulary_size, dtype=np.int32)
+
+    def candidates(self, logits: np.ndarray[Any, Any]) -> Any:
+        """All tokens, for samplers to sort and strike. One set at a time is good."""
+        self._table["id"] = self._ids
+        self._table["logit"] = logits
+        self._table["p"] = 0.0
+        data = self._table.ctypes.data_as(ctypes.POINTER(_llama.llama_token_data))
+        return _llama.llama_token_data_array(data, len(self._table), -1, False)
+
+    def strike(self, candidates: Any) -> None:
+        """Make impossible what may not come next: 15 ms for a vocabulary."""
+        _llama.llama_sampler_apply(self._sampler, ctypes.byref(candidates))
+
+    @property
+    def logits(self) -> np.ndarray[Any, Any]:
+        """Of the latest `candidates`; minus infinity where struck."""
+        return self._table["logit"]
+
+    def admits(self, token: int) -> bool:
+        """Whether this token may come next."""
+        one = _llama.llama_token_data(token, 1.0, 0.0)
+        array = _llama.llama_token_data_array(ctypes.pointer(one), 1, -1, False)
+        self.strike(array)
+        return bool(math.isfinite(one.logit))
+
+    def accept(self, token: int) -> None:
+        _llama.llama_sampler_accept(self._sampler, token)
+
+    def close(self) -> None:
+        if self._sampler:
+            _llama.llama_sampler_free(self._sampler)
+            self._sampler = None
+
+
 class Sampler:
     """The chain that draws one sequence's tokens; it remembers them for penalties and seed."""
 
-    def __init__(self, vocabulary_size: int, sampling: Sampling) -> None:
+    def __init__(
+        self,
+        vocabulary: Any,
+        vocabulary_size: int,
+        sampling: Sampling,
+        grammar: GrammarSampler | None = None,
+    ) -> None:
+        self._grammar = grammar
         self._chain = _llama.llama_sampler_chain_init(_llama.llama_sampler_chain_default_params())
         if not self._chain:
             raise DecodeError("no memory for a sampler")
@@ -91,23 +159,44 @@ class Sampler:
             self._add(
                 _llama.llama_sampler_init_penalties(
                     vocabulary_size,
-                    PENALTY_TOKENS,
+                    PENALTY_TOKENS_MAX,
                     1.0,
                     sampling.frequency_penalty,
                     sampling.presence_penalty,
                 )
             )
+        if sampling.repeat_penalty != 1.0:
+            self._add(
+                _llama.llama_sampler_init_penalties(
+                    vocabulary_size, sampling.repeat_last_n, sampling.repeat_penalty, 0.0, 0.0
+                )
+            )
+        if sampling.dry_multiplier:
+            self._add(_dry(vocabulary, sampling))
         if sampling.temperature < TEMPERATURE_MIN:
             self._add(_llama.llama_sampler_init_greedy())
             return
-        self._add(_llama.llama_sampler_init_top_k(sampling.top_k))
-        self._add(_llama.llama_sampler_init_top_p(sampling.top_p, 1))
-        self._add(_llama.llama_sampler_init_min_p(sampling.min_p, 1))
-        self._add(_llama.llama_sampler_init_temp(sampling.temperature))
         seed = sampling.seed
         if seed is None:
             seed = int.from_bytes(os.urandom(4), "big")
-        self._add(_llama.llama_sampler_init_dist(seed % _SEED_RANDOM))
+        seed %= _SEED_RANDOM
+        tau, eta = sampling.mirostat_tau, sampling.mirostat_eta
+        if sampling.mirostat:
+            self._add(_llama.llama_sampler_init_temp(sampling.temperature))
+            if sampling.mirostat == 1:
+                draw = _llama.llama_sampler_init_mirostat(
+                    vocabulary_size, seed, tau, eta, _MIROSTAT_TOKENS
+                )
+            else:
+                draw = _llama.llama_sampler_init_mirostat_v2(seed, tau, eta)
+            self._add(draw)
+            return
+        self._add(_llama.llama_sampler_init_top_k(sampling.top_k))
+        self._add(_llama.llama_sampler_init_typical(sampling.typical_p, 1))
+        self._add(_llama.llama_sampler_init_top_p(sampling.top_p, 1))
+        self._add(_llama.llama_sampler_init_min_p(sampling.min_p, 1))
+        self._add(_llama.llama_sampler_init_temp(sampling.temperature))
+        self._add(_llama.llama_sampler_init_dist(seed))
 
     def _add(self, sampler: Any) -> None:
         if not sampler:  # a NULL in the chain would be a crash at the first token
@@ -115,19 +204,63 @@ class Sampler:
             raise DecodeError("llama.cpp refused a sampler")
         _llama.llama_sampler_chain_add(self._chain, sampler)
 
-    def draw(self, context: Any, row: int) -> int:
-        """The next token, from row `row` of the last batch; it must have wanted logits."""
-        return int(_llama.llama_sampler_sample(self._chain, context, row))
+    def draw(self, context: Any, row: int, logits: np.ndarray[Any, Any]) -> int | None:
+        """The next token, from row `row` of the last batch; it must have wanted logits.
+
+        None if the grammar admits no token of this vocabulary, not even an end.
+        """
+        grammar = self._grammar
+        if grammar is None:
+            return int(_llama.llama_sampler_sample(self._chain, context, row))
+        # Asking the grammar about all tokens doubles a step, and it seldom minds the first choice.
+        token = self._choose(grammar.candidates(logits))
+        if not grammar.admits(token):
+            candidates = grammar.candidates(logits)
+            grammar.strike(candidates)
+            token = self._choose(candidates)
+            if not grammar.admits(token):
+                return None
+        grammar.accept(token)
+        _llama.llama_sampler_accept(self._chain, token)
+        return token
+
+    def _choose(self, candidates: Any) -> int:
+        _llama.llama_sampler_apply(self._chain, ctypes.byref(candidates))
+        return int(candidates.data[candidates.selected].id)
 
     def remember(self, tokens: Sequence[int]) -> None:
-        """Count tokens that another engine drew, as if drawn here; the seed does not move on."""
+        """Count tokens that another engine drew, as if drawn here; the seed does not move on.
+
+        Raises `RequestError` if the grammar would not have let it draw them.
+        """
         for token in tokens:
+            if self._grammar is not None:
+                if not self._grammar.admits(token):
+                    self.close()
+                    raise RequestError("The answer to be continued breaks its grammar.")
+                self._grammar.accept(token)
             _llama.llama_sampler_accept(self._chain, token)
 
     def close(self) -> None:
+        if self._grammar is not None:
+            self._grammar.close()
+            self._grammar = None
         if self._chain:
             _llama.llama_sampler_free(self._chain)
             self._chain = None
+
+
+def _dry(vocabulary: Any, sampling: Sampling) -> Any:
+    breakers = [breaker.encode("utf-8", "replace") for breaker in sampling.dry_sequence_breakers]
+    return _llama.llama_sampler_init_dry(
+        vocabulary,
+        sampling.dry_multiplier,
+        sampling.dry_base,
+        sampling.dry_allowed_length,
+        sampling.dry_penalty_last_n,
+        (ctypes.c_char_p * len(breakers))(*breakers),
+        len(breakers),
+    )
 
 
 class LlamaModel:
@@ -164,6 +297,10 @@ class LlamaModel:
                 for token in range(self.vocabulary_size)
                 if _llama.llama_vocab_is_eog(self._vocabulary, token)
             )
+            self._is_recurrent = bool(
+                _llama.llama_model_is_recurrent(self._model)
+                or _llama.llama_model_is_hybrid(self._model)
+            )
             self._bos = int(_llama.llama_vocab_bos(self._vocabulary))
             self._add_bos = bool(_llama.llama_vocab_get_add_bos(self._vocabulary))
             self._template = self._load_template()
@@ -172,6 +309,7 @@ class LlamaModel:
             raise
         self._slots = slots
         self._pieces: dict[int, bytes] = {}
+        self._grammars: dict[str, None] = {}
         self._make_batch()
         self._make_abort_flag()
         on_progress(1.0)
@@ -330,23 +468,65 @@ class LlamaModel:
             size = -count
         raise DecodeError(f"token {token} has no piece")
 
-    def sampler(self, sampling: Sampling) -> Sampler:
+    def sampler(self, sampling: Sampling, grammar: Grammar | None = None) -> Sampler:
         """A new chain; the caller closes it.
 
-        Raises `RequestError` for tokens of no vocabulary and for numbers that are none.
+        Raises `RequestError` for tokens of no vocabulary, for numbers that are none, and for what
+        is no grammar.
         """
         self._check_tokens([token for token, _ in sampling.logit_bias], "logit_bias")
-        numbers = [
-            sampling.temperature,
-            sampling.top_p,
-            sampling.min_p,
-            sampling.frequency_penalty,
-            sampling.presence_penalty,
-            *(bias for _, bias in sampling.logit_bias),
-        ]
-        if not all(map(math.isfinite, numbers)):
+        settings = [getattr(sampling, setting.name) for setting in dataclasses.fields(sampling)]
+        numbers = [setting for setting in settings if isinstance(setting, float)]
+        if not all(map(math.isfinite, [*numbers, *(bias for _, bias in sampling.logit_bias)])):
             raise RequestError("Sampling settings must be finite numbers.")
-        return Sampler(self.vocabulary_size, sampling)
+        rules = None if grammar is None else self._checked_grammar(grammar)
+        return Sampler(self._vocabulary, self.vocabulary_size, sampling, rules)
+
+    def _checked_grammar(self, grammar: Grammar) -> GrammarSampler:
+        """Compile a grammar that has survived its trial. Raises `RequestError`."""
+        if grammar.gbnf not in self._grammars:
+            if len(grammar.gbnf.encode()) > GRAMMAR_BYTES_MAX:
+                raise RequestError(
+                    f"`{grammar.param}` makes a grammar of over {GRAMMAR_BYTES_MAX} bytes.",
+                    param=grammar.param,
+                    code="invalid_grammar",
+                )
+            if not survives(lambda: self._try_grammar(grammar)):
+                raise RequestError(
+                    f"`{grammar.param}` is no grammar that llama.cpp can follow.",
+                    param=grammar.param,
+                    code="invalid_grammar",
+                )
+            if len(self._grammars) >= _GRAMMARS_KEPT_MAX:
+                del self._grammars[next(iter(self._grammars))]
+            self._grammars[grammar.gbnf] = None
+        compiled = self._compile(grammar)
+        if compiled is None:
+            raise DecodeError("a grammar that compiled before does not compile again")
+        return compiled
+
+    def _compile(self, grammar: Grammar) -> GrammarSampler | None:
+        sampler = _llama.llama_sampler_init_grammar(
+            self._vocabulary, grammar.gbnf.encode("utf-8", "replace"), b"root"
+        )
+        return GrammarSampler(sampler, self.vocabulary_size) if sampler else None
+
+    def _try_grammar(self, grammar: Grammar) -> bool:
+        """Compile it and walk a few tokens into it; may crash or never end."""
+        rules = self._compile(grammar)
+        if rules is None:
+            return False
+        for step in range(_GRAMMAR_TRIAL_TOKENS):
+            candidates = rules.candidates(np.zeros(self.vocabulary_size, np.float32))
+            rules.strike(candidates)
+            admitted = np.flatnonzero(np.isfinite(rules.logits))
+            if not len(admitted):
+                return step > 0
+            token = int(admitted[step % len(admitted)])
+            if token in self.end_tokens:
+                break
+            rules.accept(token)
+        return True
 
     def _check_tokens(self, tokens: list[int], param: str) -> None:
         if any(not 0 <= token < self.vocabulary_size for token in tokens):
@@ -366,6 +546,16 @@ class LlamaModel:
         if not _llama.llama_memory_seq_rm(self._memory, trim.slot, -1, -1):
             raise DecodeError(f"the KV cache of slot {trim.slot} cannot be cleared")
         return False
+
+    def copy(self, copy: Copy) -> bool:
+        """Share a slot's KV with another; False if this model cannot, and the copy is empty.
+
+        A recurrent model's state is that of its last token; there is no copy of a beginning.
+        """
+        if self._is_recurrent:
+            return False
+        _llama.llama_memory_seq_cp(self._memory, copy.source, copy.slot, 0, copy.tokens)
+        return True
 
     def decode(self, batch: Batch) -> bool:
         """Compute a batch; False if `abort` stopped it, then trim its slots to where they were."""
@@ -389,16 +579,31 @@ class LlamaModel:
 
     def draw(self, sampler: Sampler, row: int) -> int:
         """The next token from row `row` of the last batch."""
-        logits = _llama.llama_get_logits_ith(self._context, row)
-        if not logits:
-            raise DecodeError(f"row {row} of the batch has no logits")
-        largest = np.ctypeslib.as_array(logits, shape=(self.vocabulary_size,)).max()
-        if not math.isfinite(largest):
+        logits = self._logits(row)
+        if not math.isfinite(logits.max()):
             raise DecodeError("the model computes no numbers; its file may be damaged")
-        token = sampler.draw(self._context, row)
+        token = sampler.draw(self._context, row, logits)
+        if token is None:  # a dead end of the grammar is the end of the answer
+            return min(self.end_tokens)
         if not 0 <= token < self.vocabulary_size:
             raise DecodeError(f"sampling gave token {token}")
         return token
+
+    def logprobs(self, row: int, drawn: int, top: int) -> TokenLogprobs:
+        """What row `row` of the last batch says of the token drawn from it, and the `top` best."""
+        logits = self._logits(row)
+        scores = logits - logits.max()
+        scores -= math.log(np.exp(scores).sum())
+        best = np.argpartition(scores, -top)[-top:] if top else np.zeros(0, np.int64)
+        best = best[np.argsort(-scores[best])]
+        entries = [Logprob(self.piece(int(t)), float(scores[t])) for t in (drawn, *best)]
+        return TokenLogprobs(entries[0], tuple(entries[1:]))
+
+    def _logits(self, row: int) -> np.ndarray[Any, Any]:
+        logits = _llama.llama_get_logits_ith(self._context, row)
+        if not logits:
+            raise DecodeError(f"row {row} of the batch has no logits")
+        return np.ctypeslib.as_array(logits, shape=(self.vocabulary_size,))
 
     def abort(self) -> None:
         """Make a running `decode` return False within milliseconds. From any thread."""

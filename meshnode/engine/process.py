@@ -19,7 +19,14 @@ from typing import Literal, Self
 
 import trio
 
-from meshnode.engine import Delta, EngineStats, Finish, ModelCard, Request, wire
+from meshnode.engine import (
+    Delta,
+    EngineStats,
+    Finish,
+    ModelCard,
+    Request,
+    wire,
+)
 from meshnode.engine.memory import available_bytes, check_fits, context_for, memory_need
 from meshnode.engine.scheduler import BUSY_RETRY_AFTER_S
 from meshnode.errors import (
@@ -72,16 +79,16 @@ class EngineOptions:
 class _Answer:
     """What has arrived for one request and was not taken yet.
 
-    Deltas that wait are joined into one, so a slow consumer costs one string, at most as long as
-    the context can hold.
+    Deltas of a choice that wait are joined into one, so a slow consumer costs one string each, at
+    most as long as the context can hold.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, choices: int) -> None:
+        self.choices = choices
+        self.choices_left = choices
         self._accepted = False
-        self._text: list[str] = []
-        self._tokens = 0
-        self._ids: tuple[int, ...] = ()
-        self._finish: Finish | None = None
+        self._texts: dict[int, list[wire.Text]] = {}
+        self._finishes: deque[Finish] = deque()
         self._error: EngineError | None = None
         self._arrived = trio.Event()
 
@@ -91,14 +98,12 @@ class _Answer:
         self._accepted = True
         self._arrived.set()
 
-    def add(self, text: str, tokens: int, ids: tuple[int, ...]) -> None:
-        self._text.append(text)
-        self._tokens += tokens
-        self._ids += ids
+    def add(self, text: wire.Text) -> None:
+        self._texts.setdefault(text.index, []).append(text)
         self._arrived.set()
 
     def finish(self, finish: Finish) -> None:
-        self._finish = finish
+        self._finishes.append(finish)
         self._arrived.set()
 
     def fail(self, error: EngineError) -> None:
@@ -119,23 +124,31 @@ class _Answer:
     async def __anext__(self) -> Delta | Finish:
         await trio.lowlevel.checkpoint()
         while True:
-            if self._text:
-                delta = Delta("".join(self._text), self._tokens, self._ids)
-                self._text, self._tokens, self._ids = [], 0, ()
-                return delta
+            if self._texts:
+                index = next(iter(self._texts))
+                return _joined(index, self._texts.pop(index))
             if self._error is not None:
                 raise self._error
-            if self._finish is not None:
-                finish, self._finish = self._finish, None
-                self._accepted = False
-                return finish
-            if not self._accepted:  # the finish has been taken
+            if self._finishes:
+                self.choices -= 1
+                return self._finishes.popleft()
+            if not self.choices:  # all finishes have been taken
                 raise StopAsyncIteration
             await self._wait()
 
     async def _wait(self) -> None:
         self._arrived = trio.Event()
         await self._arrived.wait()
+
+
+def _joined(index: int, texts: list[wire.Text]) -> Delta:
+    return Delta(
+        "".join(text.text for text in texts),
+        sum(text.tokens for text in texts),
+        tuple(token for text in texts for token in text.ids),
+        tuple(logprobs for text in texts for logprobs in text.logprobs),
+        index,
+    )
 
 
 class EngineProcess:
@@ -205,10 +218,16 @@ class EngineProcess:
     @asynccontextmanager
     async def generate(self, request: Request) -> AsyncIterator[AsyncIterator[Delta | Finish]]:
         """See `Engine.generate`."""
-        outbox = self._require_ready()
+        if not 1 <= request.n <= self._options.slots:
+            raise RequestError(
+                f"`n` is from 1 to {self._options.slots}, the slots of this engine.",
+                param="n",
+                code="invalid_value",
+            )
+        outbox = self._require_ready(request.n)
         self._numbers += 1
         number = self._numbers
-        answer = _Answer()
+        answer = _Answer(request.n)
         outbox.send_nowait(_encode_request(number, request))
         self._answers[number] = answer
         try:
@@ -236,12 +255,13 @@ class EngineProcess:
         while self._answers:
             await self._changed.wait()
 
-    def _require_ready(self) -> trio.MemorySendChannel[bytes]:
+    def _require_ready(self, choices: int) -> trio.MemorySendChannel[bytes]:
         if self._state != "ready" or self._outbox is None:
             why = f": {self._error}" if self._error else f" ({self._progress:.0%} loaded)."
             raise EngineError(f"The engine of {self._card.name} is {self._state}{why}")
         in_flight_max = self._options.slots + self._options.waiting_max
-        if len(self._answers) >= in_flight_max:
+        in_flight = sum(answer.choices_left for answer in self._answers.values())
+        if in_flight + choices > in_flight_max:
             raise EngineBusyError(
                 f"{self._card.name} has {len(self._answers)} requests already; try again soon.",
                 BUSY_RETRY_AFTER_S,
@@ -388,12 +408,15 @@ class EngineProcess:
                 )
             case wire.TooLong(number=number, prompt_tokens=prompt_tokens):
                 self._ended(number).fail(_TooLongError(prompt_tokens))
-            case wire.Text(number=number, text=text, tokens=tokens, ids=ids):
-                self._answers[number].add(text, tokens, ids)
+            case wire.Text(number=number):
+                self._answers[number].add(frame)
             case wire.Done(number=number, reason=reason, usage=usage):
-                answer = self._ended(number)
+                answer = self._answers[number]
+                answer.choices_left -= 1
+                if not answer.choices_left:
+                    self._ended(number)
                 if reason != "cancelled":
-                    answer.finish(Finish(reason, usage))
+                    answer.finish(Finish(reason, usage, frame.index))
 
     def _ended(self, number: int) -> _Answer:
         """The child has done with this request; what its consumer has not taken yet stays."""

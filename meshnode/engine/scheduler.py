@@ -13,6 +13,10 @@ conversation computes only what is new.
 
 All slots share one pool of `kv_tokens` cells. The oldest sequence can always get room by evicting
 idle slots and preempting others, and any sequence fits the pool alone, so every request ends.
+
+A sequence may *follow* another that has the same prompt. It waits until its leader has computed
+that, others passing it meanwhile, and begins with a copy of the leader's slot. The copy shares its
+cells with the original; they are counted twice here, which errs on the safe side.
 """
 
 from __future__ import annotations
@@ -70,6 +74,15 @@ class Trim:
 
 
 @dataclass(frozen=True, slots=True)
+class Copy:
+    """Let `slot`, which is empty, begin with the first `tokens` tokens of slot `source`."""
+
+    source: int
+    slot: int
+    tokens: int
+
+
+@dataclass(frozen=True, slots=True)
 class Chunk:
     """Tokens of one sequence for positions `start`, `start + 1`, ... of one slot."""
 
@@ -87,10 +100,14 @@ class Chunk:
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """One step. `trims` come first and stand even if the decode is aborted."""
+    """One step. `trims`, then `copies`, come first and stand even if the decode is aborted.
+
+    A batch with copies has no chunks: nothing may evict a slot between its copy and its use.
+    """
 
     trims: tuple[Trim, ...]
     chunks: tuple[Chunk, ...]
+    copies: tuple[Copy, ...] = ()
 
     @property
     def tokens(self) -> int:
@@ -127,8 +144,8 @@ class Load:
 class _Sequence:
     """A request on its way: `tokens` is the prompt, then the answer so far."""
 
-    __slots__ = ("arrival", "cached_tokens", "id", "length_max", "prompt_tokens", "session",
-                 "slot", "tokens")  # fmt: skip
+    __slots__ = ("arrival", "cached_tokens", "follows", "id", "is_prefilled", "length_max",
+                 "prompt_tokens", "session", "slot", "tokens")  # fmt: skip
 
     def __init__(
         self, number: int, session: bytes, prompt: Sequence[int], length_max: int, arrival: int
@@ -141,6 +158,13 @@ class _Sequence:
         self.arrival = arrival
         self.cached_tokens: int | None = None
         self.slot: _Slot | None = None
+        self.follows: _Sequence | None = None
+        # Its followers need not wait any more: the prompt was computed once, or never will be.
+        self.is_prefilled = False
+
+    @property
+    def is_ready(self) -> bool:
+        return self.follows is None or self.follows.is_prefilled
 
     def usage(self) -> Usage:
         return Usage(
@@ -178,10 +202,17 @@ class Scheduler:
     # -- what a driver calls -------------------------------------------------------------------
 
     def submit(
-        self, sequence: int, session: bytes, prompt: Sequence[int], max_tokens: int | None
+        self,
+        sequence: int,
+        session: bytes,
+        prompt: Sequence[int],
+        max_tokens: int | None,
+        *,
+        follows: int | None = None,
     ) -> None:
         """Queue a prompt of at least one token under a number that is not in use.
 
+        `follows` is the number of a sequence with the same prompt.
         Raises `ContextLengthError` if it can never fit, `EngineBusyError` if the queue is full.
         """
         if sequence in self._sequences:
@@ -200,6 +231,7 @@ class Scheduler:
             length_max = len(prompt) + max_tokens
         self._arrivals += 1
         entry = _Sequence(sequence, session, prompt, length_max, self._arrivals)
+        entry.follows = None if follows is None else self._sequences.get(follows)
         self._sequences[sequence] = entry
         self._waiting.append(entry)
 
@@ -217,7 +249,9 @@ class Scheduler:
         The KV counts as computed only after `commit`; without it (the decode was aborted), the
         next `plan` covers the same tokens again.
         """
-        trims = self._admit()
+        trims, copies = self._admit()
+        if copies:
+            return Batch(tuple(trims), (), tuple(copies))
         planned: dict[int, Chunk] = {}
         running = self._running()
         decoding = [entry for entry in running if _pending(entry) == 1]
@@ -275,15 +309,25 @@ class Scheduler:
 
     # -- admission -----------------------------------------------------------------------------
 
-    def _admit(self) -> list[Trim]:
+    def _admit(self) -> tuple[list[Trim], list[Copy]]:
         """Give slots to waiting sequences, first come first served, while the KV allows it."""
-        trims = []
-        while self._waiting:
+        trims: list[Trim] = []
+        copies: list[Copy] = []
+        while ready := [entry for entry in self._waiting if entry.is_ready]:
+            entry = ready[0]
             idle = [slot for slot in self._slots if slot.sequence is None]
-            if not idle or not self._fits(self._waiting[0]):
+            if not idle or not self._fits(entry):
                 break
-            entry = self._waiting.popleft()
+            self._waiting.remove(entry)
+            source = entry.follows.slot if entry.follows is not None else None
             slot, common = _choose_slot(entry, idle)
+            shared = common_prefix(source.tokens, entry.tokens) if source is not None else 0
+            shared = min(shared, len(entry.tokens) - 1)
+            if source is not None and shared > common:
+                if slot.tokens:
+                    trims.append(Trim(slot.number, 0))
+                slot.tokens, common = source.tokens[:shared], shared
+                copies.append(Copy(source.number, slot.number, shared))
             # The last token is always computed: its logits give the next one.
             keep = min(common, len(entry.tokens) - 1)
             if keep < len(slot.tokens):
@@ -293,7 +337,7 @@ class Scheduler:
             if entry.cached_tokens is None:
                 entry.cached_tokens = keep
             self._touch(slot)
-        return trims
+        return trims, copies
 
     def _fits(self, entry: _Sequence) -> bool:
         running = self._running()
@@ -361,6 +405,7 @@ class Scheduler:
     # -- sequences -----------------------------------------------------------------------------
 
     def _accept(self, entry: _Sequence, token: int) -> Sampled:
+        entry.is_prefilled = True
         finish: Literal["stop", "length"] | None = None
         if token in self._end_tokens:
             finish = "stop"
@@ -374,6 +419,7 @@ class Scheduler:
 
     def _release(self, entry: _Sequence) -> None:
         del self._sequences[entry.id]
+        entry.is_prefilled = True
         if entry.slot is None:
             self._waiting.remove(entry)
         else:

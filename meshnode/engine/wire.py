@@ -12,7 +12,15 @@ from typing import Literal, TypeVar
 
 import msgspec
 
-from meshnode.engine import ChatMessage, Continuation, Request, Sampling, Usage
+from meshnode.engine import (
+    ChatMessage,
+    Continuation,
+    Grammar,
+    Request,
+    Sampling,
+    TokenLogprobs,
+    Usage,
+)
 from meshnode.errors import LocalProtocolError
 
 # A prompt is at most a context: 1 Mi tokens of 6 bytes is more than any model here takes.
@@ -43,6 +51,9 @@ class Generate(msgspec.Struct, frozen=True, tag="generate"):
     max_tokens: int | None
     stop: tuple[str, ...]
     continuation: Continuation | None = None
+    logprobs: int | None = None
+    grammar: Grammar | None = None
+    n: int = 1
 
     @property
     def prompt(self) -> tuple[ChatMessage, ...] | str | tuple[int, ...]:
@@ -66,11 +77,14 @@ class Generate(msgspec.Struct, frozen=True, tag="generate"):
             max_tokens=request.max_tokens,
             stop=request.stop,
             continuation=request.continuation,
+            logprobs=request.logprobs,
+            grammar=request.grammar,
+            n=request.n,
         )
 
 
 class Cancel(msgspec.Struct, frozen=True, tag="cancel"):
-    """End a sequence; answered by `Done` with reason "cancelled" if it was still going."""
+    """End all choices; answered by `Done` with reason "cancelled" for each still going."""
 
     number: int
 
@@ -123,14 +137,17 @@ class Text(msgspec.Struct, frozen=True, tag="text"):
     text: str
     tokens: int
     ids: tuple[int, ...] = ()
+    logprobs: tuple[TokenLogprobs, ...] = ()
+    index: int = 0
 
 
 class Done(msgspec.Struct, frozen=True, tag="done"):
-    """The end of a sequence; nothing follows under this number."""
+    """The end of a choice; after that of each, nothing follows under this number."""
 
     number: int
     reason: Literal["stop", "length", "cancelled"]
     usage: Usage
+    index: int = 0
 
 
 class Status(msgspec.Struct, frozen=True, tag="status"):

@@ -201,12 +201,15 @@ async def answer_locally(
     """
     request = replace(ask.call.request(ask.id, ask.session), continuation=ask.continuation)
     events = await stack.enter_async_context(engine.generate(request))
-    encoder = Encoder(ask.call, ask.id, digest, ask.created)
+    come = ask.continuation
+    encoder = Encoder(
+        ask.call, ask.id, digest, ask.created, chars_shown=come.chars if come is not None else 0
+    )
     body = await stack.enter_async_context(
         aclosing(
-            _streamed(events, encoder, opened=ask.continuation is not None)
+            _streamed(events, encoder, opened=come is not None, noted=ask.call.is_resumable)
             if ask.call.stream
-            else _collected(events, encoder)
+            else _collected(events, encoder, ask.call.n)
         )
     )
     content_type = "text/event-stream" if ask.call.stream else "application/json"
@@ -304,33 +307,39 @@ async def _begin(
 
 
 async def _streamed(
-    events: AsyncIterator[Delta | Finish], encoder: Encoder, *, opened: bool
+    events: AsyncIterator[Delta | Finish], encoder: Encoder, *, opened: bool, noted: bool
 ) -> AsyncGenerator[bytes, None]:
+    """`noted`: another engine could go on with this answer, and notes tell it where."""
     yield b""
     # The role goes out with the first text, not before: until then another replica may take over.
     opening = b"" if opened else encoder.opening()
     async for event in events:
         if isinstance(event, Finish):
             yield opening + encoder.closing(event)
-            return
-        if event.text:
-            if opening:
-                opening = opening_note(event) + opening
-            yield opening + note(event) + encoder.delta(event.text)
             opening = b""
+            if encoder.is_complete:
+                return
+        elif event.text or event.logprobs:
+            if opening and noted:
+                opening = opening_note(event) + opening
+            said = (note(event) if noted else b"") + encoder.delta(event)
+            if said:  # the beginning of a tool call is silent
+                yield opening + said
+                opening = b""
     raise EngineError("The engine ended without a finish.")
 
 
 async def _collected(
-    events: AsyncIterator[Delta | Finish], encoder: Encoder
+    events: AsyncIterator[Delta | Finish], encoder: Encoder, choices: int
 ) -> AsyncGenerator[bytes, None]:
     yield b""
-    texts: list[str] = []
+    come: list[Delta | Finish] = []
     async for event in events:
-        if isinstance(event, Finish):
-            yield encoder.whole("".join(texts), event)
+        come.append(event)
+        choices -= isinstance(event, Finish)
+        if not choices:
+            yield encoder.whole(come)
             return
-        texts.append(event.text)
     raise EngineError("The engine ended without a finish.")
 
 

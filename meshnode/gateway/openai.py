@@ -4,18 +4,29 @@ Decides which fields of a request work, which are harmless, and which are refuse
 is ignored that the caller could have meant. Does not know engines, peers, sessions or HTTP.
 
 The shapes follow OpenAI's reference for /v1/chat/completions, /v1/completions and /v1/models;
-`top_k` and `min_p` are the usual extensions of local servers.
+`top_k` and the settings after it are llama.cpp's, which the clients of local servers use.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal
 
 import msgspec
 
-from meshnode.engine import ChatMessage, Finish, Request, Sampling, Usage
+from meshnode.engine import (
+    PENALTY_TOKENS_MAX,
+    TOP_LOGPROBS_MAX,
+    ChatMessage,
+    Delta,
+    Finish,
+    Grammar,
+    Logprob,
+    Request,
+    Sampling,
+    TokenLogprobs,
+)
 from meshnode.errors import RequestError
 from meshnode.gateway import ServedModel
 from meshnode.gateway.fields import (
@@ -25,6 +36,19 @@ from meshnode.gateway.fields import (
     refuse_unsupported,
     unsupported,
 )
+from meshnode.gateway.schema import JSON_OBJECT, SchemaGrammar
+from meshnode.gateway.tools import (
+    CALL_END,
+    Arguments,
+    Content,
+    Function,
+    ToolReader,
+    Tools,
+    call_text,
+    join_responses,
+    response_text,
+)
+from meshnode.gateway.tools import Call as ToolCall
 
 __all__ = [
     "CHAT_PATH",
@@ -47,6 +71,11 @@ TEXT_PATH = "/v1/completions"
 # OpenAI's own bounds.
 STOP_SEQUENCES_MAX = 4
 LOGIT_BIAS_ENTRIES_MAX = 1024
+CHOICES_MAX = 128
+TOOLS_MAX = 128
+# llama.cpp reads no more than 40 bytes of a breaker, and each costs a walk through the vocabulary.
+DRY_BREAKERS_MAX = 16
+DRY_BREAKER_BYTES_MAX = 40
 # /v1/completions answers with 16 tokens unless told otherwise; clients rely on it.
 TEXT_MAX_TOKENS_DEFAULT = 16
 # Names travel in headers, logs and adverts.
@@ -70,6 +99,20 @@ class Call:
     include_usage: bool
     prompt_cache_key: str | None
     user: str | None
+    logprobs: int | None = None
+    n: int = 1
+    grammar: Grammar | None = None
+    tools: Tools | None = None
+
+    @property
+    def is_resumable(self) -> bool:
+        """Whether another engine can go on in the middle of the answer as if it were its own.
+
+        Mirostat's state is what it has drawn so far, with which chances; no other engine has it.
+        Of several choices each would be somewhere else; and of a tool call, less is shown than
+        was said, so that nobody could tell how far the client has read.
+        """
+        return not self.sampling.mirostat and self.n == 1 and self.tools is None
 
     def request(self, id: str, session: bytes) -> Request:
         """The same in the engine's words; `session` is 16 bytes."""
@@ -80,6 +123,9 @@ class Call:
             sampling=self.sampling,
             max_tokens=self.max_tokens,
             stop=self.stop,
+            logprobs=self.logprobs,
+            grammar=self.grammar,
+            n=self.n,
         )
 
 
@@ -88,8 +134,11 @@ class Call:
 # ---------------------------------------------------------------------------------------------
 
 _Name = Annotated[str, msgspec.Meta(min_length=1, max_length=NAME_CHARS_MAX)]
+_FunctionName = Annotated[str, msgspec.Meta(pattern="^[a-zA-Z0-9_-]{1,64}$")]
 _Penalty = Annotated[float, msgspec.Meta(ge=-2.0, le=2.0)]
 _Share = Annotated[float, msgspec.Meta(ge=0.0, le=1.0)]
+_Top = Annotated[int, msgspec.Meta(ge=0, le=TOP_LOGPROBS_MAX)]
+_Lookback = Annotated[int, msgspec.Meta(ge=-1, le=PENALTY_TOKENS_MAX)]
 
 
 class _StreamOptions(msgspec.Struct, forbid_unknown_fields=True):
@@ -107,11 +156,24 @@ class _Body(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     top_p: _Share | None = None
     top_k: Annotated[int, msgspec.Meta(ge=0, le=TOKEN_ID_MAX)] | None = None
     min_p: _Share | None = None
+    typical_p: _Share | None = None
+    repeat_penalty: Annotated[float, msgspec.Meta(gt=0.0, le=10.0)] | None = None
+    repetition_penalty: Annotated[float, msgspec.Meta(gt=0.0, le=10.0)] | None = None
+    repeat_last_n: _Lookback | None = None
+    dry_multiplier: Annotated[float, msgspec.Meta(ge=0.0, le=100.0)] | None = None
+    dry_base: Annotated[float, msgspec.Meta(ge=1.0, le=100.0)] | None = None
+    dry_allowed_length: Annotated[int, msgspec.Meta(ge=1, le=PENALTY_TOKENS_MAX)] | None = None
+    dry_penalty_last_n: _Lookback | None = None
+    dry_sequence_breakers: list[str] | None = None
+    mirostat: Literal[0, 1, 2] | None = None
+    mirostat_tau: Annotated[float, msgspec.Meta(gt=0.0, le=100.0)] | None = None
+    mirostat_eta: Annotated[float, msgspec.Meta(gt=0.0, le=1.0)] | None = None
     seed: Annotated[int, msgspec.Meta(ge=-(2**63), le=2**63 - 1)] | None = None
     frequency_penalty: _Penalty | None = None
     presence_penalty: _Penalty | None = None
     logit_bias: dict[str, float] | None = None
     stop: str | list[str] | None = None
+    grammar: Annotated[str, msgspec.Meta(min_length=1)] | None = None
     # Harmless: they change no answer.
     user: str | None = None
     metadata: dict[str, str] | None = None
@@ -119,9 +181,39 @@ class _Body(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     safety_identifier: str | None = None
     store: Any = None
     service_tier: Any = None
-    # Not supported yet.
-    n: Any = None
-    logprobs: Any = None
+    n: Annotated[int, msgspec.Meta(ge=1, le=CHOICES_MAX)] | None = None
+
+
+class _FunctionCall(msgspec.Struct, forbid_unknown_fields=True):
+    name: _FunctionName
+    arguments: str
+
+
+class _ToolCall(msgspec.Struct, forbid_unknown_fields=True):
+    id: str
+    function: _FunctionCall
+    type: Literal["function"] = "function"
+
+
+class _Function(msgspec.Struct, forbid_unknown_fields=True):
+    name: _FunctionName
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = None
+
+
+class _Tool(msgspec.Struct, forbid_unknown_fields=True):
+    type: Literal["function"]
+    function: _Function
+
+
+class _NamedFunction(msgspec.Struct, forbid_unknown_fields=True):
+    name: str
+
+
+class _NamedTool(msgspec.Struct, forbid_unknown_fields=True):
+    type: Literal["function"]
+    function: _NamedFunction
 
 
 class _ChatMessage(msgspec.Struct, forbid_unknown_fields=True):
@@ -129,21 +221,34 @@ class _ChatMessage(msgspec.Struct, forbid_unknown_fields=True):
     content: str | list[dict[str, Any]] | None = None
     name: Any = None
     refusal: Any = None
-    tool_calls: Any = None
-    tool_call_id: Any = None
+    tool_calls: list[_ToolCall] | None = None
+    tool_call_id: str | None = None
     function_call: Any = None
     audio: Any = None
     annotations: Any = None
 
 
+class _JsonSchema(msgspec.Struct, forbid_unknown_fields=True):
+    name: _Name
+    schema: dict[str, Any] = msgspec.field(default_factory=dict)
+    strict: bool | None = None
+    description: str | None = None
+
+
+class _ResponseFormat(msgspec.Struct, forbid_unknown_fields=True):
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: _JsonSchema | None = None
+
+
 class _ChatBody(_Body, forbid_unknown_fields=True, kw_only=True):
     messages: Annotated[list[_ChatMessage], msgspec.Meta(min_length=1)]
     max_completion_tokens: Annotated[int, msgspec.Meta(ge=1)] | None = None
-    top_logprobs: Any = None
-    response_format: Any = None
-    tools: Any = None
-    tool_choice: Any = None
-    parallel_tool_calls: Any = None
+    logprobs: bool | None = None
+    top_logprobs: _Top | None = None
+    response_format: _ResponseFormat | None = None
+    tools: Annotated[list[_Tool], msgspec.Meta(max_length=TOOLS_MAX)] | None = None
+    tool_choice: str | _NamedTool | None = None
+    parallel_tool_calls: bool | None = None
     functions: Any = None
     function_call: Any = None
     modalities: Any = None
@@ -156,6 +261,7 @@ class _ChatBody(_Body, forbid_unknown_fields=True, kw_only=True):
 
 class _TextBody(_Body, forbid_unknown_fields=True, kw_only=True):
     prompt: str | list[Any]
+    logprobs: _Top | None = None
     best_of: Any = None
     echo: Any = None
     suffix: Any = None
@@ -165,16 +271,9 @@ class _TextBody(_Body, forbid_unknown_fields=True, kw_only=True):
 _NEUTRAL_BODY: Mapping[str, tuple[Any, ...]] = {
     "store": (False,),
     "service_tier": ("auto", "default"),
-    "n": (1,),
 }
 _NEUTRAL_CHAT: Mapping[str, tuple[Any, ...]] = {
     **_NEUTRAL_BODY,
-    "logprobs": (False,),
-    "top_logprobs": (),
-    "response_format": ({"type": "text"},),
-    "tools": ([],),
-    "tool_choice": ("none",),
-    "parallel_tool_calls": (),
     "functions": ([],),
     "function_call": ("none",),
     "modalities": (["text"],),
@@ -186,7 +285,6 @@ _NEUTRAL_CHAT: Mapping[str, tuple[Any, ...]] = {
 }
 _NEUTRAL_TEXT: Mapping[str, tuple[Any, ...]] = {
     **_NEUTRAL_BODY,
-    "logprobs": (),
     "best_of": (1,),
     "echo": (False,),
     "suffix": ("",),
@@ -194,14 +292,13 @@ _NEUTRAL_TEXT: Mapping[str, tuple[Any, ...]] = {
 _NEUTRAL_MESSAGE: Mapping[str, tuple[Any, ...]] = {
     "name": (),
     "refusal": (),
-    "tool_calls": ([],),
-    "tool_call_id": (),
     "function_call": (),
     "audio": (),
     "annotations": ([],),
 }
 # OpenAI renamed `system` for its newer models; the templates of open models know `system`.
-_ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
+_ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant",
+          "tool": "tool"}  # fmt: skip
 
 CHAT_SHAPE = Shape(_ChatBody, {_ChatBody: _NEUTRAL_CHAT, _ChatMessage: _NEUTRAL_MESSAGE})
 TEXT_SHAPE = Shape(_TextBody, {_TextBody: _NEUTRAL_TEXT})
@@ -219,12 +316,80 @@ def decode_chat(body: bytes) -> Call:
             param="max_completion_tokens",
             code="invalid_value",
         )
-    return _call(
+    messages = join_responses(
+        [_chat_message(message, index) for index, message in enumerate(chat.messages)]
+    )
+    tools = _tools(chat)
+    if tools is not None:
+        messages = tools.introduce(messages)
+    call = _call(
         chat,
         "chat",
-        tuple(_chat_message(message, index) for index, message in enumerate(chat.messages)),
+        messages,
         chat.max_completion_tokens if chat.max_tokens is None else chat.max_tokens,
+        _chat_logprobs(chat),
+        _chat_grammar(chat) if tools is None else tools.grammar(),
     )
+    if tools is None:
+        return call
+    # A model that may make one call only is stopped after it.
+    stop = call.stop if tools.parallel else (*call.stop, CALL_END)
+    return replace(call, stop=stop, tools=tools)
+
+
+def _tools(chat: _ChatBody) -> Tools | None:
+    """The tools that the model is told of: none, if it may not call them."""
+    choice = chat.tool_choice
+    named = choice.function.name if isinstance(choice, _NamedTool) else None
+    names = [tool.function.name for tool in chat.tools or ()]
+    if named is None and choice not in (None, "none", "auto", "required"):
+        raise RequestError(
+            "`tool_choice` is none, auto, required or a function.",
+            param="tool_choice",
+            code="invalid_value",
+        )
+    if (named is not None and named not in names) or (choice == "required" and not names):
+        raise RequestError(
+            "`tool_choice` asks for a function that is not in `tools`.",
+            param="tool_choice",
+            code="invalid_value",
+        )
+    if len(set(names)) < len(names):
+        raise RequestError(
+            "`tools` has two functions of one name.", param="tools", code="invalid_value"
+        )
+    if not chat.tools or choice == "none":
+        return None
+    form = chat.response_format
+    if form is not None and form.type != "text":
+        raise _conflict("response_format", "tools")
+    for field in ("grammar", "logprobs"):
+        if getattr(chat, field):
+            raise _conflict(field, "tools")
+    functions = []
+    for index, tool in enumerate(chat.tools):
+        path = f"tools[{index}].function"
+        function = tool.function
+        if function.strict and choice in (None, "auto"):
+            raise RequestError(
+                f"`{path}.strict` can be kept only with `tool_choice` required or a function.",
+                param=f"{path}.strict",
+                code="unsupported_parameter",
+            )
+        parameters = function.parameters
+        if not parameters:
+            parameters = {"type": "object", "properties": {}, "additionalProperties": False}
+        if parameters.get("type") != "object":
+            raise RequestError(
+                f"`{path}.parameters` must be the schema of an object.",
+                param=f"{path}.parameters",
+                code="invalid_json_schema",
+            )
+        functions.append(
+            Function(function.name, function.description, parameters, f"{path}.parameters")
+        )
+    choice = named or ("auto" if not isinstance(choice, str) else choice)
+    return Tools(tuple(functions), choice, chat.parallel_tool_calls is not False)
 
 
 def decode_text(body: bytes) -> Call:
@@ -232,20 +397,64 @@ def decode_text(body: bytes) -> Call:
     text: _TextBody = decode_body(_text_decoder, body)
     refuse_unsupported(text, _NEUTRAL_TEXT)
     max_tokens = TEXT_MAX_TOKENS_DEFAULT if text.max_tokens is None else text.max_tokens
-    return _call(text, "text", _text_prompt(text.prompt), max_tokens)
+    return _call(text, "text", _text_prompt(text.prompt), max_tokens, text.logprobs, _grammar(text))
+
+
+def _grammar(body: _Body) -> Grammar | None:
+    return None if body.grammar is None else Grammar(body.grammar)
+
+
+def _chat_grammar(chat: _ChatBody) -> Grammar | None:
+    """The promise of `response_format`, kept by a grammar; strict or not makes no difference."""
+    form = chat.response_format
+    if form is not None and form.type != "json_schema" and form.json_schema is not None:
+        raise _conflict("response_format.json_schema", f"type: {form.type}")
+    if form is None or form.type == "text":
+        return _grammar(chat)
+    if chat.grammar is not None:
+        raise _conflict("grammar", "response_format")
+    if form.type == "json_object":
+        return Grammar(JSON_OBJECT, "response_format")
+    param = "response_format.json_schema"
+    if form.json_schema is None:
+        raise RequestError(f"`{param}` is missing.", param=param, code="missing_required_parameter")
+    rules = SchemaGrammar()
+    return Grammar(rules.text(rules.add(form.json_schema.schema, f"{param}.schema")), param)
+
+
+def _chat_logprobs(chat: _ChatBody) -> int | None:
+    if chat.logprobs:
+        return chat.top_logprobs or 0
+    if chat.top_logprobs is not None:
+        raise RequestError(
+            "`top_logprobs` is only allowed when `logprobs` is true.",
+            param="top_logprobs",
+            code="invalid_value",
+        )
+    return None
 
 
 def _chat_message(message: _ChatMessage, index: int) -> ChatMessage:
     path = f"messages[{index}]"
     if message.role not in _ROLES:
-        later = message.role in ("tool", "function")
         raise RequestError(
             f"`{path}.role` must be one of {', '.join(_ROLES)}.",
             param=f"{path}.role",
-            code="unsupported_parameter" if later else "invalid_value",
+            code="unsupported_parameter" if message.role == "function" else "invalid_value",
         )
     refuse_unsupported(message, _NEUTRAL_MESSAGE, f"{path}.")
+    for field, role in (("tool_calls", "assistant"), ("tool_call_id", "tool")):
+        if getattr(message, field) and message.role != role:
+            raise unsupported(f"{path}.{field}")
+    if message.role == "tool" and not message.tool_call_id:
+        raise RequestError(
+            f"`{path}.tool_call_id` is missing.",
+            param=f"{path}.tool_call_id",
+            code="missing_required_parameter",
+        )
     content = message.content
+    if content is None and message.tool_calls:
+        content = ""
     if content is None:
         raise RequestError(
             f"`{path}.content` must be text.", param=f"{path}.content", code="invalid_value"
@@ -253,7 +462,28 @@ def _chat_message(message: _ChatMessage, index: int) -> ChatMessage:
     if isinstance(content, list):
         parts = (_text_part(part, f"{path}.content[{i}]") for i, part in enumerate(content))
         content = "\n".join(parts)
+    if message.role == "tool":
+        content = response_text(content)
+    if message.tool_calls:
+        calls = [
+            call_text(each.function.name, _arguments(each, f"{path}.tool_calls[{index}]"))
+            for index, each in enumerate(message.tool_calls)
+        ]
+        content = "\n".join([content, *calls] if content else calls)
     return ChatMessage(_ROLES[message.role], content)
+
+
+def _arguments(call: _ToolCall, path: str) -> str:
+    """As they are: the model's own words, which its cache may hold. Half of them are none."""
+    try:
+        msgspec.json.decode(call.function.arguments)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        raise RequestError(
+            f"`{path}.function.arguments` is not JSON.",
+            param=f"{path}.function.arguments",
+            code="invalid_value",
+        ) from None
+    return call.function.arguments
 
 
 def _text_part(part: dict[str, Any], path: str) -> str:
@@ -297,6 +527,8 @@ def _call(
     kind: Kind,
     prompt: tuple[ChatMessage, ...] | str | tuple[int, ...],
     max_tokens: int | None,
+    logprobs: int | None,
+    grammar: Grammar | None,
 ) -> Call:
     if body.stream_options is not None and not body.stream:
         raise RequestError(
@@ -316,24 +548,75 @@ def _call(
         include_usage=include_usage,
         prompt_cache_key=body.prompt_cache_key,
         user=body.user,
+        logprobs=logprobs,
+        grammar=grammar,
+        n=body.n or 1,
     )
+
+
+# Fields of a body that are fields of `Sampling`, as they are.
+_SAMPLING = (
+    "temperature",
+    "top_k",
+    "top_p",
+    "min_p",
+    "typical_p",
+    "seed",
+    "frequency_penalty",
+    "presence_penalty",
+    "repeat_penalty",
+    "repeat_last_n",
+    "dry_multiplier",
+    "dry_base",
+    "dry_allowed_length",
+    "dry_penalty_last_n",
+    "mirostat",
+    "mirostat_tau",
+    "mirostat_eta",
+)
 
 
 def _sampling(body: _Body) -> Sampling:
     given: dict[str, Any] = {
-        name: value
-        for name in (
-            "temperature",
-            "top_k",
-            "top_p",
-            "min_p",
-            "seed",
-            "frequency_penalty",
-            "presence_penalty",
-        )
-        if (value := getattr(body, name)) is not None
+        name: value for name in _SAMPLING if (value := getattr(body, name)) is not None
     }
+    if body.mirostat:
+        # Mirostat draws by surprise alone; what it would ignore is refused.
+        for name in ("top_k", "top_p", "min_p", "typical_p"):
+            if name in given:
+                raise _conflict(name, "mirostat")
+        if body.temperature == 0.0:
+            raise _conflict("mirostat", "temperature: 0")
+    if body.repetition_penalty is not None:
+        if body.repeat_penalty is not None:
+            raise _conflict("repetition_penalty", "repeat_penalty")
+        given["repeat_penalty"] = body.repetition_penalty
+    for name in ("repeat_last_n", "dry_penalty_last_n"):
+        if given.get(name) == -1:  # llama.cpp's word for the whole context
+            given[name] = PENALTY_TOKENS_MAX
+    if body.dry_sequence_breakers is not None:
+        given["dry_sequence_breakers"] = _breakers(body.dry_sequence_breakers)
     return Sampling(**given, logit_bias=_logit_bias(body.logit_bias or {}))
+
+
+def _conflict(param: str, other: str) -> RequestError:
+    return RequestError(
+        f"`{param}` cannot be combined with `{other}`.", param=param, code="invalid_value"
+    )
+
+
+def _breakers(breakers: list[str]) -> tuple[str, ...]:
+    if len(breakers) > DRY_BREAKERS_MAX or any(
+        not 0 < len(breaker.encode()) <= DRY_BREAKER_BYTES_MAX or "\0" in breaker
+        for breaker in breakers
+    ):
+        raise RequestError(
+            f"`dry_sequence_breakers` are up to {DRY_BREAKERS_MAX} strings of 1 to "
+            f"{DRY_BREAKER_BYTES_MAX} bytes.",
+            param="dry_sequence_breakers",
+            code="invalid_value",
+        )
+    return tuple(breakers)
 
 
 def _logit_bias(bias: dict[str, float]) -> tuple[tuple[int, float], ...]:
@@ -383,10 +666,18 @@ class Encoder:
     the text's escapes and two concatenations.
     """
 
-    def __init__(self, call: Call, id: str, digest: str, created: int) -> None:
+    def __init__(
+        self, call: Call, id: str, digest: str, created: int, *, chars_shown: int = 0
+    ) -> None:
+        """`chars_shown`: of an answer that goes on here."""
         chat = call.kind == "chat"
         self._chat = chat
         self._include_usage = call.include_usage
+        self._offsets = [chars_shown] * call.n
+        self._finishes: list[Finish] = []
+        self._id = id
+        self._tools = call.tools
+        self._readers = [ToolReader(call.tools) for _ in range(call.n)] if call.tools else []
         self._head: dict[str, Any] = {
             "id": f"chatcmpl-{id}" if chat else f"cmpl-{id}",
             "object": "chat.completion" if chat else "text_completion",
@@ -397,68 +688,189 @@ class Encoder:
         }
         chunk = {**self._head, "object": "chat.completion.chunk"} if chat else self._head
         self._open = b"data: " + _json.encode(chunk)[:-1]
-        self._choice = self._open + b',"choices":[{"index":0,'
+        self._choices = [self._open + b',"choices":[{"index":%d,' % i for i in range(call.n)]
         # With include_usage every chunk but the last says that its usage is not known yet.
         self._close = b'}],"usage":null}\n\n' if call.include_usage else b"}]}\n\n"
-        if chat:
-            self._before = self._choice + b'"delta":{"content":'
-            self._after = b'},"logprobs":null,"finish_reason":null' + self._close
-        else:
-            self._before = self._choice + b'"text":'
-            self._after = b',"logprobs":null,"finish_reason":null' + self._close
+        before, after = (b'"delta":{"content":', b"}") if chat else (b'"text":', b"")
+        self._before = [choice + before for choice in self._choices]
+        self._between = after + b',"logprobs":'
+        self._after = b',"finish_reason":null' + self._close
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether every choice has come to its end, and so the stream."""
+        return len(self._finishes) == len(self._choices)
 
     def opening(self) -> bytes:
-        """What comes before the first text: the role, for a chat."""
+        """What comes before the first text: the role of each choice, for a chat."""
         if not self._chat:
             return b""
-        return (
-            self._choice
+        return b"".join(
+            choice
             + b'"delta":{"role":"assistant","content":"","refusal":null},'
-            + b'"logprobs":null,"finish_reason":null'
-            + self._close
+            + b'"logprobs":null'
+            + self._after
+            for choice in self._choices
         )
 
-    def delta(self, text: str) -> bytes:
-        """One event with some text."""
-        return self._before + _json.encode(text) + self._after
+    def delta(self, delta: Delta) -> bytes:
+        """One event with some text; with tools, none or several of text and calls."""
+        if self._readers:
+            said = self._readers[delta.index].feed(delta.text)
+            return b"".join(self._said(each, delta.index) for each in said)
+        return self._text(delta)
+
+    def _text(self, delta: Delta) -> bytes:
+        logprobs = b"null"
+        if delta.logprobs:
+            logprobs = _json.encode(self._logprobs(delta.logprobs, delta.index))
+        text = _json.encode(delta.text)
+        return self._before[delta.index] + text + self._between + logprobs + self._after
+
+    def _said(self, said: Content | ToolCall | Arguments, choice: int) -> bytes:
+        if isinstance(said, Content):
+            return self._text(Delta(said.text, index=choice))
+        call: dict[str, Any] = {"index": said.index}
+        if isinstance(said, ToolCall):
+            call |= {"id": self._call_id(choice, said.index), "type": "function",
+                     "function": {"name": said.name, "arguments": ""}}  # fmt: skip
+        else:
+            call["function"] = {"arguments": said.text}
+        delta = b'"delta":' + _json.encode({"tool_calls": [call]}) + b',"logprobs":null'
+        return self._choices[choice] + delta + self._after
+
+    def _call_id(self, choice: int, index: int) -> str:
+        return f"call_{self._id}{choice:02x}{index:02x}"
 
     def closing(self, finish: Finish) -> bytes:
-        """The reason of the end, the usage if it was asked for, and the end."""
-        wire = b"".join(
+        """The reason of a choice's end; after the last, the usage if it was asked for, and the
+        end."""
+        self._finishes.append(finish)
+        reason: str = finish.reason
+        rest = b""
+        if self._readers:
+            reader = self._readers[finish.index]
+            rest = b"".join(self._said(each, finish.index) for each in reader.flush())
+            reason = _reason(reader, finish)
+        wire = rest + b"".join(
             (
-                self._choice,
+                self._choices[finish.index],
                 b'"delta":{}' if self._chat else b'"text":""',
                 b',"logprobs":null,"finish_reason":"',
-                finish.reason.encode(),
+                reason.encode(),
                 b'"',
                 self._close,
             )
         )
+        if not self.is_complete:
+            return wire
         if self._include_usage:
-            usage = _json.encode(_usage(finish.usage))
+            usage = _json.encode(_usage(self._finishes))
             wire += self._open + b',"choices":[],"usage":' + usage + b"}\n\n"
         return wire + _DONE
 
-    def whole(self, text: str, finish: Finish) -> bytes:
-        """The answer as one JSON object."""
-        choice: dict[str, Any] = {
-            "index": 0,
-            "logprobs": None,
-            "finish_reason": finish.reason,
-        }
+    def whole(self, events: Sequence[Delta | Finish]) -> bytes:
+        """The answer as one JSON object, from all its events."""
+        finishes = sorted(
+            (event for event in events if isinstance(event, Finish)),
+            key=lambda finish: finish.index,
+        )
+        choices = []
+        for finish in finishes:
+            deltas = [
+                event
+                for event in events
+                if isinstance(event, Delta) and event.index == finish.index
+            ]
+            logprobs = [each for delta in deltas for each in delta.logprobs]
+            choice: dict[str, Any] = {
+                "index": finish.index,
+                "logprobs": self._logprobs(logprobs, finish.index) if logprobs else None,
+                "finish_reason": finish.reason,
+            }
+            text = "".join(delta.text for delta in deltas)
+            if self._chat:
+                choice["message"] = {"role": "assistant", "content": text, "refusal": None}
+                if self._tools is not None:
+                    choice |= self._called(text, finish, self._tools)
+            else:
+                choice["text"] = text
+            choices.append(choice)
+        return _json.encode({**self._head, "choices": choices, "usage": _usage(finishes)})
+
+    def _called(self, text: str, finish: Finish, tools: Tools) -> dict[str, Any]:
+        """A choice's message and reason, where there may be calls in its text."""
+        reader = ToolReader(tools)
+        contents: list[str] = []
+        calls: list[dict[str, Any]] = []
+        for said in reader.feed(text) + reader.flush():
+            if isinstance(said, Content):
+                contents.append(said.text)
+            elif isinstance(said, ToolCall):
+                function = {"name": said.name, "arguments": ""}
+                id = self._call_id(finish.index, said.index)
+                calls.append({"id": id, "type": "function", "function": function})
+            else:
+                calls[said.index]["function"]["arguments"] += said.text
+        message: dict[str, Any] = {"role": "assistant", "content": "".join(contents),
+                                   "refusal": None}  # fmt: skip
+        if calls:
+            message["content"] = message["content"] or None
+            message["tool_calls"] = calls
+        return {"message": message, "finish_reason": _reason(reader, finish)}
+
+    def _logprobs(self, tokens: Sequence[TokenLogprobs], index: int) -> dict[str, Any]:
         if self._chat:
-            choice["message"] = {"role": "assistant", "content": text, "refusal": None}
-        else:
-            choice["text"] = text
-        return _json.encode({**self._head, "choices": [choice], "usage": _usage(finish.usage)})
+            content = [
+                {**_logprob(token.drawn), "top_logprobs": [_logprob(top) for top in token.top]}
+                for token in tokens
+            ]
+            return {"content": content, "refusal": None}
+        texts = [_token_text(token.drawn.piece) for token in tokens]
+        offsets = []
+        for token in tokens:
+            offsets.append(self._offsets[index])
+            self._offsets[index] += len(token.drawn.piece.decode("utf-8", "ignore"))
+        return {
+            "tokens": texts,
+            "token_logprobs": [token.drawn.logprob for token in tokens],
+            "top_logprobs": [
+                {_token_text(top.piece): top.logprob for top in token.top} for token in tokens
+            ],
+            "text_offset": offsets,
+        }
 
 
-def _usage(usage: Usage) -> dict[str, Any]:
+def _reason(reader: ToolReader, finish: Finish) -> str:
+    return "tool_calls" if reader.calls and finish.reason == "stop" else finish.reason
+
+
+def _logprob(entry: Logprob) -> dict[str, Any]:
     return {
-        "prompt_tokens": usage.prompt_tokens,
-        "completion_tokens": usage.completion_tokens,
-        "total_tokens": usage.prompt_tokens + usage.completion_tokens,
-        "prompt_tokens_details": {"cached_tokens": usage.cached_tokens},
+        "token": _token_text(entry.piece),
+        "logprob": entry.logprob,
+        "bytes": list(entry.piece),
+    }
+
+
+def _token_text(piece: bytes) -> str:
+    """A token that is half a character has no text; OpenAI writes its bytes like this."""
+    try:
+        return piece.decode()
+    except UnicodeDecodeError:
+        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in piece)
+
+
+def _usage(finishes: Sequence[Finish]) -> dict[str, Any]:
+    """Of all choices together; they share the prompt, which is computed and counted once."""
+    prompt_tokens = max(finish.usage.prompt_tokens for finish in finishes)
+    completion_tokens = sum(finish.usage.completion_tokens for finish in finishes)
+    cached_tokens = min(finish.usage.cached_tokens for finish in finishes)
+    return {
+        "prompt_tokens": prompt_tokens,
+        "completion_tokens": completion_tokens,
+        "total_tokens": prompt_tokens + completion_tokens,
+        "prompt_tokens_details": {"cached_tokens": cached_tokens},
     }
 
 

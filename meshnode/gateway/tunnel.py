@@ -120,6 +120,8 @@ class TunnelApp:
         call = understand(body)
         if continuation is not None and not call.stream:
             raise RequestError("Only a stream can be continued.", param=CONTINUE_HEADER)
+        if continuation is not None and not call.is_resumable:
+            raise RequestError("This answer cannot be continued.", param=CONTINUE_HEADER)
         digest = headers.get(DIGEST_HEADER, "")
         fence = _fence(headers)
         # After the body, which may take a while: nothing comes between this and the engine.

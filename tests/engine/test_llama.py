@@ -5,7 +5,9 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 import pytest
 
@@ -168,6 +170,50 @@ def test_sampling_settings_do_what_they_say(model: LlamaModel) -> None:
     again = [draw(Sampling(temperature=3, top_k=0, top_p=1, min_p=0, seed=s)) for s in range(8)]
     assert wild == again
     assert len(set(wild)) > 1
+
+
+def answer(model: LlamaModel, sampling: Sampling, tokens: int) -> list[int]:
+    """What a sampler draws one after another from one and the same row of logits."""
+    prompt = tuple(model.prompt_tokens("go go go go go go go"))
+    model.trim(Trim(0, 0))
+    assert model.decode(Batch((), (Chunk(1, 0, 0, prompt, True),)))
+    sampler = model.sampler(sampling)
+    drawn = [model.draw(sampler, len(prompt) - 1) for _ in range(tokens)]
+    sampler.close()
+    return drawn
+
+
+def test_a_repeat_penalty_makes_room_for_others(model: LlamaModel) -> None:
+    greedy = Sampling(temperature=0)
+    assert len(set(answer(model, greedy, 4))) == 1
+    assert len(set(answer(model, replace(greedy, repeat_penalty=10.0), 4))) > 1
+    assert len(set(answer(model, replace(greedy, repeat_penalty=10.0, repeat_last_n=0), 4))) == 1
+
+
+def test_dry_ends_a_loop_only_beyond_its_allowed_length(model: LlamaModel) -> None:
+    dry = Sampling(temperature=0, dry_multiplier=50.0, dry_sequence_breakers=())
+    first, *rest = answer(model, dry, 8)
+    assert rest.count(first) >= 1
+    assert any(token != first for token in rest)
+    assert len(set(answer(model, replace(dry, dry_allowed_length=100), 8))) == 1
+    loop = model.piece(first).decode()
+    assert len(set(answer(model, replace(dry, dry_sequence_breakers=(loop,)), 8))) == 1
+
+
+def test_typical_sampling_narrows(model: LlamaModel) -> None:
+    wild = Sampling(temperature=1.5, top_k=0, top_p=1, min_p=0, seed=1)
+    few = set(answer(model, replace(wild, typical_p=0.05), 40))
+    assert len(few) < len(set(answer(model, wild, 40)))
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_mirostat_keeps_to_its_surprise_and_seed(model: LlamaModel, version: Literal[1, 2]) -> None:
+    dull = Sampling(temperature=1, mirostat=version, mirostat_tau=0.1, seed=3)
+    vivid = replace(dull, mirostat_tau=9.0)
+    drawn = answer(model, vivid, 40)
+    assert drawn == answer(model, vivid, 40)
+    assert drawn != answer(model, replace(vivid, seed=4), 40)
+    assert len(set(answer(model, dull, 40)[20:])) < len(set(drawn[20:]))
 
 
 def test_penalties_forbid_repetition(model: LlamaModel) -> None:

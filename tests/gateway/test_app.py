@@ -143,7 +143,7 @@ API_ERRORS = [
     ("POST", "/v1/chat/completions", chat(model="gpt-9"), 404, "model_not_found", "model"),
     ("GET", "/v1/models/gpt-9", b"", 404, "model_not_found", "model"),
     ("POST", "/v1/chat/completions", chat(nonsense=1), 400, "unknown_parameter", "nonsense"),
-    ("POST", "/v1/chat/completions", chat(n=2), 400, "unsupported_parameter", "n"),
+    ("POST", "/v1/chat/completions", chat(store=True), 400, "unsupported_parameter", "store"),
     ("POST", "/v1/completions", chat(), 400, "missing_required_parameter", None),
 ]
 

@@ -205,6 +205,14 @@ async def test_a_client_that_leaves_while_we_resume_leaves_nothing_behind(nurser
     assert counted.count("routed") == counted.count("finished") == 2
 
 
+async def test_a_feature_that_cannot_be_resumed_ends_with_an_error(nursery):
+    link = Link(nursery, b=engine(3), c=engine())
+    _, body = await link.ask(**USAGE, mirostat=2)
+    assert b'"replica_lost"' in body
+    assert b"[DONE]" not in body
+    assert link.engines["c"].requests == []
+
+
 # --- notes ---------------------------------------------------------------------------------------
 
 

@@ -86,8 +86,8 @@ def talk(port):
             client.chat.completions.create(**{**CHAT, "model": "gpt-9"})
         assert missing.value.code == "model_not_found"
         with pytest.raises(openai.BadRequestError) as refused:
-            client.chat.completions.create(**CHAT, n=2)
-        assert refused.value.param == "n"
+            client.chat.completions.create(**CHAT, store=True)
+        assert refused.value.param == "store"
 
 
 ASYNC_TALK = """
@@ -313,7 +313,7 @@ async def test_prompts_and_answers_are_never_logged(caplog, capfd):
     caplog.set_level(0)
     secret = {"messages": [{"role": "user", "content": "xyzzy plugh"}]}
     async with serving(local_mesh(WordEngine(die_after=2))) as (port, _):
-        for body in (chat(stream=True, **secret), chat(**secret), chat(n=2, **secret)):
+        for body in (chat(stream=True, **secret), chat(**secret), chat(store=True, **secret)):
             async with (
                 connection(port) as client,
                 client.request("POST", "/v1/chat/completions", JSON, body) as answer,

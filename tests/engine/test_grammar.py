@@ -1,0 +1,174 @@
+"""Answers that keep to a grammar, by the real model; and grammars that are none."""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from collections.abc import AsyncIterator
+from dataclasses import replace
+from typing import Any
+
+import jsonschema
+import pytest
+import trio
+
+from meshnode.engine import (
+    ChatMessage,
+    Continuation,
+    Finish,
+    Grammar,
+    ModelCard,
+    Request,
+    Sampling,
+)
+from meshnode.engine.process import EngineOptions, EngineProcess
+from meshnode.errors import RequestError
+from meshnode.gateway.schema import JSON_OBJECT, SchemaGrammar
+
+# Generous: the machine may be busy, and all of it takes seconds on a free one.
+HANG_S = 200
+OPTIONS = EngineOptions(context_tokens=1024, slots=4, waiting_max=4, threads=1)
+WILD = Sampling(temperature=1.5, top_k=0, top_p=1.0, min_p=0.0, seed=5)
+QUESTION = (ChatMessage("user", "Describe a llama as JSON."),)
+
+
+@pytest.fixture
+async def engine(q4_0_card: ModelCard) -> AsyncIterator[EngineProcess]:
+    with trio.fail_after(HANG_S):
+        async with trio.open_nursery() as nursery:
+            engine = EngineProcess(q4_0_card, OPTIONS)
+            await nursery.start(engine.run)
+            await engine.wait_ready()
+            yield engine
+            nursery.cancel_scope.cancel()
+
+
+def ask(gbnf: str, **changes: Any) -> Request:
+    request = Request("r", b"a" * 16, QUESTION, Sampling(temperature=0), 200)
+    return replace(request, grammar=Grammar(gbnf), **changes)
+
+
+async def run(engine: EngineProcess, request: Request) -> tuple[str, tuple[int, ...], Finish]:
+    text, ids = "", ()
+    async with engine.generate(request) as events:
+        async for event in events:
+            if isinstance(event, Finish):
+                return text, ids, event
+            text += event.text
+            ids += event.ids
+    raise AssertionError("the answer has no finish")
+
+
+def compile_schema(schema: dict[str, Any]) -> str:
+    rules = SchemaGrammar()
+    return rules.text(rules.add(schema, "schema"))
+
+
+SHORT = {"type": "string", "maxLength": 12}
+SCHEMAS: dict[str, dict[str, Any]] = {
+    "flat": {
+        "type": "object",
+        "properties": {
+            "name": SHORT,
+            "age": {"type": "integer", "minimum": 1, "maximum": 120},
+            "wild": {"type": "boolean"},
+            "height": {"type": "number", "minimum": 0},
+        },
+        "required": ["name", "age", "wild", "height"],
+        "additionalProperties": False,
+    },
+    "optional": {
+        "type": "object",
+        "properties": {"a": SHORT, "b": {"type": "null"}, "c": {"type": ["integer", "null"]}},
+        "required": ["b"],
+        "additionalProperties": False,
+    },
+    "nested": {
+        "type": "array",
+        "minItems": 2,
+        "maxItems": 3,
+        "items": {
+            "type": "object",
+            "properties": {"kind": {"enum": ["llama", "al\"paca", "🦙", 7]}, "tags": {
+                "type": "array", "items": SHORT, "maxItems": 2}},
+            "required": ["kind", "tags"],
+        },
+    },
+    "recursive": {
+        "$ref": "#/$defs/tree",
+        "$defs": {
+            "tree": {
+                "type": "object",
+                "properties": {
+                    "left": {"anyOf": [{"$ref": "#/$defs/tree"}, {"type": "null"}]},
+                    "value": {"const": -3},
+                },
+                "required": ["left", "value"],
+                "additionalProperties": False,
+            }
+        },
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("sampling", [Sampling(temperature=0), WILD], ids=["greedy", "wild"])
+async def test_answers_validate(engine: EngineProcess, sampling: Sampling) -> None:
+    for name, schema in SCHEMAS.items():
+        request = ask(compile_schema(schema), sampling=sampling)
+        text, _, finish = await run(engine, request)
+        if name == "recursive" and finish.reason == "length":
+            continue  # the model may go deeper and deeper
+        assert finish.reason == "stop", (name, text)
+        jsonschema.validate(json.loads(text), schema)
+
+
+async def test_any_object_and_a_grammar_of_ones_own(engine: EngineProcess) -> None:
+    text, _, finish = await run(engine, ask(JSON_OBJECT, sampling=WILD))
+    assert text.startswith("{")
+    assert finish.reason == "length" or isinstance(json.loads(text), dict)
+    grammar = 'root ::= ("yes" | "no") ", " [a-c]{3} "."'
+    text, _, finish = await run(engine, ask(grammar, sampling=WILD))
+    assert re.fullmatch(r"(yes|no), [a-c]{3}\.", text)
+    assert finish.reason == "stop"
+
+
+async def test_an_answer_goes_on_in_the_middle_of_its_grammar(engine: EngineProcess) -> None:
+    request = ask(compile_schema(SCHEMAS["flat"]))
+    text, ids, _ = await run(engine, request)
+    half = len(ids) // 2
+    shown, _, _ = await run(engine, replace(request, max_tokens=half))
+    come = Continuation(ids[:half], len(shown))
+    rest, _, finish = await run(engine, replace(request, continuation=come, session=b"b" * 16))
+    assert shown + rest == text
+    assert finish.usage.completion_tokens == len(ids)
+    with pytest.raises(RequestError, match="breaks its grammar"):
+        await run(engine, replace(request, continuation=Continuation(ids[::-1], len(text))))
+
+
+BAD = {
+    "nothing": "x",
+    "no root": 'other ::= "a"',
+    "undefined": "root ::= nobody",
+    "left recursion": 'root ::= root "a"',
+    "open": 'root ::= ("a"',
+    "deep": "root ::= " + "(" * 60_000,
+    "repetition": 'root ::= ((("a"{900}){900}){900}){900}',
+    "explosion": 'root ::= ("a"? "a"? "a"? "a"?){500}',
+    "long": 'root ::= "a"\n#' + "x" * 70_000,
+}
+
+
+async def test_what_is_no_grammar_is_refused_and_nobody_dies(engine: EngineProcess) -> None:
+    pid = engine.pid
+    for name, gbnf in BAD.items():
+        begun = time.monotonic()
+        with pytest.raises(RequestError) as caught:
+            await run(engine, ask(gbnf, max_tokens=3))
+        assert caught.value.param == "grammar", name
+        assert caught.value.code == "invalid_grammar"
+        assert time.monotonic() - begun < 30
+    # A grammar whose end cannot come, for want of an end: the answer stops where it stands.
+    text, _, _ = await run(engine, ask('root ::= "a" [\\uFFFF]', max_tokens=20))
+    assert text.startswith("a")
+    assert engine.pid == pid
