@@ -543,10 +543,10 @@ class ForgetsItsPromises(Grants):
         (ForgetsDrift, 0),
         (NeedsOneLess, 0),
         (DoesNotWaitAfterStart, 0),
-        (DoesNotWaitWithNewVoters, 0),
+        (DoesNotWaitWithNewVoters, 1_800),
         (ForgetsToWithhold, 0),
         (WithholdsFromTheLastOnly, 0),
-        (WithholdsNothingForNewVoters, 1300),
+        (WithholdsNothingForNewVoters, 900),
         (ForgetsItsPromises, 0),
     ],
 )

@@ -717,3 +717,23 @@ def test_a_quiet_engine_has_nothing_to_send(seed: int) -> None:
         assert client.lost is None, client.lost
         assert server.lost is None, server.lost
     assert quiet_count > 100
+
+
+def test_an_acknowledgement_read_before_its_packet_was_sent_makes_no_timer_negative() -> None:
+    """A loop that woke at 0 answers at 20 ms, and reads the acknowledgement as of 0."""
+    link = Link()
+    deliver = link._deliver
+
+    def stale(data: bytes, *, to_server: bool) -> None:
+        now, link.now = link.now, link.now - 0.02
+        deliver(data, to_server=to_server)
+        link.now = now
+
+    link._deliver = stale  # type: ignore[method-assign]
+    link.passes = lambda to_server, data: len(link._flying) < 50
+    client, server = link.established()
+    for core in (client, server):
+        assert core.engine._loss.get_probe_timeout() > 0.0
+        assert min(core.engine.recovery.latest_rtts_s) >= 0.0
+        assert core.deadline(link.now) > link.now
+        assert core.engine._loss._pto_count < 8

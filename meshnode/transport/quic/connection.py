@@ -392,7 +392,9 @@ class ConnectionCore:
         """When `handle_timer` has work next."""
         if self.lost is not None:
             return math.inf
-        engine_at = self.engine.get_timer() if self.engine._close_at is not None else None
+        engine_at = None
+        with self._engine_failure_is_the_end():
+            engine_at = self.engine.get_timer() if self.engine._close_at is not None else None
         own_at = self._silence_deadline() if self.is_established else self._handshake_deadline()
         if self.is_established:
             own_at = min(own_at, self._keepalive_deadline())
@@ -870,9 +872,15 @@ class _Recovery(QuicPacketRecovery):
 
         The engine subtracts all or nothing, and takes no round trip for shorter than 1 ms: on
         shorter ones an acknowledgement that waited 20 ms would count as 20 ms of path.
+
+        Nothing is acknowledged before it was sent, but `now` may be of before: when the loop woke
+        that has meanwhile answered, and read what came back. A first round trip of less than
+        nothing would make every later timeout negative, and due at once for ever.
         """
+        now = max(now, self._time_of_last_sent_ack_eliciting_packet)
         newest = space.sent_packets.get(ack_rangeset.bounds().stop - 1)
         if newest is not None and newest.is_ack_eliciting and newest.sent_time is not None:
+            now = max(now, newest.sent_time)  # a size probe is no "last sent" packet
             rtt_s = now - newest.sent_time
             ack_delay = min(
                 ack_delay, self.max_ack_delay, max(0.0, rtt_s - self._rtt_min - RTT_EPSILON_S)
