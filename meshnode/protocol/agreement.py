@@ -340,14 +340,6 @@ class Agreement:
         found = self._groups.get(group)
         return None if found is None else encode(found.register.decided(0))
 
-    def question(self, peer: PeerId, group: str) -> list[Effect]:
-        """Ask a peer that knows more than we do."""
-        found = self._groups.get(group)
-        if found is None:
-            return [Send(peer, GetDecided(group, 0, 0))]
-        register = found.register
-        return [Send(peer, GetDecided(group, register.head.epoch, register.lineage.anchor))]
-
     def holds_right(self, right: str, now: float) -> bool:
         """Whether an exclusive right is ours at this instant: claimed in this run of the node and
         not given back, named ours in the newest block we know, and backed by a quorum's promises.

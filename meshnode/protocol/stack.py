@@ -169,13 +169,6 @@ class RecoverQuorum:
 
 
 @dataclass(frozen=True, slots=True)
-class CatchUp:
-    """`sender` has shown that it knows a newer epoch of a group: ask it."""
-
-    group: str
-
-
-@dataclass(frozen=True, slots=True)
 class Stop:
     """Shut down in good order: say goodbye."""
 
@@ -322,8 +315,6 @@ class Stack:
                 return self.agreement.order(action, subject, peer, now)
             case RecoverQuorum():
                 return self.agreement.recover(now)
-            case CatchUp(group):
-                return self.agreement.question(sender, group)
             case Stop():
                 return [Send(peer, Leaving()) for peer in self._members()]
             case Message():
@@ -654,7 +645,6 @@ def _seal_as(key: KeyPair, kind: bytes, message: Message) -> bytes:
 
 
 __all__ = [
-    "CatchUp",
     "Connected",
     "CountDemand",
     "CountRefused",
