@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from functools import partial
-from typing import Protocol, cast
+from typing import Literal, Protocol, cast
 
 from meshnode.credentials import MeshDescriptor, issue_certificate
 from meshnode.identity import PeerId
@@ -22,6 +22,7 @@ from meshnode.protocol import (
     DutiesChanged,
     Effect,
     Emit,
+    Event,
     Input,
     Persist,
     Publish,
@@ -74,6 +75,8 @@ class Dht(Protocol):
     def publish(self, machine: Machine, record: bytes, models: tuple[str, ...]) -> None: ...
 
 
+Power = Literal["on", "killed", "stopped"]
+
 Loading = Callable[[Machine, Holding], int]
 """How many nanoseconds a machine takes to load a model."""
 
@@ -117,6 +120,10 @@ class World:
         """Whether a way leads from one to the other at all: NATs and firewalls say no."""
         self.watch: Callable[[Machine, Effect], None] | None = None
         """Called with every effect of every machine, before it is performed."""
+        self.on_event: list[Callable[[Machine, Event], None]] = []
+        """Told of everything that a stack tells the rest of its node."""
+        self.on_power: list[Callable[[Machine, Power], None]] = []
+        """Told when a machine is switched on or off."""
         self.tamper: Callable[[Machine, Machine, Control], Iterable[Control]] | None = None
         """What becomes of a message on its way out: adversaries change what their own node says."""
         self._strict = strict
@@ -172,7 +179,7 @@ class World:
         machine.loaded.clear()
         machine.running = ()
         machine.effects_left = None
-        self._note("on", machine)
+        self._tell_power(machine, "on")
         machine.stack = Stack(
             machine.key,
             self.mesh,
@@ -219,14 +226,19 @@ class World:
 
     def kill(self, machine: Machine) -> None:
         """Power off, without a word; the others notice when it has been silent for too long."""
-        self._note("kill", machine)
+        self._tell_power(machine, "killed")
         self._switch_off(machine, SILENCE_NS)
 
     def stop(self, machine: Machine) -> None:
         """Shut down in good order."""
-        self._note("stop", machine)
+        self._tell_power(machine, "stopped")
         self.tell(machine, Stop())
         self._switch_off(machine, 2 * self.network.rtt_ns(machine.index, machine.index))
+
+    def _tell_power(self, machine: Machine, power: Power) -> None:
+        self._note(power, machine)
+        for listen in self.on_power:
+            listen(machine, power)
 
     def _switch_off(self, machine: Machine, noticed_after_ns: int) -> None:
         machine.stack = None
@@ -386,6 +398,8 @@ class World:
                 case Emit(event):
                     self._note(type(event).__name__, machine)
                     machine.events.append(event)
+                    for listen in self.on_event:
+                        listen(machine, event)
                     if isinstance(event, DutiesChanged):
                         self._do_duties(machine, event)
         if machine.stack is not None:
@@ -612,4 +626,4 @@ class _Shelf:
         self.records[machine.index] = record
 
 
-__all__ = ["Dht", "Loading", "Pubsub", "World", "holdings_of"]
+__all__ = ["Dht", "Loading", "Power", "Pubsub", "World", "holdings_of"]
