@@ -94,6 +94,7 @@ class Simulation:
         return Result(
             scenario=self.scenario,
             seed=self.seed,
+            checked=self.check,
             digest=run.world.trace.digest(),
             virtual_s=loop.now_s,
             cpu_s=time.process_time() - started_s,
