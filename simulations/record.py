@@ -95,10 +95,11 @@ class Result:
         """
         import pyarrow
 
-        frames = {"series": self.series, **{n: t.columns for n, t in self.tables.items()}}
-        if name not in frames:
-            raise KeyError(f"no {name!r} here: {', '.join(frames)}")
-        return pyarrow.table(dict(frames[name]))
+        if name == "series":
+            return pyarrow.table(dict(self.series))
+        if name not in self.tables:
+            raise KeyError(f"no {name!r} here: {', '.join(('series', *self.tables))}")
+        return pyarrow.table(dict(self.tables[name].columns))
 
     def unmet(self) -> dict[str, tuple[float, tuple[float, float]]]:
         """Figures outside of what the scenario expects: name -> (found, (lowest, highest))."""

@@ -92,7 +92,8 @@ def over_time(groups: Groups, name: str) -> Any:
         for place, (label, runs) in enumerate(groups.items()):
             times, rows = _aligned(runs, name)
             if times.size:
-                _line(axes, place, label, times, *np.nanquantile(rows, (LOW, 0.5, HIGH), axis=0))
+                bands = np.nanquantile(rows, (LOW, 0.5, HIGH), axis=0)
+                _line(axes, place, label, times, bands)
         axes.set_xlabel("virtual time (s)")
         axes.set_ylabel(named(name))
         axes.set_ylim(bottom=min(0.0, axes.get_ylim()[0]))
@@ -119,7 +120,7 @@ def over_parameter(variants: Sequence[Variant], key: str, figure: str) -> Any:
             bands = np.array([(each.low, each.median, each.high) for each in spreads]).T
             if is_number:
                 at = np.array([float(variant.values[key]) for variant in line])
-                _line(axes, place, label, at, *bands, marker=MARKERS[place % LINES_MAX])
+                _line(axes, place, label, at, bands, marker=MARKERS[place % LINES_MAX])
             else:
                 shift = 0.15 * (place - (len(lines) - 1) / 2)
                 at = np.array([values.index(v.values[key]) + shift for v in line])
@@ -243,9 +244,8 @@ def _figure(draw: Callable[[Any], None], *, legend: bool) -> Any:
     return figure
 
 
-def _line(
-    axes: Any, place: int, label: str, at: Any, low: Any, middle: Any, high: Any, marker: str = ""
-) -> None:
+def _line(axes: Any, place: int, label: str, at: Any, bands: Any, marker: str = "") -> None:
+    low, middle, high = bands
     colour, dash = COLOURS[place % LINES_MAX], DASHES[place % LINES_MAX]
     axes.plot(at, middle, color=colour, linestyle=dash, marker=marker, markersize=4, label=label)
     if np.any(high > low):

@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+
 import meshnode.protocol
 import meshnode_simulations
 from meshnode.errors import ConfigError

@@ -150,7 +150,7 @@ def write_table(runs: Sequence[Result], path: Path) -> None:
 def _alike(column: list[Any]) -> list[Any]:
     """Arrow wants one type in a column: numbers, or else words."""
     numbers = all(isinstance(v, int | float) and not isinstance(v, bool) for v in column)
-    if numbers or len({type(value) for value in column}) == 1 and not isinstance(column[0], list):
+    if numbers or (len({type(value) for value in column}) == 1 and not isinstance(column[0], list)):
         return column
     return [None if value is None else str(value) for value in column]
 
