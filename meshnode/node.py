@@ -40,7 +40,7 @@ from meshnode.engine import Engine
 from meshnode.engine.memory import memory_budget_bytes
 from meshnode.errors import ConfigError, NoReplicaError, UnknownModelError
 from meshnode.fence import Fence, shard_text
-from meshnode.gateway import Candidate, Route, ServedModel
+from meshnode.gateway import Candidate, Route, ServedModel, Upstream
 from meshnode.gateway.app import create_api_app
 from meshnode.gateway.door import Door, open_door
 from meshnode.gateway.server import serve_api
@@ -71,6 +71,7 @@ from meshnode.transport.addresses import advertised, with_free_ports
 from meshnode.transport.http import serve_asgi
 from meshnode.transport.libp2p import HostEvents, Libp2pHost, split_peer
 from meshnode.transport.mdns import announced
+from meshnode.upstream.fronted import Fronted, find_upstreams
 
 logger = logging.getLogger(__name__)
 
@@ -114,8 +115,9 @@ async def run_node(
         models = find_models(config)
         memory_bytes = memory_budget_bytes(config.memory_bytes)
         key = data.key()
+        upstreams = find_upstreams(config, key.peer_id)
         membership = await find_membership(config, data, key)
-        node = Node(config, data, key, membership, models, memory_bytes, door)
+        node = Node(config, data, key, membership, models, upstreams, memory_bytes, door)
         await node.run(task_status=task_status)
 
 
@@ -129,6 +131,7 @@ class Node:
         key: KeyPair,
         membership: Membership,
         models: tuple[HostedModel, ...],
+        upstreams: tuple[Fronted, ...],
         memory_bytes: int,
         door: Door | None,
     ) -> None:
@@ -138,6 +141,7 @@ class Node:
         self._key = key
         self._mesh = membership.mesh
         self._models = models
+        self._upstreams = upstreams
         self._door = door
         self._started_at = time.monotonic()
         self._started_unix = int(time.time())
@@ -207,6 +211,8 @@ class Node:
                     lan = announced(self._mesh.mesh_id, self.own, self._addrs, self._learn)
                     await stack.enter_async_context(lan)
                 nursery.start_soon(run_models, self._models)
+                for upstream in self._upstreams:
+                    nursery.start_soon(upstream.run)
                 nursery.start_soon(self._keep_telling_models)
                 nursery.start_soon(self._keep_telling_links)
                 nursery.start_soon(self._links.run, self._peers)
@@ -236,7 +242,10 @@ class Node:
         self._driver.submit(self.own, SetHoldings(()))
         with trio.move_on_after(DRAIN_S):
             # The engines report their load by themselves, a few times a second.
-            while any(model.is_busy() for model in self._models):  # noqa: ASYNC110
+            while (  # noqa: ASYNC110
+                any(model.is_busy() for model in self._models)
+                or any(upstream.is_busy for upstream in self._upstreams)
+            ):
                 await trio.sleep(DRAIN_LOOK_S)
 
     async def _drive(self, *, task_status: trio.TaskStatus[None]) -> None:
@@ -269,7 +278,10 @@ class Node:
         told_at = -math.inf
         while not self._stopping.is_set():
             self._follow_duties()
-            found = tuple(model.state for model in self._models)
+            found = (
+                *(model.state for model in self._models),
+                *(upstream.state for upstream in self._upstreams),
+            )
             if found != states or trio.current_time() >= told_at + OFFERS_EVERY_S:
                 states, told_at = found, trio.current_time()
                 self._tell_models()
@@ -294,7 +306,10 @@ class Node:
             return False
         if any(duty.load and self.engine(duty.model) is None for duty in self._duties.duties):
             return False
-        return not any(
+        return not self._is_ready_elsewhere(digest)
+
+    def _is_ready_elsewhere(self, digest: str) -> bool:
+        return any(
             offer.digest == digest and offer.state == "ready"
             for peer, offers in self._stack.offers().items()
             if peer != self.own
@@ -332,10 +347,20 @@ class Node:
             await trio.sleep(LINKS_EVERY_S)
 
     def _tell_offers(self) -> None:
-        offers = tuple(offer for model in self._models if (offer := model.offer()) is not None)
+        hosted = tuple(offer for model in self._models if (offer := model.offer()) is not None)
+        here = {offer.digest for offer in hosted}
+        fronted = (offer for upstream in self._upstreams for offer in upstream.offers())
+        offers = (*hosted, *(offer for offer in fronted if self._is_to_offer(offer, here)))
         if offers != self._told and not self._stopping.is_set():
             self._told = offers
             self._driver.submit(self.own, SetOffers(offers))
+
+    def _is_to_offer(self, fronted: Offer, here: set[str]) -> bool:
+        """Whether a model of a server behind us is worth telling: not if an engine here has it,
+        nor, on a drained node, if others can answer."""
+        if fronted.digest in here:
+            return False
+        return not (self._duties.is_drained and self._is_ready_elsewhere(fronted.digest))
 
     async def _save_peers(self) -> None:
         """Keep the members' addresses, so that a restart needs no bootstrap peer."""
@@ -431,11 +456,18 @@ class Node:
                 raise NoReplicaError(model, "loading", RETRY_AFTER_LOADING_S) from None
             raise
         assigned = self._stack.agreement.assigned(resolved.digest)
+        fronted = {peer for peer, offer in resolved.offers if offer.upstream}
         return Route(
             model=resolved.name,
             digest=resolved.digest,
             candidates=tuple(
-                Candidate(each.peer, each.local, each.reason, _fence(assigned, each.peer))
+                Candidate(
+                    each.peer,
+                    each.local,
+                    each.reason,
+                    _fence(assigned, each.peer),
+                    each.peer in fronted,
+                )
                 for each in ranked
             ),
         )
@@ -471,6 +503,20 @@ class Node:
     def engine(self, digest: str) -> Engine | None:
         engines = (model.engine_for(digest) for model in self._models)
         return next((engine for engine in engines if engine is not None), None)
+
+    def upstream(self, digest: str) -> Upstream | None:
+        if self.engine(digest) is not None:
+            return None
+        models = (upstream.model(digest) for upstream in self._upstreams)
+        return next((model for model in models if model is not None), None)
+
+    def is_fronted(self, model: str) -> bool:
+        self._tell_offers()  # as in `route`, which follows
+        try:
+            found = resolve(model, self._stack.offers())
+        except UnknownModelError:
+            return False
+        return all(offer.upstream for _, offer in found.offers)
 
     async def open_tunnel(self, peer_id: str) -> Stream:
         return await self._host.open_stream(PeerId(peer_id), HTTP_PROTOCOL)
@@ -519,7 +565,10 @@ class Node:
             addrs=tuple(f"{address}/p2p/{self.own}" for address in self._addrs),
             ready=ready,
             reason=reason,
-            models=tuple(model.snapshot() for model in self._models),
+            models=(
+                *(model.snapshot() for model in self._models),
+                *(row for upstream in self._upstreams for row in upstream.snapshots()),
+            ),
             peers=self._peer_snapshots(),
             mesh_models=tuple(
                 MeshModelSnapshot(m.id, m.digest, m.state, m.context_tokens, m.served_by)

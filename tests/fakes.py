@@ -24,7 +24,7 @@ from meshnode.errors import (
     UnknownModelError,
 )
 from meshnode.fence import Fence
-from meshnode.gateway import Candidate, Route, ServedModel
+from meshnode.gateway import Candidate, Route, ServedModel, Upstream
 from meshnode.transport.http import AsgiApp, serve_asgi
 
 DIGEST = "ab" * 32
@@ -152,6 +152,7 @@ class FakeMesh:
     sessions: list[bytes] = field(default_factory=list)
     fences: list[Fence | None] = field(default_factory=list)
     decided: FakeDecision | None = None
+    upstreams: dict[str, Upstream] = field(default_factory=dict)
 
     def models(self) -> tuple[ServedModel, ...]:
         served_by = tuple(c.peer_id for c in self.candidates)
@@ -200,6 +201,13 @@ class FakeMesh:
 
     def engine(self, digest: str) -> WordEngine | None:
         return self.engines.get(digest)
+
+    def upstream(self, digest: str) -> Upstream | None:
+        return self.upstreams.get(digest)
+
+    def is_fronted(self, model: str) -> bool:
+        fronted = [each.upstream for each in self.candidates]
+        return model == MODEL and bool(fronted) and all(fronted)
 
     async def open_tunnel(self, peer_id: str) -> trio.abc.HalfCloseableStream:
         if peer_id not in self.tunnels:

@@ -46,6 +46,7 @@ from meshnode.gateway.openai import (
     encode_models,
 )
 from meshnode.gateway.openapi import encode_openapi
+from meshnode.gateway.passing import Passed, understand
 from meshnode.gateway.refusal import refusal_of
 from meshnode.gateway.session import session_key
 from meshnode.transport.http import BODY_BYTES_MAX, TunnelPool
@@ -84,7 +85,7 @@ def create_api_app(
 
     async def complete(decode: Callable[[bytes], Call]) -> Result:
         body = await _body()
-        ask = _ask(decode(body), request.path, body)
+        ask = _ask(understand(body, decode, mesh.is_fronted), request.path, body)
         return _result(await answer(mesh, pool, ask, _owned()))
 
     async def complete_translated(asked: Asked) -> Result:
@@ -159,7 +160,7 @@ def create_api_app(
     return app
 
 
-def _ask(call: Call, target: str, body: bytes) -> Ask:
+def _ask(call: Call | Passed, target: str, body: bytes) -> Ask:
     """The request of this moment: `body` says `call` to the route `target` of a peer."""
     session = session_key(call, header=request.headers.get("x-session-id"), tenant=g.tenant)
     return Ask(call, g.request_id, session, target, body)

@@ -11,6 +11,7 @@ import hashlib
 
 from meshnode.engine import ChatMessage
 from meshnode.gateway.openai import Call
+from meshnode.gateway.passing import Passed
 
 __all__ = ["SESSION_BYTES", "session_key"]
 
@@ -20,7 +21,7 @@ OPENING_CHARS = 1024
 OPENING_TOKENS = 256
 
 
-def session_key(call: Call, *, header: str | None, tenant: bytes) -> bytes:
+def session_key(call: Call | Passed, *, header: str | None, tenant: bytes) -> bytes:
     """The key of a request: as its caller named it, else by how its conversation opened.
 
     In order: `prompt_cache_key`, `header` (X-Session-Id), `user`, else model, system text and

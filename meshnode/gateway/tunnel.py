@@ -1,4 +1,5 @@
-"""The app for peers: what they forward is answered by an engine of this very node, or not at all.
+"""The app for peers: what they forward is answered by this very node, by an engine or a server
+behind it, or not at all.
 
 Two POST routes and nothing else; it forwards nothing, so there are no loops, and has no
 management route to reach. Plain ASGI instead of Quart: two fixed routes need no framework, and a
@@ -32,6 +33,7 @@ from meshnode.gateway.answer import (
     Answer,
     Ask,
     answer_locally,
+    answer_upstream,
 )
 from meshnode.gateway.openai import (
     CHAT_PATH,
@@ -117,23 +119,26 @@ class TunnelApp:
         continuation = None
         if come := headers.get(CONTINUE_HEADER):
             continuation, body = split_continuation(come, body)
-        call = understand(body)
-        if continuation is not None and not call.stream:
-            raise RequestError("Only a stream can be continued.", param=CONTINUE_HEADER)
-        if continuation is not None and not call.is_resumable:
-            raise RequestError("This answer cannot be continued.", param=CONTINUE_HEADER)
         digest = headers.get(DIGEST_HEADER, "")
         fence = _fence(headers)
         # After the body, which may take a while: nothing comes between this and the engine.
         proof = self._mesh.check(fence, digest)
         if proof is not None:
             return _fenced(proof, fence)
+        upstream = self._mesh.upstream(digest)
+        if upstream is not None and continuation is None:
+            return await answer_upstream(upstream, path, body, self._mesh.peer_id, owned)
         engine = self._mesh.engine(digest)
         if engine is None:
-            message = f"The model `{call.model}` is not loaded on this node."
+            message = "The model is not loaded on this node."
             refusal = _refusal(503, message, "not_loaded")
             refusal.headers[RETRY_HEADER] = "elsewhere"
             return refusal
+        call = understand(body)
+        if continuation is not None and not call.stream:
+            raise RequestError("Only a stream can be continued.", param=CONTINUE_HEADER)
+        if continuation is not None and not call.is_resumable:
+            raise RequestError("This answer cannot be continued.", param=CONTINUE_HEADER)
         ask = Ask(call, request_id, _session(headers), path, body, _created(headers), continuation)
         return await answer_locally(engine, ask, digest, self._mesh.peer_id, owned)
 

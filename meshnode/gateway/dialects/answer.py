@@ -34,7 +34,7 @@ class _Details(msgspec.Struct):
 class _Usage(msgspec.Struct):
     prompt_tokens: int
     completion_tokens: int
-    prompt_tokens_details: _Details = msgspec.field(default_factory=_Details)
+    prompt_tokens_details: _Details | None = None  # vLLM's is null
 
 
 class _Text(msgspec.Struct):
@@ -131,5 +131,5 @@ def _finish(reason: _Reason | None, usage: _Usage | None) -> Finish | None:
     """None if an answer that ended did not say how, or what it cost."""
     if usage is None or reason is None:
         return None
-    cached = usage.prompt_tokens_details.cached_tokens
+    cached = usage.prompt_tokens_details.cached_tokens if usage.prompt_tokens_details else 0
     return Finish(reason, Usage(usage.prompt_tokens, cached, usage.completion_tokens))
