@@ -15,6 +15,7 @@ import random
 import statistics
 import time
 from collections import Counter
+from collections.abc import Iterable
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -244,7 +245,7 @@ class Node:
             # The engines report their load by themselves, a few times a second.
             while (  # noqa: ASYNC110
                 any(model.is_busy() for model in self._models)
-                or any(upstream.is_busy for upstream in self._upstreams)
+                or any(upstream.in_flight for upstream in self._upstreams)
             ):
                 await trio.sleep(DRAIN_LOOK_S)
 
@@ -348,19 +349,23 @@ class Node:
 
     def _tell_offers(self) -> None:
         hosted = tuple(offer for model in self._models if (offer := model.offer()) is not None)
-        here = {offer.digest for offer in hosted}
-        fronted = (offer for upstream in self._upstreams for offer in upstream.offers())
-        offers = (*hosted, *(offer for offer in fronted if self._is_to_offer(offer, here)))
+        offers = (*hosted, *self._fronted_offers({offer.digest for offer in hosted}))
         if offers != self._told and not self._stopping.is_set():
             self._told = offers
             self._driver.submit(self.own, SetOffers(offers))
 
-    def _is_to_offer(self, fronted: Offer, here: set[str]) -> bool:
-        """Whether a model of a server behind us is worth telling: not if an engine here has it,
-        nor, on a drained node, if others can answer."""
-        if fronted.digest in here:
-            return False
-        return not (self._duties.is_drained and self._is_ready_elsewhere(fronted.digest))
+    def _fronted_offers(self, here: set[str]) -> Iterable[Offer]:
+        """What servers behind us have, in an order that lasts: of equal bytes one offer, and none
+        of what an engine `here` has, nor, on a drained node, of what others can answer for."""
+        found: dict[str, Offer] = {}
+        for upstream in self._upstreams:
+            for offer in upstream.offers():
+                if offer.digest not in found or found[offer.digest].state != "ready":
+                    found[offer.digest] = offer
+        for digest, offer in found.items():
+            is_moved = self._duties.is_drained and self._is_ready_elsewhere(digest)
+            if digest not in here and not is_moved:
+                yield offer
 
     async def _save_peers(self) -> None:
         """Keep the members' addresses, so that a restart needs no bootstrap peer."""
@@ -507,7 +512,9 @@ class Node:
     def upstream(self, digest: str) -> Upstream | None:
         if self.engine(digest) is not None:
             return None
-        models = (upstream.model(digest) for upstream in self._upstreams)
+        # Of several with the same bytes the one with the least to do.
+        servers = sorted(self._upstreams, key=lambda upstream: upstream.in_flight)
+        models = (upstream.model(digest) for upstream in servers)
         return next((model for model in models if model is not None), None)
 
     def is_fronted(self, model: str) -> bool:

@@ -63,6 +63,11 @@ class ServedModel:
     served_by: tuple[str, ...]
 
 
+VIA_HEADER = "x-meshnode-via"
+"""The peer ids of the nodes that have passed a request on to a server behind them, with commas: the
+server may be a node, and the last one in a circle must see that it is one."""
+
+
 @dataclass(frozen=True, slots=True)
 class PassedAnswer:
     """What a server of another kind answered: `headers` are those that go on to the client, by
@@ -76,11 +81,14 @@ class PassedAnswer:
 class Upstream(Protocol):
     """A model of a server that this node fronts."""
 
-    def ask(self, path: str, body: bytes) -> AbstractAsyncContextManager[PassedAnswer]:
+    def ask(
+        self, path: str, body: bytes, via: tuple[str, ...]
+    ) -> AbstractAsyncContextManager[PassedAnswer]:
         """Pass a request on, and enter with the head of its answer, whatever its status.
 
-        Leaving early closes the request at once. Raises `EngineError`, on entering and from the
-        body: `EngineBusyError` beyond the server's bounds.
+        `via` are the nodes that have passed it on so before. Leaving early closes the request at
+        once. Raises `EngineError`, on entering and from the body: `EngineBusyError` beyond the
+        server's bounds.
         """
         ...
 

@@ -39,7 +39,7 @@ from meshnode.errors import (
     UnknownModelError,
 )
 from meshnode.fence import FENCE_HEADER
-from meshnode.gateway import Candidate, Mesh, PassedAnswer, Route, Upstream
+from meshnode.gateway import VIA_HEADER, Candidate, Mesh, PassedAnswer, Route, Upstream
 from meshnode.gateway.openai import Call, Encoder, encode_error_event
 from meshnode.gateway.passing import Passed
 from meshnode.gateway.resume import (
@@ -119,7 +119,7 @@ class Ask:
     """A request on its way: understood, named, and still as it came.
 
     `created` is the answer's date in Unix seconds, whoever gives it, and `continuation` how far
-    it has come.
+    it has come. `via` are the nodes that have passed it on to servers behind them.
     """
 
     call: Call | Passed
@@ -129,6 +129,7 @@ class Ask:
     body: bytes
     created: int = field(default_factory=lambda: int(time.time()))
     continuation: Continuation | None = None
+    via: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -246,13 +247,18 @@ async def answer_locally(
 
 
 async def answer_upstream(
-    upstream: Upstream, path: str, body: bytes, peer_id: str, stack: AsyncExitStack
+    upstream: Upstream,
+    path: str,
+    body: bytes,
+    via: tuple[str, ...],
+    peer_id: str,
+    stack: AsyncExitStack,
 ) -> Answer:
     """Answer from a server of another kind, from the moment that its head is here.
 
     Raises what `Upstream.ask` raises; so does the body.
     """
-    said = await stack.enter_async_context(upstream.ask(path, body))
+    said = await stack.enter_async_context(upstream.ask(path, body, via))
     return _passed(said, peer_id, "local")
 
 
@@ -363,7 +369,7 @@ async def _answer_here(mesh: Mesh, ask: Ask, route: Route, stack: AsyncExitStack
     upstream = mesh.upstream(route.digest)
     if upstream is None:
         raise EngineError(f"The model `{route.model}` was unloaded a moment ago.")
-    return await answer_upstream(upstream, ask.target, ask.body, mesh.peer_id, stack)
+    return await answer_upstream(upstream, ask.target, ask.body, ask.via, mesh.peer_id, stack)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -437,6 +443,8 @@ async def _answer_remotely(
     if ask.continuation is not None:
         come, body = join_continuation(ask.continuation, body)
         headers.append((CONTINUE_HEADER.encode(), come.encode()))
+    if ask.via:
+        headers.append((VIA_HEADER.encode(), ",".join(ask.via).encode()))
     if candidate.fence is not None:
         headers.append((FENCE_HEADER.encode(), str(candidate.fence).encode()))
     try:

@@ -22,7 +22,7 @@ from quart_trio.wrappers import TrioRequest
 from werkzeug.exceptions import HTTPException
 
 from meshnode.errors import MeshnodeError, UnknownModelError
-from meshnode.gateway import Mesh
+from meshnode.gateway import VIA_HEADER, Mesh
 from meshnode.gateway.answer import (
     REQUEST_ID_BYTES,
     REQUEST_ID_HEADER,
@@ -46,7 +46,7 @@ from meshnode.gateway.openai import (
     encode_models,
 )
 from meshnode.gateway.openapi import encode_openapi
-from meshnode.gateway.passing import Passed, understand
+from meshnode.gateway.passing import Passed, decode_via, understand
 from meshnode.gateway.refusal import refusal_of
 from meshnode.gateway.session import session_key
 from meshnode.transport.http import BODY_BYTES_MAX, TunnelPool
@@ -163,7 +163,8 @@ def create_api_app(
 def _ask(call: Call | Passed, target: str, body: bytes) -> Ask:
     """The request of this moment: `body` says `call` to the route `target` of a peer."""
     session = session_key(call, header=request.headers.get("x-session-id"), tenant=g.tenant)
-    return Ask(call, g.request_id, session, target, body)
+    via = decode_via(request.headers.get(VIA_HEADER))
+    return Ask(call, g.request_id, session, target, body, via=via)
 
 
 def _token() -> str | None:

@@ -6,6 +6,7 @@ to. Everything else goes on unread, known to us or not: the server judges it, no
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -14,10 +15,13 @@ import msgspec
 
 from meshnode.engine import ChatMessage
 from meshnode.errors import RequestError
+from meshnode.gateway import VIA_HEADER
 from meshnode.gateway.fields import decode_body
 from meshnode.gateway.openai import NAME_CHARS_MAX, Call
 
-__all__ = ["Passed", "decode_passed", "understand"]
+__all__ = ["Passed", "decode_passed", "decode_via", "understand"]
+
+_VIA = re.compile(r"[A-Za-z0-9-]{1,64}(,[A-Za-z0-9-]{1,64}){0,15}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +74,15 @@ def decode_passed(body: bytes) -> Passed:
         prompt_cache_key=_text(members, "prompt_cache_key"),
         user=_text(members, "user"),
     )
+
+
+def decode_via(header: str | None) -> tuple[str, ...]:
+    """The nodes that have passed the request on. Raises `RequestError`."""
+    if header is None:
+        return ()
+    if not _VIA.fullmatch(header):
+        raise RequestError(f"`{VIA_HEADER}` must be peer ids.", param=VIA_HEADER)
+    return tuple(header.split(","))
 
 
 def _opening(members: Mapping[str, msgspec.Raw]) -> tuple[ChatMessage, ...] | str:

@@ -19,7 +19,7 @@ import trio
 
 from meshnode.errors import MeshnodeError, RemoteProtocolError, RequestError
 from meshnode.fence import FENCE_HEADER, Fence, parse_fence
-from meshnode.gateway import Mesh
+from meshnode.gateway import VIA_HEADER, Mesh
 from meshnode.gateway.answer import (
     CREATED_HEADER,
     DECIDED_TYPE,
@@ -42,6 +42,7 @@ from meshnode.gateway.openai import (
     decode_text,
     encode_error,
 )
+from meshnode.gateway.passing import decode_via
 from meshnode.gateway.refusal import Refusal, refusal_of
 from meshnode.gateway.resume import CONTINUE_HEADER, split_continuation
 from meshnode.gateway.session import SESSION_BYTES
@@ -127,7 +128,8 @@ class TunnelApp:
             return _fenced(proof, fence)
         upstream = self._mesh.upstream(digest)
         if upstream is not None and continuation is None:
-            return await answer_upstream(upstream, path, body, self._mesh.peer_id, owned)
+            via = decode_via(headers.get(VIA_HEADER))
+            return await answer_upstream(upstream, path, body, via, self._mesh.peer_id, owned)
         engine = self._mesh.engine(digest)
         if engine is None:
             message = "The model is not loaded on this node."

@@ -18,7 +18,7 @@ import trio
 
 from meshnode import __version__
 from meshnode.errors import PeerUnreachableError
-from meshnode.gateway import PassedAnswer
+from meshnode.gateway import VIA_HEADER, PassedAnswer
 from meshnode.transport.http import HttpResponse, TunnelPool
 
 __all__ = ["Caller", "SilentError"]
@@ -40,10 +40,11 @@ class SilentError(PeerUnreachableError):
 class Caller:
     """One server: a base address, and a key for it."""
 
-    def __init__(self, url: str, key: str | None = None) -> None:
+    def __init__(self, url: str, key: str | None = None, *, idle_s: float = IDLE_S) -> None:
         """`url` is http:// or https://, without `/v1` at its end (`config.split_upstream`)."""
         parts = urlsplit(url)
         self.url = url
+        self._idle_s = idle_s
         self._host = parts.hostname or ""
         self._port = parts.port or (443 if parts.scheme == "https" else 80)
         # The system's certificates, or those that SSL_CERT_FILE names.
@@ -60,18 +61,28 @@ class Caller:
 
     @asynccontextmanager
     async def ask(
-        self, method: str, path: str, body: bytes = b"", *, idle_s: float = IDLE_S
+        self,
+        method: str,
+        path: str,
+        body: bytes = b"",
+        *,
+        via: tuple[str, ...] = (),
+        idle_s: float | None = None,
     ) -> AsyncIterator[PassedAnswer]:
         """One request, from the moment that the head of its answer is here.
 
         Leaving early closes the connection at once. `idle_s` is how long the head, and then each
-        piece of the body, may take. Raises `PeerUnreachableError`, also from the body, if the
-        server is not there or falls silent, `RemoteProtocolError` if it does not speak HTTP/1.1,
-        sends too large a head or ends before the end of its answer.
+        piece of the body, may take; None for as long as any request. Raises
+        `PeerUnreachableError`, also from the body, if the server is not there or falls silent,
+        `RemoteProtocolError` if it does not speak HTTP/1.1, sends too large a head or ends before
+        the end of its answer.
         """
-        headers = (
-            [*self._headers, (b"content-type", b"application/json")] if body else self._headers
-        )
+        idle_s = self._idle_s if idle_s is None else idle_s
+        headers = list(self._headers)
+        if body:
+            headers.append((b"content-type", b"application/json"))
+        if via:
+            headers.append((VIA_HEADER.encode(), ",".join(via).encode()))
         async with AsyncExitStack() as stack:
             try:
                 with trio.fail_after(idle_s):

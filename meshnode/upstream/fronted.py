@@ -30,7 +30,7 @@ from meshnode.gateway import PassedAnswer
 from meshnode.messages import Offer
 from meshnode.upstream.caller import Caller, SilentError
 from meshnode.upstream.keys import read_keys
-from meshnode.upstream.listing import Listed, Named, choose, read_models, read_props
+from meshnode.upstream.listing import choose, read_models, read_props
 
 __all__ = ["Fronted", "find_upstreams"]
 
@@ -52,6 +52,8 @@ WAITING_MAX = 32
 """As many as wait for an engine of our own; others are told at once that it is busy."""
 BUSY_RETRY_AFTER_S = 2.0
 """As for an engine."""
+VIA_MAX = 4
+"""Nodes in front of nodes: two are a plan, more are a mistake."""
 _REDIRECTS = range(300, 400)
 _UNAUTHORIZED = 401
 
@@ -60,13 +62,19 @@ _UNAUTHORIZED = 401
 class FrontedModel:
     """One model of a server. Implements `gateway.Upstream`."""
 
-    named: Named
+    name: str
+    digest: str
+    own_name: str
+    """The server's."""
+    context_tokens: int
     server: Fronted
 
     @asynccontextmanager
-    async def ask(self, path: str, body: bytes) -> AsyncIterator[PassedAnswer]:
+    async def ask(
+        self, path: str, body: bytes, via: tuple[str, ...]
+    ) -> AsyncIterator[PassedAnswer]:
         """See `gateway.Upstream.ask`."""
-        async with self.server.ask(path, _renamed(body, self.named.listed.name)) as answer:
+        async with self.server.ask(path, _renamed(body, self.own_name), via) as answer:
             yield answer
 
 
@@ -91,10 +99,11 @@ class Fronted:
         self._digest = digest
         self._slots = slots
         self._context_tokens = context_tokens or 0
+        self._context_by_props = 0
         self._models: tuple[FrontedModel, ...] = ()
         self._error: str | None = None
         self._has_been_up = False
-        self._limit = trio.CapacityLimiter(slots)
+        self._limit = trio.Semaphore(slots)
         self._in_flight = 0
         self._doubt = trio.Event()
 
@@ -125,21 +134,22 @@ class Fronted:
     async def _look(self) -> None:
         """Ask the server what it has. Raises `MeshnodeError`, worded for the operator."""
         listed = read_models(await self._read("/v1/models"))
-        chosen = choose(
-            listed, self._name, self._digest, whose=f"{self._peer_id} {self._caller.url}"
-        )
-        known = {model.named.listed.name: model.named for model in self._models}
-        models: list[FrontedModel] = []
-        for named in chosen:
-            context_tokens = named.listed.context_tokens
-            if not context_tokens and named.listed.name in known:
-                context_tokens = known[named.listed.name].listed.context_tokens
-            elif not context_tokens:
-                context_tokens = await self._told_by_props() or self._context_tokens
-            found = Listed(named.listed.name, context_tokens)
-            models.append(FrontedModel(replace(named, listed=found), self))
+        chosen = choose(listed, self._name, self._digest, own=self._peer_id, url=self._caller.url)
+        if self.state != "ready" and not all(named.listed.context_tokens for named in chosen):
+            self._context_by_props = await self._told_by_props()
+        or_else = self._context_by_props or self._context_tokens
+        models = [
+            FrontedModel(
+                named.name,
+                named.digest,
+                named.listed.name,
+                named.listed.context_tokens or or_else,
+                self,
+            )
+            for named in chosen
+        ]
         if self._error is not None or not self._has_been_up:
-            names = ", ".join(model.named.name for model in models)
+            names = ", ".join(model.name for model in models)
             _log.info("upstream %s: up, with %s", self._caller.url, names)
         left_out = 0 if self._name is not None else len(listed) - len(models)
         if left_out and len(models) != len(self._models):
@@ -177,8 +187,12 @@ class Fronted:
     # --- requests -------------------------------------------------------------------------------
 
     @asynccontextmanager
-    async def ask(self, path: str, body: bytes) -> AsyncIterator[PassedAnswer]:
+    async def ask(
+        self, path: str, body: bytes, via: tuple[str, ...]
+    ) -> AsyncIterator[PassedAnswer]:
         """One request within the server's bounds. Raises `EngineError`, also from the body."""
+        if self._peer_id in via or len(via) >= VIA_MAX:
+            raise EngineError("This request goes in a circle of nodes behind nodes.")
         if self._in_flight >= self._slots + WAITING_MAX:
             raise EngineBusyError(
                 f"The server behind this node has {self._in_flight} requests already; "
@@ -187,16 +201,21 @@ class Fronted:
             )
         self._in_flight += 1
         try:
-            async with self._limit, self._asked(path, body) as answer:
+            async with self._limit, self._asked(path, body, via) as answer:
                 yield answer
         finally:
             self._in_flight -= 1
 
     @asynccontextmanager
-    async def _asked(self, path: str, body: bytes) -> AsyncIterator[PassedAnswer]:
+    async def _asked(
+        self, path: str, body: bytes, via: tuple[str, ...]
+    ) -> AsyncIterator[PassedAnswer]:
+        via = (*via, self._peer_id)
         async with AsyncExitStack() as stack:
             try:
-                answer = await stack.enter_async_context(self._caller.ask("POST", path, body))
+                answer = await stack.enter_async_context(
+                    self._caller.ask("POST", path, body, via=via)
+                )
             except (PeerUnreachableError, RemoteProtocolError) as error:
                 raise self._lost(error) from error
             if answer.status in _REDIRECTS:
@@ -221,25 +240,25 @@ class Fronted:
     # --- what others see ------------------------------------------------------------------------
 
     @property
-    def is_busy(self) -> bool:
-        """Whether a request is on its way."""
-        return self._in_flight > 0
+    def in_flight(self) -> int:
+        """Requests on their way, those that wait included."""
+        return self._in_flight
 
     def model(self, digest: str) -> FrontedModel | None:
         """The model of this digest, if requests may be sent to it now."""
         if self._error is not None:
             return None
-        return next((each for each in self._models if each.named.digest == digest), None)
+        return next((each for each in self._models if each.digest == digest), None)
 
     def offers(self) -> tuple[Offer, ...]:
         """What the mesh is told. Of a server that is down: that its models are known and cannot
         answer, so that who asks is told to try later, and not that there is no such model."""
         return tuple(
             Offer(
-                name=model.named.name,
-                digest=model.named.digest,
+                name=model.name,
+                digest=model.digest,
                 state="ready" if self._error is None else "failed",
-                context_tokens=model.named.listed.context_tokens,
+                context_tokens=model.context_tokens,
                 slots=self._slots,
                 slots_busy=self._slots_busy,
                 queue_depth=self._in_flight - self._slots_busy,
@@ -253,8 +272,7 @@ class Fronted:
 
     def snapshots(self) -> tuple[ModelSnapshot, ...]:
         """A row for each model; one for the server while none is known."""
-        rows = [(model.named.name, model.named.digest, model.named.listed.context_tokens)
-                for model in self._models]  # fmt: skip
+        rows = [(model.name, model.digest, model.context_tokens) for model in self._models]
         return tuple(
             ModelSnapshot(
                 name=name,

@@ -27,10 +27,14 @@ _MESH_NAME_CHARS_MAX = 128
 
 @dataclass(frozen=True, slots=True)
 class Listed:
-    """A model in the server's words; `context_tokens` 0 if it did not tell."""
+    """A model in the server's words; `context_tokens` 0 if it did not tell.
+
+    `served_by`: if the server is a node, the nodes that answer for it.
+    """
 
     name: str
     context_tokens: int
+    served_by: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +85,7 @@ def read_models(body: bytes) -> tuple[Listed, ...]:
     listed: dict[str, Listed] = {}
     for row in rows:
         if row.id and len(row.id) <= NAME_CHARS_MAX:
-            listed.setdefault(row.id, Listed(row.id, _context_tokens(row)))
+            listed.setdefault(row.id, Listed(row.id, _context_tokens(row), _served_by(row)))
     return tuple(listed.values())
 
 
@@ -94,14 +98,21 @@ def read_props(body: bytes) -> int:
 
 
 def choose(
-    listed: tuple[Listed, ...], wanted: str | None, digest: str | None, *, whose: str
+    listed: tuple[Listed, ...],
+    wanted: str | None,
+    digest: str | None,
+    *,
+    own: str,
+    url: str,
 ) -> tuple[Named, ...]:
     """The models to offer: all, `MODELS_MAX` at most, or the one that `wanted` picks or renames.
 
-    `digest` is what the operator declared of that one, `whose` tells this server from all others.
+    `digest` is what the operator declared of that one. `own`, our peer id, and `url` tell this
+    server from all others; what it lists because we offer it is left out.
     Two names that are alike in the mesh's alphabet are one name; the first has it.
     Raises `RemoteProtocolError` if there is none.
     """
+    listed = tuple(each for each in listed if own not in each.served_by)
     if wanted is not None:
         picked = [each for each in listed if wanted in (each.name, _mesh_name(each.name))]
         if not picked and len(listed) == 1:
@@ -109,12 +120,12 @@ def choose(
         if not picked:
             raise RemoteProtocolError(f"it lists {len(listed)} models, and none is {wanted}")
         found = picked[0]
-        return (Named(wanted, digest or _identity(whose, found.name), found),)
+        return (Named(wanted, digest or _identity(own, url, found.name), found),)
     named: dict[str, Named] = {}
     for each in listed:
         name = _mesh_name(each.name)
         if is_model_name(name) and len(named) < MODELS_MAX:
-            named.setdefault(name, Named(name, _identity(whose, each.name), each))
+            named.setdefault(name, Named(name, _identity(own, url, each.name), each))
     if not named:
         raise RemoteProtocolError("it lists no model")
     return tuple(named.values())
@@ -125,18 +136,27 @@ def _mesh_name(name: str) -> str:
     return _UNNAMEABLE.sub("-", name).lstrip("._:-")[:_MESH_NAME_CHARS_MAX]
 
 
-def _identity(whose: str, name: str) -> str:
+def _identity(*parts: str) -> str:
     """A digest that stands for one server's model, and for nothing else."""
     drawn = hashlib.blake2b(digest_size=32, person=b"meshnode.front")
-    for part in (whose.encode(), name.encode("utf-8", "surrogatepass")):
-        drawn.update(len(part).to_bytes(8, "big") + part)
+    for data in (part.encode("utf-8", "surrogatepass") for part in parts):
+        drawn.update(len(data).to_bytes(8, "big") + data)
     return drawn.hexdigest()
 
 
 def _context_tokens(row: _Row) -> int:
-    told = (row.max_model_len, row.context_length, row.max_context_length)
-    of_ours = row.meshnode.get("context_tokens") if isinstance(row.meshnode, dict) else None
-    return next((tokens for each in (*told, of_ours) if (tokens := _tokens(each))), 0)
+    of_ours = _of_ours(row, "context_tokens")
+    told = (row.max_model_len, row.context_length, row.max_context_length, of_ours)
+    return next((tokens for each in told if (tokens := _tokens(each))), 0)
+
+
+def _served_by(row: _Row) -> tuple[str, ...]:
+    told = _of_ours(row, "served_by")
+    return tuple(each for each in told if isinstance(each, str)) if isinstance(told, list) else ()
+
+
+def _of_ours(row: _Row, field: str) -> object:
+    return row.meshnode.get(field) if isinstance(row.meshnode, dict) else None
 
 
 def _tokens(told: object) -> int:

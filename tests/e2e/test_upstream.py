@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import pytest
@@ -27,7 +26,7 @@ class Chain:
 
 
 @pytest.fixture(scope="module")
-def chain(module_mesh: Mesh) -> Iterator[Chain]:
+def chain(module_mesh: Mesh) -> Chain:
     server = module_mesh.node("server").wait_ready()
     network = ("--listen", "/ip4/127.0.0.1/udp/0/quic-v1", "--api", "127.0.0.1:0", "--no-mdns")
     front = module_mesh.run(
@@ -35,7 +34,7 @@ def chain(module_mesh: Mesh) -> Iterator[Chain]:
     ).wait_ready()
     gateway = module_mesh.gateway("gateway", "--join", front.invite()).wait_started()
     gateway.wait_until(lambda status: serves(status, MODEL_NAME) == {front.peer_id})
-    yield Chain(server, front, gateway)
+    return Chain(server, front, gateway)
 
 
 def raw(node: NodeProcess, body: Json) -> tuple[int, dict[str, str], bytes]:
