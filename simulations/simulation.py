@@ -15,9 +15,13 @@ from pathlib import Path
 
 from meshnode_simulations.figures import MeshFigures
 from meshnode_simulations.kernel.loop import NS_PER_S
+from meshnode_simulations.kernel.machine import Machine
 from meshnode_simulations.kernel.network import Constant, Latency, Network
 from meshnode_simulations.kernel.streams import stream
 from meshnode_simulations.kernel.world import World
+from meshnode_simulations.models.demand import Clients
+from meshnode_simulations.models.gateway import Gateways
+from meshnode_simulations.models.hosting import Hosting
 from meshnode_simulations.record import Recorder, Result
 from meshnode_simulations.run import Run
 from meshnode_simulations.scenario import Scenario, load
@@ -90,7 +94,12 @@ class Simulation:
         world = World(seed, _network(scenario, seed), open_mesh=scenario.mesh.admission == "open")
         run = Run(scenario, seed, world, Recorder())
         MeshFigures(run)
-        _switch_on_all(run)
+        hosting = Hosting(run)
+        machines = _machines(run)
+        hosting.place(machines)
+        if scenario.demand.kind != "none":
+            Clients(run, Gateways(run, hosting))
+        _switch_on_all(run, machines)
         return run
 
 
@@ -103,17 +112,17 @@ def _latency(scenario: Scenario) -> Latency:
     return Constant(int(scenario.network.one_way_ms * 1e6))
 
 
-def _switch_on_all(run: Run) -> None:
+def _machines(run: Run) -> list[Machine]:
+    memory_bytes = int(run.scenario.hosts.memory_gib * 2**30)
+    return [
+        run.world.add(f"n{index}", is_root=index == 0, memory_bytes=memory_bytes)
+        for index in range(run.scenario.mesh.nodes)
+    ]
+
+
+def _switch_on_all(run: Run, machines: list[Machine]) -> None:
     """The bootstraps at once, the others evenly over the time to join."""
     mesh, world = run.scenario.mesh, run.world
-    machines = [
-        world.add(
-            f"n{index}",
-            is_root=index == 0,
-            memory_bytes=int(run.scenario.hosts.memory_gib * 2**30),
-        )
-        for index in range(mesh.nodes)
-    ]
     bootstraps = machines[: mesh.bootstraps]
     later = machines[len(bootstraps) :]
     for machine in bootstraps:

@@ -116,6 +116,10 @@ class World:
         self.pubsub: Pubsub = _Flood(self)
         self.dht: Dht = _Shelf()
         self.loading: Loading = lambda machine, holding: int(LOAD_S * NS_PER_S)
+        self.offered: Callable[[Machine, str], Offer] = lambda machine, model: machine.models[
+            model
+        ][0]
+        """What a machine offers of a model that it has loaded."""
         self.may_dial: Callable[[Machine, Machine], bool] = lambda dialer, other: True
         """Whether a way leads from one to the other at all: NATs and firewalls say no."""
         self.watch: Callable[[Machine, Effect], None] | None = None
@@ -568,11 +572,17 @@ class World:
             machine.loaded[model] = None
             self._tell_models(machine)
 
+    def tell_offers(self, machine: Machine) -> None:
+        """What it serves, and how busy it is with that."""
+        if machine.is_awake:
+            offers = tuple(self.offered(machine, model) for model in machine.loaded)
+            self.tell(machine, SetOffers(offers))
+
     def _tell_models(self, machine: Machine) -> None:
         """What it serves and has at hand, when that has changed."""
         if not machine.is_awake:
             return
-        self.tell(machine, SetOffers(tuple(machine.models[m][0] for m in machine.loaded)))
+        self.tell_offers(machine)
         if machine.stack is not None:
             self.tell(machine, SetHoldings(holdings_of(machine)))
 
