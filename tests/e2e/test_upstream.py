@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import pytest
 
+from tests.e2e.agreed import order
 from tests.e2e.mesh import MODEL_NAME, QUESTION, Json, Mesh, NodeProcess, chat, serves
 
 CHAT = "/v1/chat/completions"
@@ -67,11 +68,11 @@ def test_the_answer_is_the_servers_to_the_byte(chain: Chain, stream: bool) -> No
 def test_what_a_field_means_is_the_servers_to_say(chain: Chain) -> None:
     asked = chat(QUESTION) | {"no_such_field": 1}
     status, headers, said = raw(chain.gateway, asked)
-    assert (status, timeless_error(said)) == (400, "no_such_field")
+    assert (status, refused_field(said)) == (400, "no_such_field")
     assert headers["x-meshnode-upstream"] == "1"  # it went all the way
 
 
-def timeless_error(said: bytes) -> str:
+def refused_field(said: bytes) -> str:
     return str(json.loads(said)["error"]["param"])
 
 
@@ -81,6 +82,22 @@ def test_other_apis_are_translated(chain: Chain) -> None:
     told = chain.gateway.request("POST", "/v1/messages", asked)
     assert told.status == 200, told
     assert told.body["content"][0]["text"] == chain.server.ask().text
+
+
+def test_the_mesh_neither_counts_nor_moves_it(chain: Chain) -> None:
+    def is_agreed(status: Json) -> bool:
+        return bool(status["groups"]) and not status["groups"][0]["deciding"]
+
+    chain.front.wait_until(is_agreed)
+    order(chain.front, "drain", chain.front)
+    chain.front.wait_until(lambda status: status["groups"][0]["orders"])
+    assert chain.gateway.ask().served_by == chain.front.peer_id
+    status = chain.front.status()
+    (group,) = status["groups"]
+    assert group["items"] == []
+    assert not [trouble for trouble in group["trouble"] if MODEL_NAME in str(trouble)]
+    assert [model["memory_bytes"] for model in status["models"]] == [0]
+    order(chain.front, "undrain", chain.front)
 
 
 def test_a_server_that_dies_is_withdrawn_and_comes_back(chain: Chain, module_mesh: Mesh) -> None:
