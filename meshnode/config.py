@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, get_args
+from urllib.parse import urlsplit
 
 from meshnode.errors import ConfigError
 
@@ -107,7 +108,7 @@ class _Setting:
 
 
 _UPSTREAM = re.compile(
-    r"(?P<url>https?://(?:[A-Za-z0-9._-]+|\[[0-9a-fA-F:.]+\])(?::(?P<port>\d{1,5}))?(?:/[A-Za-z0-9._~/-]*)?)"
+    r"(?P<url>https?://(?:[A-Za-z0-9._-]+|\[[0-9a-fA-F:.]+\])(?::\d{1,5})?(?:/[A-Za-z0-9._~/-]*)?)"
     r"(?:=(?P<name>[A-Za-z0-9][A-Za-z0-9._:-]{0,127})(?:@(?P<digest>[0-9a-f]{64}))?)?"
 )
 _PEER = r"/p2p/[1-9A-HJ-NP-Za-km-z]+"
@@ -145,10 +146,18 @@ def split_upstream(text: str) -> UpstreamSpec:
     Raises `ConfigError`. No user, query or fragment: a key would stand in the process list.
     """
     found = _UPSTREAM.fullmatch(text)
-    if found is None or int(found["port"] or 0) >= 2**16:
+    if found is None or not _is_address(found["url"]):
         raise ConfigError(f"{text!r} is not URL[=NAME[@DIGEST]], such as http://127.0.0.1:8000")
     url = found["url"].rstrip("/").removesuffix("/v1")
     return UpstreamSpec(url, found["name"], found["digest"])
+
+
+def _is_address(url: str) -> bool:
+    """Whether the port, and what is in brackets, can be."""
+    try:
+        return urlsplit(url).port != 0
+    except ValueError:
+        return False
 
 
 def is_loopback(host: str) -> bool:

@@ -116,6 +116,8 @@ class Caller:
             raise SilentError(
                 f"it did not take a connection within {CONNECT_TIMEOUT_S:.0f} s"
             ) from None
+        except UnicodeError as error:  # what getaddrinfo says of an empty or too long label
+            raise PeerUnreachableError("it has no legal host name") from error
         except OSError as error:
             raise PeerUnreachableError(f"it takes no connection: {_why(error)}") from error
 

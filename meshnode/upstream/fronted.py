@@ -52,6 +52,8 @@ WAITING_MAX = 32
 """As many as wait for an engine of our own; others are told at once that it is busy."""
 BUSY_RETRY_AFTER_S = 2.0
 """As for an engine."""
+ERROR_CHARS_MAX = 200
+"""Of what is told of a failure: some errors repeat what the server sent."""
 VIA_MAX = 4
 """Nodes in front of nodes: two are a plan, more are a mistake."""
 _REDIRECTS = range(300, 400)
@@ -120,7 +122,7 @@ class Fronted:
                 except MeshnodeError as error:
                     slow = slow + 1 if isinstance(error, SilentError) else SLOW_LOOKS_MAX
                     if slow >= SLOW_LOOKS_MAX or not self._has_been_up:
-                        self._withdraw(str(error))
+                        self._withdraw(_told(error))
                     await trio.sleep(back_off_s)
                     back_off_s = min(2 * back_off_s, BACK_OFF_MAX_S)
                 else:
@@ -235,7 +237,7 @@ class Fronted:
 
     def _lost(self, error: MeshnodeError) -> EngineError:
         self._doubt.set()
-        return EngineError(f"The server behind this node failed: {error}.")
+        return EngineError(f"The server behind this node failed: {_told(error)}.")
 
     # --- what others see ------------------------------------------------------------------------
 
@@ -306,6 +308,8 @@ class Fronted:
 def find_upstreams(config: Config, peer_id: str) -> tuple[Fronted, ...]:
     """The servers of the configuration. Raises `ConfigError` for a key file that cannot be used."""
     specs = [split_upstream(text) for text in config.upstreams]
+    if not specs:
+        return ()
     keys = (
         {}
         if config.upstream_key_file is None
@@ -322,6 +326,10 @@ def find_upstreams(config: Config, peer_id: str) -> tuple[Fronted, ...]:
         )
         for spec in specs
     )
+
+
+def _told(error: MeshnodeError) -> str:
+    return str(error)[:ERROR_CHARS_MAX]
 
 
 def _renamed(body: bytes, name: str) -> bytes:

@@ -41,5 +41,7 @@ def read_keys(path: Path, urls: tuple[str, ...]) -> dict[str, str]:
             raise ConfigError(
                 f"{path}, line {number}: write the URL of an --upstream, a space and its key"
             )
+        if not words[1].isprintable():  # in a header it would be an error that repeats it
+            raise ConfigError(f"{path}, line {number}: this is no key")
         keys[url] = words[1]
     return keys

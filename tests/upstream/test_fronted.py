@@ -13,14 +13,15 @@ import pytest
 import trio
 import trio.testing
 
-from meshnode.errors import EngineBusyError
+from meshnode.config import Config
+from meshnode.errors import ConfigError, EngineBusyError, PeerUnreachableError
 from meshnode.gateway import Candidate
 from meshnode.gateway import answer as answer_module
 from meshnode.gateway.tunnel import TunnelApp
 from meshnode.transport.http import HEAD_BYTES_MAX
 from meshnode.upstream import fronted as fronted_module
 from meshnode.upstream.caller import Caller
-from meshnode.upstream.fronted import Fronted
+from meshnode.upstream.fronted import Fronted, find_upstreams
 from tests.fakes import DIGEST, MODEL, FakeMesh, WordEngine, tunnel_to
 from tests.gateway.link import HANG_S, Link
 from tests.upstream.server import (
@@ -132,6 +133,36 @@ async def test_a_server_that_was_never_there_is_shown_by_its_address():
     async with running(server, state="failed") as front:
         assert front.offers() == ()
         assert front.snapshots()[0].name == MODEL
+
+
+@pytest.mark.parametrize("host", ["a..b", f"{'x' * 64}.example"])
+async def test_a_host_that_cannot_be_is_no_accident(host):
+    with trio.fail_after(HANG_S), pytest.raises(PeerUnreachableError):
+        async with Caller(f"http://{host}:1").ask("GET", "/v1/models"):
+            pass
+
+
+async def test_a_failure_is_told_in_a_sentence():
+    class Garbling(Server):
+        async def _reply(self, received, stream):
+            await stream.send_all(b"x" * 50_000 + b"\r\n\r\n")
+
+    async with Garbling().running() as server, running(server, state="failed") as front:
+        assert len(front.snapshots()[0].error) < 300
+
+
+def test_servers_and_keys_come_from_the_configuration(tmp_path):
+    keys = tmp_path / "keys"
+    keys.write_text(KEY)
+    of_none = Config(tmp_path, upstream_key_file=keys)
+    assert find_upstreams(of_none, "peer-b") == ()
+    upstreams = ("http://127.0.0.1:1=one", "http://127.0.0.1:1=two")
+    both = find_upstreams(Config(tmp_path, upstreams=upstreams, upstream_key_file=keys), "peer-b")
+    assert [row.name for front in both for row in front.snapshots()] == ["one", "two"]
+    with pytest.raises(ConfigError, match="cannot read"):
+        find_upstreams(
+            Config(tmp_path, upstreams=upstreams, upstream_key_file=tmp_path / "none"), "peer-b"
+        )
 
 
 async def test_llama_servers_context_is_asked_for():

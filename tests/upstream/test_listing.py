@@ -138,7 +138,7 @@ def test_an_upstream_is_an_address_and_perhaps_a_model(text: str, spec: tuple) -
     "text",
     ["", "127.0.0.1:8000", "ftp://a", "http://", "http://a:70000", "http://user:key@a",
      "http://a?key=1", "http://a#b", "http://a=", "http://a=m@12", f"http://a@{DIGEST}",
-     "http://a b", "http://a=m\n"],
+     "http://a b", "http://a=m\n", "http://[::1::]:1", "http://a:0"],
 )  # fmt: skip
 def test_an_address_that_cannot_work_is_refused(text: str) -> None:
     with pytest.raises(ConfigError, match="URL"):
@@ -156,7 +156,7 @@ def test_a_key_belongs_to_one_server(tmp_path: Path) -> None:
     assert read_keys(file, (URL, "http://b")) == {URL: "sk-a", "http://b": "sk-b"}
 
 
-@pytest.mark.parametrize("text", ["http://c sk-c", "sk one two", "sk-é", "x" * 70_000])
+@pytest.mark.parametrize("text", ["http://c sk-c", "sk one two", "sk-é", "sk-\x01", "x" * 70_000])
 def test_a_file_of_keys_that_cannot_work_is_refused(tmp_path: Path, text: str) -> None:
     file = tmp_path / "keys"
     file.write_text(text)
