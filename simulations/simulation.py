@@ -13,6 +13,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from meshnode_simulations.checks.liveness import Epochs, Healing, Service
+from meshnode_simulations.checks.safety import Safety
+from meshnode_simulations.faults.draw import drawn
+from meshnode_simulations.faults.schedule import Faults
 from meshnode_simulations.figures import MeshFigures
 from meshnode_simulations.kernel.loop import NS_PER_S
 from meshnode_simulations.kernel.machine import Machine
@@ -24,7 +28,7 @@ from meshnode_simulations.models.gateway import Gateways
 from meshnode_simulations.models.hosting import Hosting
 from meshnode_simulations.record import Recorder, Result
 from meshnode_simulations.run import Run
-from meshnode_simulations.scenario import Scenario, load
+from meshnode_simulations.scenario import Fault, Scenario, load
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,16 +50,19 @@ class Simulation:
         *,
         seed: int = 1,
         check: bool = False,
+        schedule: tuple[Fault, ...] | None = None,
         changes: dict[str, object] | None = None,
     ) -> None:
         """`scenario` may be a file or the name of a shipped one, with `changes` to it by dotted
-        name. `check`: every promise is checked after every event. Raises `ConfigError`.
+        name. `check`: every promise is checked after every event. `schedule` takes the place of
+        the scenario's faults and of its chaos. Raises `ConfigError`.
         """
         if not isinstance(scenario, Scenario):
             scenario = load(scenario, changes)
         self.scenario = scenario
         self.seed = seed
         self.check = check
+        self.schedule = schedule
 
     def run(self, on_progress: Callable[[Progress], None] | None = None) -> Result:
         """Let all its time pass. `on_progress` is called once for each interval."""
@@ -99,6 +106,20 @@ class Simulation:
         hosting.place(machines)
         if scenario.demand.kind != "none":
             Clients(run, Gateways(run, hosting))
+        if scenario.models:
+            Service(run)
+        if self.check:
+
+            def broken(promise: str, what: str) -> None:
+                run.recorder.violate(promise, run.now_s, what)
+
+            Epochs(run, Safety(world, broken))
+        schedule = self.schedule
+        if schedule is None:
+            schedule = (*scenario.faults, *drawn(scenario, seed))
+        Faults(run, schedule)
+        if scenario.chaos.heal_at_s:
+            Healing(run, scenario.chaos.heal_at_s)
         _switch_on_all(run, machines)
         return run
 
