@@ -34,6 +34,7 @@ from meshnode.engine import (
     TokenLogprobs,
 )
 from meshnode.engine.chat import ChatTemplate, Segment
+from meshnode.engine.embedder import Embedder
 from meshnode.engine.scheduler import PREFILL_TOKENS_MAX, Batch, Copy, Trim
 from meshnode.engine.trial import survives
 from meshnode.errors import ModelLoadError, RequestError
@@ -266,6 +267,8 @@ def _dry(vocabulary: Any, sampling: Sampling) -> Any:
 class LlamaModel:
     """A loaded model with a KV cache of `slots` lanes that share `context_tokens` cells.
 
+    If it was made for embeddings or reranking, `embedder` is all there is to use.
+
     Tokenising (`prompt_tokens`, `piece`) and `abort` are safe from any thread; all else belongs
     to the thread that decodes.
     """
@@ -284,14 +287,22 @@ class LlamaModel:
         _llama.llama_backend_init()
         self._context = None
         self._model = self._load_model(path, on_progress)
+        self._embedder: Embedder | None = None
+        self.end_tokens: frozenset[int] = frozenset()
         try:
             self._vocabulary = _checked(_llama.llama_model_get_vocab(self._model), path, "vocab")
             self.context_tokens = context_tokens
+            if _llama.llama_model_has_encoder(self._model):
+                raise ModelLoadError(f"{path}: encoder models cannot generate text here")
+            if _llama.llama_model_is_diffusion(self._model):
+                raise ModelLoadError(f"{path}: diffusion models cannot generate text here")
+            self._embedder = Embedder(self._model, path)
+            if self._embedder.is_purpose:
+                on_progress(1.0)
+                return
             self._context = self._make_context(path, slots, threads)
             self._memory = _checked(_llama.llama_get_memory(self._context), path, "KV cache")
             self.vocabulary_size = int(_llama.llama_vocab_n_tokens(self._vocabulary))
-            if _llama.llama_model_has_encoder(self._model):
-                raise ModelLoadError(f"{path}: encoder models cannot generate text here")
             self.end_tokens = frozenset(
                 token
                 for token in range(self.vocabulary_size)
@@ -394,6 +405,8 @@ class LlamaModel:
         _llama.llama_set_abort_callback(self._context, callback, data)
 
     def close(self) -> None:
+        if self._embedder is not None:
+            self._embedder.close()
         if self._context:
             _llama.llama_free(self._context)
             self._context = None
@@ -411,6 +424,11 @@ class LlamaModel:
         _traceback: TracebackType | None,
     ) -> None:
         self.close()
+
+    @property
+    def embedder(self) -> Embedder:
+        assert self._embedder is not None  # only while it is being loaded
+        return self._embedder
 
     # -- text and tokens -----------------------------------------------------------------------
 
