@@ -1,7 +1,7 @@
 """The app for peers: what they forward is answered by an engine of this very node, or not at all.
 
-Two POST routes and nothing else; it forwards nothing, so there are no loops, and has no
-management route to reach. Plain ASGI instead of Quart: two fixed routes need no framework, and a
+Four POST routes and nothing else; it forwards nothing, so there are no loops, and has no
+management route to reach. Plain ASGI instead of Quart: fixed routes need no framework, and a
 request through it reaches the engine about a millisecond sooner (tests/bench/hop).
 """
 
@@ -33,9 +33,18 @@ from meshnode.gateway.answer import (
     Ask,
     answer_locally,
 )
+from meshnode.gateway.embeddings import (
+    EMBED_PATH,
+    RERANK_PATH,
+    Embed,
+    Rerank,
+    decode_embed,
+    decode_rerank,
+)
 from meshnode.gateway.openai import (
     CHAT_PATH,
     TEXT_PATH,
+    Call,
     decode_chat,
     decode_text,
     encode_error,
@@ -51,7 +60,12 @@ __all__ = ["TunnelApp"]
 BODY_TIMEOUT_S = 60
 """A gateway has the whole body before it forwards it; slower than this is a broken path."""
 
-_ROUTES = {CHAT_PATH: decode_chat, TEXT_PATH: decode_text}
+_ROUTES: dict[str, Callable[[bytes], Call | Embed | Rerank]] = {
+    CHAT_PATH: decode_chat,
+    TEXT_PATH: decode_text,
+    EMBED_PATH: decode_embed,
+    RERANK_PATH: decode_rerank,
+}
 _REQUEST_ID = re.compile(rf"[0-9a-f]{{{2 * REQUEST_ID_BYTES}}}")
 _SESSION = re.compile(rf"[0-9a-f]{{{2 * SESSION_BYTES}}}")
 _UNIX_SECONDS = re.compile(r"[0-9]{1,12}")
