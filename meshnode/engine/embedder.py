@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import ctypes
 import math
+import re
 from collections.abc import Sequence
 from enum import IntEnum
 from typing import Any
@@ -102,26 +103,27 @@ class Embedder:
         template = _llama.llama_model_chat_template(self._model, b"rerank")
         if template is not None:
             # Split before anything is put in: a query may hold "{document}".
-            before, _, rest = template.decode("utf-8", "replace").partition("{query}")
-            between, _, after = rest.partition("{document}")
-            parts = ((before, True), (query, False), (between, True), (document, False),
-                     (after, True))  # fmt: skip
-            return [token for text, trusted in parts
-                    for token in self._tokenise(text, parse_special=trusted)]  # fmt: skip
+            places = {"{query}": query, "{document}": document}
+            return [
+                token
+                for part in re.split(r"({query}|{document})", template.decode("utf-8", "replace"))
+                for token in self._tokenise(
+                    places.get(part, part), parse_special=part not in places
+                )
+            ]
         vocabulary = self._vocabulary
-        end = [int(_llama.llama_vocab_eos(vocabulary))]
-        if end[0] < 0:  # it has none
-            end = [int(_llama.llama_vocab_sep(vocabulary))]
-        if not _llama.llama_vocab_get_add_eos(vocabulary):
-            end = []
+        sep = int(_llama.llama_vocab_sep(vocabulary))
+        eos = int(_llama.llama_vocab_eos(vocabulary))
         begin = [int(_llama.llama_vocab_bos(vocabulary))]
+        end = [sep if eos < 0 else eos]  # below 0: the model has no such token
+        between = [sep]
         if not _llama.llama_vocab_get_add_bos(vocabulary):
             begin = []
-        between_them = [int(_llama.llama_vocab_sep(vocabulary))]
+        if not _llama.llama_vocab_get_add_eos(vocabulary):
+            end = []
         if not _llama.llama_vocab_get_add_sep(vocabulary):
-            between_them = []
-        joined = [*begin, *self._tokenise(query), *end, *between_them,
-                  *self._tokenise(document), *end]  # fmt: skip
+            between = []
+        joined = [*begin, *self._tokenise(query), *end, *between, *self._tokenise(document), *end]
         return [token for token in joined if token >= 0]
 
     def _tokenise(
@@ -234,6 +236,7 @@ class Embedder:
             return
         self.close()
         self._capacity_tokens = 0
+        # An input that goes on, and the others in its step.
         context_tokens = capacity_tokens + STEP_TOKENS_MAX
         step_tokens = max(capacity_tokens, STEP_TOKENS_MAX) if self.reads_whole else STEP_TOKENS_MAX
         try:

@@ -10,8 +10,7 @@ rerank follow Jina's and Cohere's, as far as they agree.
 
 from __future__ import annotations
 
-import base64
-import binascii
+import math
 from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -182,7 +181,7 @@ class Vectors:
 
 
 class _Row(msgspec.Struct):
-    embedding: str
+    embedding: bytes  # in JSON: base64
 
 
 class _Usage(msgspec.Struct):
@@ -201,11 +200,16 @@ def read_vectors(embed: Embed, answer: bytes) -> Vectors:
     """What `Embed.encode` wrote. Raises `EngineError` if it is no answer to this request."""
     try:
         said = _answer.decode(answer)
-        vectors = tuple(base64.b64decode(row.embedding, validate=True) for row in said.data)
-    except (msgspec.DecodeError, UnicodeError, RecursionError, binascii.Error) as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise EngineError("The replica's vectors cannot be read. Ask again.") from error
+    vectors = tuple(row.embedding for row in said.data)
     sizes = {len(vector) for vector in vectors}
-    if len(vectors) != len(embed.inputs) or len(sizes) != 1 or sizes.pop() % _FLOAT_BYTES:
+    if (
+        len(vectors) != len(embed.inputs)
+        or len(sizes) != 1
+        or sizes.pop() % _FLOAT_BYTES
+        or not all(math.isfinite(number) for vector in vectors for number in floats(vector))
+    ):
         raise EngineError("The replica's vectors are not those asked for. Ask again.")
     return Vectors(vectors, said.usage.prompt_tokens)
 

@@ -7,33 +7,17 @@ from pathlib import Path
 import gguf
 import numpy as np
 
-WORDS = [
-    "[PAD]",
-    "[UNK]",
-    "[CLS]",
-    "[SEP]",
-    "[MASK]",
-    "the",
-    "a",
-    "cat",
-    "dog",
-    "sat",
-    "on",
-    "mat",
-    "runs",
-    "fast",
-    "big",
-    "small",
-    ".",
-    ",",
-]
+WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "the", "a", "cat", "dog", "sat", "on", "mat",
+         "runs", "fast", "big", "small", ".", ","]  # fmt: skip
 EMBEDDING, HEADS, LAYERS, CONTEXT_TOKENS = 32, 2, 2, 64
 # Words within a text begin with this in the vocabularies of WordPiece tokenisers.
 WORD_START = "▁"
 
 
-def write_bert(path: Path, pooling: gguf.PoolingType, *, seed: int = 1) -> Path:
-    """An encoder; with `PoolingType.RANK` it has a head for ranking."""
+def write_bert(
+    path: Path, pooling: gguf.PoolingType, *, rerank_template: str | None = None
+) -> Path:
+    """An encoder; with `PoolingType.RANK` it has a head for ranking. Equal names, equal weights."""
     writer = gguf.GGUFWriter(path, "bert")
     writer.add_name("tiny")
     writer.add_context_length(CONTEXT_TOKENS)
@@ -55,9 +39,11 @@ def write_bert(path: Path, pooling: gguf.PoolingType, *, seed: int = 1) -> Path:
     writer.add_pad_token_id(WORDS.index("[PAD]"))
     writer.add_bos_token_id(WORDS.index("[CLS]"))
     writer.add_mask_token_id(WORDS.index("[MASK]"))
-    for name, shape in _shapes(ranks=pooling is gguf.PoolingType.RANK).items():
-        weights = np.random.default_rng([seed, *name.encode()]).normal(0.0, 0.3, shape)
-        writer.add_tensor(name, weights.astype(np.float32))
+    if rerank_template is not None:
+        writer.add_chat_template([{"name": "rerank", "template": rerank_template}])
+    for name in _SHAPES:
+        if pooling is gguf.PoolingType.RANK or not name.startswith("cls."):
+            writer.add_tensor(name, weights(name))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -65,8 +51,14 @@ def write_bert(path: Path, pooling: gguf.PoolingType, *, seed: int = 1) -> Path:
     return path
 
 
-def _shapes(*, ranks: bool) -> dict[str, tuple[int, ...]]:
-    """numpy's order of dimensions, which is the opposite of GGUF's."""
+def weights(name: str) -> np.ndarray:
+    random = np.random.default_rng(list(name.encode()))
+    scale = 2.0 if name == "token_embd.weight" else 0.3  # so that words make a difference
+    return random.normal(0.0, scale, _SHAPES[name]).astype(np.float32)
+
+
+def _shapes() -> dict[str, tuple[int, ...]]:
+    """In numpy's order of dimensions, which is the opposite of GGUF's."""
     wide = 2 * EMBEDDING
     shapes: dict[str, tuple[int, ...]] = {
         "token_embd.weight": (len(WORDS), EMBEDDING),
@@ -74,14 +66,11 @@ def _shapes(*, ranks: bool) -> dict[str, tuple[int, ...]]:
         "position_embd.weight": (CONTEXT_TOKENS, EMBEDDING),
         "token_embd_norm.weight": (EMBEDDING,),
         "token_embd_norm.bias": (EMBEDDING,),
+        "cls.weight": (EMBEDDING, EMBEDDING),
+        "cls.bias": (EMBEDDING,),
+        "cls.output.weight": (1, EMBEDDING),
+        "cls.output.bias": (1,),
     }
-    if ranks:
-        shapes |= {
-            "cls.weight": (EMBEDDING, EMBEDDING),
-            "cls.bias": (EMBEDDING,),
-            "cls.output.weight": (1, EMBEDDING),
-            "cls.output.bias": (1,),
-        }
     for layer in range(LAYERS):
         for part, shape in {
             "attn_q": (EMBEDDING, EMBEDDING),
@@ -97,3 +86,6 @@ def _shapes(*, ranks: bool) -> dict[str, tuple[int, ...]]:
             shapes[f"blk.{layer}.{part}.weight"] = (EMBEDDING,)
             shapes[f"blk.{layer}.{part}.bias"] = (EMBEDDING,)
     return shapes
+
+
+_SHAPES = _shapes()
