@@ -51,8 +51,11 @@ class MemoryNeed:
 def context_for(path: str, header: GgufHeader, wanted_tokens: int | None) -> int:
     """The context to load with, in tokens: as wanted, or the smaller of trained and default.
 
-    Raises `ModelLoadError` if the model was not trained for as much as is wanted.
+    Raises `ModelLoadError` if the model was not trained for as much as is wanted. What is wanted
+    of a node's models that chat is no reason to refuse one for embeddings, which are often short.
     """
+    if wanted_tokens is not None and header.embeds:
+        return min(header.context_tokens, wanted_tokens)
     if wanted_tokens is None:
         return min(header.context_tokens, CONTEXT_TOKENS_DEFAULT)
     if wanted_tokens > header.context_tokens:

@@ -12,7 +12,6 @@ import gguf
 import numpy as np
 import pytest
 import trio
-from tiny_models import CONTEXT_TOKENS, EMBEDDING, write_bert
 
 from meshnode.engine import (
     EMBED_FLOATS_MAX,
@@ -31,6 +30,7 @@ from meshnode.engine.process import EngineOptions, EngineProcess
 from meshnode.errors import EngineBusyError, EngineError
 from meshnode.errors import RequestError as BadRequestError
 from meshnode.models.catalog import ModelSource
+from tests.engine.tiny_models import CONTEXT_TOKENS, EMBEDDING, write_bert
 
 HANG_S = 60
 SENTENCE = "A cat sat on the mat and looked at the rain behind the window. "

@@ -9,11 +9,11 @@ from pathlib import Path
 import gguf
 import numpy as np
 import pytest
-from tiny_models import CONTEXT_TOKENS, EMBEDDING, WORDS, weights, write_bert
 
 from meshnode.engine.embedding import EmbedQueue
 from meshnode.engine.process import CHILD_ENVIRONMENT
 from meshnode.errors import ModelLoadError, RequestError
+from tests.engine.tiny_models import CONTEXT_TOKENS, EMBEDDING, WORDS, weights, write_bert
 
 os.environ.update(CHILD_ENVIRONMENT)  # before libgomp is loaded, as the child has it
 
