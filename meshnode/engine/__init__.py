@@ -4,7 +4,8 @@ An engine runs one model. It knows tokens, sequences and KV caches; it knows not
 routing or HTTP. The parts, in data-flow order:
 
 * `scheduler.py`  sans-IO policy: waiting and running sequences in, the next batch out
-* `llama.py`      mechanism: the only import of llama_cpp; runs inside the child process
+* `llama.py`      mechanism: a loaded model, inside the child process; only it, `embedder.py` and
+                  `native.py`, which both need, import llama_cpp
 * `embedding.py`  sans-IO policy: which inputs are read next for embeddings
 * `embedder.py`   mechanism: a model's other context, that turns inputs into vectors
 * `trial.py`      tries a client's grammar where a crash costs nothing

@@ -22,6 +22,7 @@ import numpy as np
 
 from meshnode.engine.embedding import LANES, STEP_TOKENS_MAX, Piece
 from meshnode.engine.memory import available_bytes, check_embedding_fits
+from meshnode.engine.native import pointer, tokenise
 from meshnode.errors import MeshnodeError, RequestError
 from meshnode.models.gguf import read_header
 
@@ -85,7 +86,7 @@ class Embedder:
         Raises `RequestError`, naming `param`, for an empty one and for ids of no vocabulary.
         """
         if isinstance(given, str):
-            tokens = self._tokenise(given, add_special=True) if given else []
+            tokens = tokenise(self._vocabulary, given, add_special=True) if given else []
         else:
             tokens = list(given)
             if any(not 0 <= token < self._vocabulary_size for token in tokens):
@@ -126,18 +127,8 @@ class Embedder:
         joined = [*begin, *self._tokenise(query), *end, *between, *self._tokenise(document), *end]
         return [token for token in joined if token >= 0]
 
-    def _tokenise(
-        self, text: str, *, add_special: bool = False, parse_special: bool = False
-    ) -> list[int]:
-        data = text.encode("utf-8", "replace")
-        capacity = len(data) + 8  # a token is at least a byte, but for those put around it
-        buffer = (ctypes.c_int32 * capacity)()
-        count = _llama.llama_tokenize(
-            self._vocabulary, data, len(data), buffer, capacity, add_special, parse_special
-        )
-        if count < 0:
-            raise RequestError("The input cannot be tokenised.", param="input")
-        return list(buffer[:count])
+    def _tokenise(self, text: str, *, parse_special: bool = False) -> list[int]:
+        return tokenise(self._vocabulary, text, parse_special=parse_special)
 
     # -- reading -------------------------------------------------------------------------------
 
@@ -284,15 +275,11 @@ class _Batch:
         ) * np.arange(count, dtype=np.uint64)
         self.struct = _llama.llama_batch()
         self.struct.n_tokens = count
-        self.struct.token = _pointer(self._tokens, ctypes.c_int32)
-        self.struct.pos = _pointer(self._positions, ctypes.c_int32)
-        self.struct.n_seq_id = _pointer(self._ones, ctypes.c_int32)
-        self.struct.seq_id = _pointer(self._pointers, ctypes.POINTER(ctypes.c_int32))
-        self.struct.logits = _pointer(self._outputs, ctypes.c_int8)
-
-
-def _pointer(array: np.ndarray[Any, Any], cell: Any) -> Any:
-    return array.ctypes.data_as(ctypes.POINTER(cell))
+        self.struct.token = pointer(self._tokens, ctypes.c_int32)
+        self.struct.pos = pointer(self._positions, ctypes.c_int32)
+        self.struct.n_seq_id = pointer(self._ones, ctypes.c_int32)
+        self.struct.seq_id = pointer(self._pointers, ctypes.POINTER(ctypes.c_int32))
+        self.struct.logits = pointer(self._outputs, ctypes.c_int8)
 
 
 def _pooling(declared: str | None) -> Pooling:

@@ -1,4 +1,4 @@
-"""The only import of llama_cpp: a GGUF file in memory, and one decode at a time.
+"""A GGUF file in memory, and one decode at a time.
 
 Knows pointers, batches and samplers. Decides nothing about who runs: it performs the batches of
 `scheduler.py`. Everything here may crash the process if called wrongly, which is why it runs in a
@@ -35,6 +35,7 @@ from meshnode.engine import (
 )
 from meshnode.engine.chat import ChatTemplate, Segment
 from meshnode.engine.embedder import Embedder
+from meshnode.engine.native import pointer, tokenise
 from meshnode.engine.scheduler import PREFILL_TOKENS_MAX, Batch, Copy, Trim
 from meshnode.engine.trial import survives
 from meshnode.errors import ModelLoadError, RequestError
@@ -386,11 +387,11 @@ class LlamaModel:
             np.uint64(self._batch_slots.ctypes.data) + np.arange(size, dtype=np.uint64) * step
         ).astype(np.uint64)
         batch = _llama.llama_batch()
-        batch.token = _pointer(self._batch_tokens, ctypes.c_int32)
-        batch.pos = _pointer(self._batch_positions, ctypes.c_int32)
-        batch.n_seq_id = _pointer(self._batch_slot_counts, ctypes.c_int32)
-        batch.seq_id = _pointer(self._batch_slot_pointers, ctypes.POINTER(ctypes.c_int32))
-        batch.logits = _pointer(self._batch_logits, ctypes.c_int8)
+        batch.token = pointer(self._batch_tokens, ctypes.c_int32)
+        batch.pos = pointer(self._batch_positions, ctypes.c_int32)
+        batch.n_seq_id = pointer(self._batch_slot_counts, ctypes.c_int32)
+        batch.seq_id = pointer(self._batch_slot_pointers, ctypes.POINTER(ctypes.c_int32))
+        batch.logits = pointer(self._batch_logits, ctypes.c_int8)
         self._batch = batch
 
     def _make_abort_flag(self) -> None:
@@ -459,15 +460,7 @@ class LlamaModel:
         return tokens
 
     def _tokenise(self, segment: Segment) -> list[int]:
-        data = segment.text.encode("utf-8", "replace")
-        capacity = len(data) + 8  # a token is at least a byte, but for a prefix space
-        buffer = (ctypes.c_int32 * capacity)()
-        count = _llama.llama_tokenize(
-            self._vocabulary, data, len(data), buffer, capacity, False, segment.trusted
-        )
-        if count < 0:
-            raise RequestError("The prompt cannot be tokenised.", param="prompt")
-        return list(buffer[:count])
+        return tokenise(self._vocabulary, segment.text, parse_special=segment.trusted)
 
     def piece(self, token: int) -> bytes:
         """The bytes of a token: maybe part of a character, empty for a control token."""
@@ -654,7 +647,3 @@ def _checked(pointer: Any, path: str, what: str) -> Any:
         why = f": {_log.error}" if _log.error else ""
         raise ModelLoadError(f"{path}: llama.cpp cannot make the {what}{why}.")
     return pointer
-
-
-def _pointer(array: np.ndarray[Any, Any], cell: Any) -> Any:
-    return array.ctypes.data_as(ctypes.POINTER(cell))

@@ -288,6 +288,8 @@ def _kv_bytes_per_token(
     metadata: dict[str, _Value], architecture: str, layers: int, embedding_length: int
 ) -> int:
     """Over all layers; an upper bound for architectures that do not say their heads."""
+    if metadata.get(f"{architecture}.attention.causal") is False:
+        return 0  # an encoder: it sees all at once, and keeps nothing
     heads = max(1, _largest(metadata, f"{architecture}.attention.head_count", 1))
     head_size = -(-embedding_length // heads)
     key_size = _whole(metadata, f"{architecture}.attention.key_length", head_size)
