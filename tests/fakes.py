@@ -14,7 +14,17 @@ import trio
 import trio.testing
 
 from meshnode import messages
-from meshnode.engine import Delta, EngineStats, Finish, ModelCard, Request, Usage
+from meshnode.engine import (
+    Delta,
+    Embedded,
+    EmbedRequest,
+    EngineStats,
+    Finish,
+    ModelCard,
+    Request,
+    Usage,
+)
+from meshnode.engine.echo import EchoEngine
 from meshnode.errors import (
     EngineBusyError,
     EngineError,
@@ -44,6 +54,7 @@ class WordEngine:
     """Answers with the words of the last message, again and again, one word per token.
 
     `pace` is awaited before each token. `die_after` tokens it raises `EngineError`.
+    Its vectors are an echo's; `die_after` so many it raises as well.
     With `tells_ids` its answers can be continued, also by another one; token n has id 100 + n.
     """
 
@@ -54,7 +65,7 @@ class WordEngine:
     tells_ids: bool = False
     running: int = 0
     produced: int = 0
-    requests: list[Request] = field(default_factory=list)
+    requests: list[Request | EmbedRequest] = field(default_factory=list)
 
     def stats(self) -> EngineStats:
         return EngineStats(
@@ -77,6 +88,12 @@ class WordEngine:
                 yield tokens
         finally:
             self.running -= 1
+
+    def embed(self, request: EmbedRequest) -> AbstractAsyncContextManager[Embedded]:
+        if self.busy:
+            raise EngineBusyError("The queue is full.", 3.0)
+        self.requests.append(request)
+        return EchoEngine(break_after_tokens=self.die_after).embed(request)
 
     async def _tokens(self, request: Request) -> AsyncGenerator[Delta | Finish, None]:
         prompt = request.prompt

@@ -28,7 +28,7 @@ from typing import Literal
 import msgspec
 import trio
 
-from meshnode.engine import Continuation, Delta, Engine, Finish
+from meshnode.engine import Continuation, Delta, Embedded, Engine, Finish
 from meshnode.errors import (
     EngineBusyError,
     EngineError,
@@ -40,6 +40,7 @@ from meshnode.errors import (
 )
 from meshnode.fence import FENCE_HEADER
 from meshnode.gateway import VIA_HEADER, Candidate, Mesh, PassedAnswer, Route, Upstream
+from meshnode.gateway.embeddings import Embed, Rerank
 from meshnode.gateway.openai import Call, Encoder, encode_error_event
 from meshnode.gateway.passing import Passed
 from meshnode.gateway.resume import (
@@ -122,7 +123,7 @@ class Ask:
     it has come. `via` are the nodes that have passed it on to servers behind them.
     """
 
-    call: Call | Passed
+    call: Call | Embed | Rerank | Passed
     id: str
     session: bytes
     target: str
@@ -229,6 +230,8 @@ async def answer_locally(
     """
     if isinstance(ask.call, Passed):
         raise EngineError(f"The model `{ask.call.model}` was loaded here a moment ago.")
+    if not isinstance(ask.call, Call):
+        return await _read_locally(engine, ask.call, ask.id, peer_id, stack)
     request = replace(ask.call.request(ask.id, ask.session), continuation=ask.continuation)
     events = await stack.enter_async_context(engine.generate(request))
     come = ask.continuation
@@ -244,6 +247,15 @@ async def answer_locally(
     )
     content_type = "text/event-stream" if ask.call.stream else "application/json"
     return Answer(200, content_type, peer_id, "local", body)
+
+
+async def _read_locally(
+    engine: Engine, call: Embed | Rerank, id: str, peer_id: str, stack: AsyncExitStack
+) -> Answer:
+    """Embeddings from an engine of this node, from the moment it has accepted."""
+    embedded = await stack.enter_async_context(engine.embed(call.embed_request(id)))
+    body = await stack.enter_async_context(aclosing(_embedded(embedded, call, id)))
+    return Answer(200, "application/json", peer_id, "local", body)
 
 
 async def answer_upstream(
@@ -412,6 +424,14 @@ async def _collected(
             yield encoder.whole(come)
             return
     raise EngineError("The engine ended without a finish.")
+
+
+async def _embedded(
+    embedded: Embedded, call: Embed | Rerank, id: str
+) -> AsyncGenerator[bytes, None]:
+    yield b""
+    vectors = [vector async for vector in embedded.vectors]
+    yield call.encode(id, vectors, embedded.prompt_tokens)
 
 
 # ---------------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 
@@ -17,10 +17,12 @@ from meshnode.engine import ChatMessage
 from meshnode.errors import RequestError
 from meshnode.gateway import VIA_HEADER
 from meshnode.gateway.fields import decode_body
-from meshnode.gateway.openai import NAME_CHARS_MAX, Call
+from meshnode.gateway.openai import NAME_CHARS_MAX
 
 __all__ = ["Passed", "decode_passed", "decode_via", "understand"]
 
+Strict = TypeVar("Strict")
+"""What a body means where every field of it is judged here."""
 _VIA = re.compile(r"[A-Za-z0-9-]{1,64}(,[A-Za-z0-9-]{1,64}){0,15}")
 
 
@@ -49,8 +51,8 @@ _BAD = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
 
 
 def understand(
-    body: bytes, decode: Callable[[bytes], Call], is_fronted: Callable[[str], bool]
-) -> Call | Passed:
+    body: bytes, decode: Callable[[bytes], Strict], is_fronted: Callable[[str], bool]
+) -> Strict | Passed:
     """A client's request: by `decode`, unless it is for a server that knows better.
 
     Raises `RequestError`.

@@ -1,8 +1,8 @@
 """The app for peers: what they forward is answered by this very node, by an engine or a server
 behind it, or not at all.
 
-Two POST routes and nothing else; it forwards nothing, so there are no loops, and has no
-management route to reach. Plain ASGI instead of Quart: two fixed routes need no framework, and a
+Four POST routes and nothing else; it forwards nothing, so there are no loops, and has no
+management route to reach. Plain ASGI instead of Quart: fixed routes need no framework, and a
 request through it reaches the engine about a millisecond sooner (tests/bench/hop).
 """
 
@@ -35,9 +35,18 @@ from meshnode.gateway.answer import (
     answer_locally,
     answer_upstream,
 )
+from meshnode.gateway.embeddings import (
+    EMBED_PATH,
+    RERANK_PATH,
+    Embed,
+    Rerank,
+    decode_embed,
+    decode_rerank,
+)
 from meshnode.gateway.openai import (
     CHAT_PATH,
     TEXT_PATH,
+    Call,
     decode_chat,
     decode_text,
     encode_error,
@@ -54,7 +63,12 @@ __all__ = ["TunnelApp"]
 BODY_TIMEOUT_S = 60
 """A gateway has the whole body before it forwards it; slower than this is a broken path."""
 
-_ROUTES = {CHAT_PATH: decode_chat, TEXT_PATH: decode_text}
+_ROUTES: dict[str, Callable[[bytes], Call | Embed | Rerank]] = {
+    CHAT_PATH: decode_chat,
+    TEXT_PATH: decode_text,
+    EMBED_PATH: decode_embed,
+    RERANK_PATH: decode_rerank,
+}
 _REQUEST_ID = re.compile(rf"[0-9a-f]{{{2 * REQUEST_ID_BYTES}}}")
 _SESSION = re.compile(rf"[0-9a-f]{{{2 * SESSION_BYTES}}}")
 _UNIX_SECONDS = re.compile(r"[0-9]{1,12}")

@@ -84,6 +84,16 @@ def test_other_apis_are_translated(chain: Chain) -> None:
     assert told.body["content"][0]["text"] == chain.server.ask().text
 
 
+def test_vectors_are_the_servers_too(chain: Chain) -> None:
+    asked = {"model": MODEL_NAME, "input": [QUESTION, "Paris."]}
+    direct, far = (
+        node.request("POST", "/v1/embeddings", asked) for node in (chain.server, chain.gateway)
+    )
+    assert direct.status == far.status == 200
+    assert far.body == direct.body
+    assert far.headers["x-meshnode-upstream"] == "1"
+
+
 def test_the_mesh_neither_counts_nor_moves_it(chain: Chain) -> None:
     def is_agreed(status: Json) -> bool:
         return bool(status["groups"]) and not status["groups"][0]["deciding"]

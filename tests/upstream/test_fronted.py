@@ -264,6 +264,17 @@ async def test_turns_of_a_chat_have_one_session(nursery):
         assert one == two != three
 
 
+@pytest.mark.parametrize("path", ["/v1/embeddings", "/v1/rerank"])
+async def test_vectors_and_ranks_pass_alike(nursery, path):
+    async with Server().running() as server, running(server) as front:
+        link = Front(nursery, front)
+        response, said = await link.post(b'{"model":"words","input":[[1.5]],"odd":1}', path)
+        assert (response.status_code, said) == (200, WHOLE_BODY)
+        (received,) = server.requests
+        assert received.path == path
+        assert received.body == b'{"model":"org/Words-1B","input":[[1.5]],"odd":1}'
+
+
 async def test_a_circle_of_nodes_is_seen(nursery):
     async with Server().running() as server, running(server) as front:
         link = Front(nursery, front)
