@@ -9,6 +9,8 @@ client sent as its own key is not passed on.
 
 from __future__ import annotations
 
+import os
+import socket
 import ssl
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import AsyncExitStack, aclosing, asynccontextmanager
@@ -160,8 +162,10 @@ def _silent(idle_s: float) -> SilentError:
 
 
 def _why(error: OSError) -> str:
-    """trio tries every address of a name, and says so at length."""
+    """In the system's words: trio tries every address of a name, and says so at length."""
     first: BaseException = error.__cause__ or error
     while isinstance(first, BaseExceptionGroup):
         first = first.exceptions[0]
-    return getattr(first, "strerror", None) or "unknown"
+    if isinstance(first, socket.gaierror):
+        return str(first.strerror)
+    return os.strerror(first.errno) if isinstance(first, OSError) and first.errno else "unknown"

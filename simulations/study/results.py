@@ -41,15 +41,14 @@ def config_hash(scenario: Scenario) -> str:
     return hashlib.sha256(msgspec.json.encode(scenario, order="sorted")).hexdigest()[:16]
 
 
-def folder_of(out: Path, result: Result) -> Path:
-    """Where a result belongs: out/name-config/seed-0007."""
-    group = f"{result.scenario.name or 'scenario'}-{config_hash(result.scenario)[:8]}"
-    return out / group / f"seed-{result.seed:04d}"
+def place(out: Path, scenario: Scenario, seed: int) -> Path:
+    """Where the result of a run belongs: out/name-config/seed-0007."""
+    return out / f"{scenario.name or 'scenario'}-{config_hash(scenario)[:8]}" / f"seed-{seed:04d}"
 
 
 def write(result: Result, out: Path) -> Path:
     """Write a result under `out`; returns its folder. One that was there is replaced."""
-    folder = folder_of(out, result)
+    folder = place(out, result.scenario, result.seed)
     partial = folder.with_name(f".{folder.name}.{os.getpid()}")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
