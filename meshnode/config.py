@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, get_args
+from urllib.parse import urlsplit
 
 from meshnode.errors import ConfigError
 
@@ -67,6 +68,9 @@ class Config:
     # what fits in memory. `memory_bytes` is what the mesh may fill with models; None: a share.
     models: tuple[str, ...] = ("default",)
     standbys: tuple[str, ...] = ()
+    # Servers of other kinds that this node fronts: URL[=NAME[@DIGEST]] each, and their keys.
+    upstreams: tuple[str, ...] = ()
+    upstream_key_file: Path | None = None
     context_tokens: int | None = None
     slots: int = SLOTS_DEFAULT
     memory_bytes: int | None = None
@@ -103,6 +107,10 @@ class _Setting:
     secret: bool = False
 
 
+_UPSTREAM = re.compile(
+    r"(?P<url>https?://(?:[A-Za-z0-9._-]+|\[[0-9a-fA-F:.]+\])(?::\d{1,5})?(?:/[A-Za-z0-9._~/-]*)?)"
+    r"(?:=(?P<name>[A-Za-z0-9][A-Za-z0-9._:-]{0,127})(?:@(?P<digest>[0-9a-f]{64}))?)?"
+)
 _PEER = r"/p2p/[1-9A-HJ-NP-Za-km-z]+"
 _LISTEN = re.compile(r"/(ip4|ip6)/[0-9a-fA-F.:%]+/(udp/\d{1,5}/quic-v1|tcp/\d{1,5})")
 _BOOTSTRAP = re.compile(rf"/(ip4|ip6|dns|dns4|dns6)/\S+{_PEER}")
@@ -121,6 +129,35 @@ def split_host_port(address: str) -> tuple[str, int]:
     if ":" in host and not bracketed:
         raise ConfigError(f"{address!r}: write an IPv6 address in brackets, [::1]:9337")
     return (host[1:-1] if bracketed else host), int(port)
+
+
+@dataclass(frozen=True, slots=True)
+class UpstreamSpec:
+    """A server to front: all that it has, or the model `name`, whose bytes have `digest`."""
+
+    url: str
+    name: str | None
+    digest: str | None
+
+
+def split_upstream(text: str) -> UpstreamSpec:
+    """URL[=NAME[@DIGEST]], the URL as OpenAI's clients have it or without `/v1`.
+
+    Raises `ConfigError`. No user, query or fragment: a key would stand in the process list.
+    """
+    found = _UPSTREAM.fullmatch(text)
+    if found is None or not _is_address(found["url"]):
+        raise ConfigError(f"{text!r} is not URL[=NAME[@DIGEST]], such as http://127.0.0.1:8000")
+    url = found["url"].rstrip("/").removesuffix("/v1")
+    return UpstreamSpec(url, found["name"], found["digest"])
+
+
+def _is_address(url: str) -> bool:
+    """Whether the port, and what is in brackets, can be."""
+    try:
+        return urlsplit(url).port != 0
+    except ValueError:
+        return False
 
 
 def is_loopback(host: str) -> bool:
@@ -156,6 +193,14 @@ def _is_api(text: str) -> bool:
     return True
 
 
+def _is_upstream(text: str) -> bool:
+    try:
+        split_upstream(text)
+    except ConfigError:
+        return False
+    return True
+
+
 def _is_memory(text: str) -> bool:
     try:
         return size_bytes(text) >= MEMORY_BYTES_MIN
@@ -170,6 +215,10 @@ def _within(low: int, high: int) -> Callable[[str], bool]:
 SETTINGS: Mapping[str, _Setting] = {
     "model": _Setting(str, "PATH_OR_NAME[=ALIAS]", many=True),
     "standby": _Setting(str, "PATH_OR_NAME[=ALIAS]", many=True),
+    "upstream": _Setting(
+        str, "URL[=NAME[@DIGEST]], such as http://127.0.0.1:8000", _is_upstream, many=True
+    ),
+    "upstream-key-file": _Setting(str, "a file of lines URL KEY, or of one KEY"),
     "api": _Setting(str, f'HOST:PORT such as "{API_DEFAULT}", or "" for none', _is_api),
     "api-key-file": _Setting(str, "a file of API keys, which `meshnode key create` makes"),
     "no-api-key": _Setting(bool, "true or false", lambda text: True),
@@ -265,10 +314,13 @@ def _config(role: Role, values: Mapping[str, object]) -> Config:
     # One file may serve all three commands: what a role has no use for is left aside.
     if role != "node":
         fields["models"] = ()
-    elif "model" in values or "standby" in values:
-        # Whoever names only what to keep ready has decided against the default, too.
+    elif {"model", "standby", "upstream"} & values.keys():
+        # Whoever names only what to keep ready, or elsewhere, has decided against the default.
         fields["models"] = values.get("model", ())
         fields["standbys"] = values.get("standby", ())
+        fields["upstreams"] = values.get("upstream", ())
+    if "upstream-key-file" in values:
+        fields["upstream_key_file"] = _path(values["upstream-key-file"])
     if "memory" in values:
         fields["memory_bytes"] = size_bytes(str(values["memory"]))
     if "api" in values:

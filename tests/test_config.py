@@ -39,6 +39,27 @@ PRECEDENCE = [
     ("model", ("a",), "b, c", '["d"]', "models", (("a",), ("b", "c"), ("d",), ("default",))),
     ("standby", ("a=x",), "b, c", '["d"]', "standbys", (("a=x",), ("b", "c"), ("d",), ())),
     (
+        "upstream",
+        ("http://a:1=x",),
+        "http://b, https://c/v1",
+        f'["http://[::1]:2=y@{"ab" * 32}"]',
+        "upstreams",
+        (
+            ("http://a:1=x",),
+            ("http://b", "https://c/v1"),
+            (f"http://[::1]:2=y@{'ab' * 32}",),
+            (),
+        ),
+    ),
+    (
+        "upstream-key-file",
+        "/a",
+        "/b",
+        '"/c"',
+        "upstream_key_file",
+        (Path("/a"), Path("/b"), Path("/c"), None),
+    ),
+    (
         "api-key-file",
         "/a",
         "/b",
@@ -147,7 +168,7 @@ def test_an_explicit_file_replaces_the_one_in_the_data_dir(data_dir: Path, tmp_p
 @pytest.mark.parametrize(
     ("toml", "complaint"),
     [
-        ("slotz = 3", "unknown key 'slotz'. Allowed: model, standby, api"),
+        ("slotz = 3", "unknown key 'slotz'. Allowed: model, standby, upstream"),
         ("slots = true", "slots must be a number from 1 to 256, not True"),
         ("slots = 0", "slots must be a number"),
         ('context = "4096"', "context must be a number of tokens"),

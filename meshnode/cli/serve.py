@@ -77,7 +77,7 @@ def node_options(command: F) -> F:
     multiple=True,
     metavar="PATH_OR_NAME[=ALIAS]",
     help="Serve this model here: a GGUF file, or the name of a known model; repeatable. "
-    "[default: default, unless --standby is given]",
+    "[default: default, unless --standby or --upstream is given]",
 )
 @click.option(
     "--standby",
@@ -85,6 +85,18 @@ def node_options(command: F) -> F:
     metavar="PATH_OR_NAME[=ALIAS]",
     help="Keep this model ready on disk, verified, and load it when the mesh asks: because its "
     "last node died, or has too much to do; repeatable.",
+)
+@click.option(
+    "--upstream",
+    multiple=True,
+    metavar="URL[=NAME[@DIGEST]]",
+    help="Serve what another OpenAI-compatible server has (vLLM, Ollama, llama-server, ...), or "
+    "only its model NAME; repeatable.",
+)
+@click.option(
+    "--upstream-key-file",
+    metavar="FILE",
+    help="Keys for these servers: lines of URL KEY, or one KEY.",
 )
 @click.option(
     "--context",
@@ -121,6 +133,7 @@ def serve(as_json: bool, **options: object) -> None:
       meshnode serve
       meshnode serve --model ~/models/qwen3-8b-q4_0.gguf=qwen3
       meshnode serve --standby qwen3-8b-q4_0 --memory 8GiB
+      meshnode serve --upstream http://127.0.0.1:8000
       meshnode serve --mesh home --api 0.0.0.0:9337     # after: meshnode key create NAME
       meshnode serve --join mesh1.…
     """

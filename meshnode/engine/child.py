@@ -25,6 +25,7 @@ from meshnode.engine import TokenLogprobs, Usage, wire
 from meshnode.engine.cores import usable_cores
 from meshnode.engine.llama import LlamaModel, Sampler, quantize_q4_0
 from meshnode.engine.pace import Rates, Threads
+from meshnode.engine.reading import Reading, Readings, refuse_unsuitable
 from meshnode.engine.scheduler import Batch, Limits, Sampled, Scheduler
 from meshnode.engine.text import AnswerText
 from meshnode.errors import MeshnodeError, RequestError
@@ -155,7 +156,8 @@ class Child:
         self._model = model
         self._limits = limits
         self._scheduler = Scheduler(limits, model.end_tokens)
-        self._inbox: queue.Queue[_Start | wire.Cancel] = queue.Queue(INBOX_MAX)
+        self._readings = Readings(model.embedder, limits.context_tokens, threads, pipe.send)
+        self._inbox: queue.Queue[_Start | Reading | wire.Cancel] = queue.Queue(INBOX_MAX)
         # By sequence: a request has one for each choice.
         self._answers: dict[int, _Answer] = {}
         self._sequences = 0
@@ -173,6 +175,8 @@ class Child:
             for frame in frames:
                 if isinstance(frame, wire.Generate):
                     self._receive(frame)
+                elif isinstance(frame, wire.Embed):
+                    self._receive_inputs(frame)
                 elif isinstance(frame, wire.Cancel):
                     self._inbox.put(frame)
                     if frame.number in self._abortable:
@@ -185,6 +189,7 @@ class Child:
 
     def _receive(self, frame: wire.Generate) -> None:
         try:
+            refuse_unsuitable(self._model.embedder, "generate")
             prompt = self._model.prompt_tokens(frame.prompt)
             if not self._limits.fits(len(prompt), frame.max_tokens):
                 self._pipe.send(wire.TooLong(frame.number, len(prompt)))
@@ -192,9 +197,7 @@ class Child:
             text, resumed = self._resume(frame)
             samplers = self._samplers(frame)
         except RequestError as error:
-            self._pipe.send(
-                wire.Refused(frame.number, str(error), param=error.param, code=error.code)
-            )
+            self._refuse(frame.number, error)
             return
         self._pipe.send(wire.Accepted(frame.number, len(prompt)))
         if frame.continuation is not None:
@@ -215,6 +218,18 @@ class Child:
             self._end_at_once(start)
         else:
             self._inbox.put(start)
+
+    def _receive_inputs(self, frame: wire.Embed) -> None:
+        try:
+            reading = self._readings.accept(frame)
+        except RequestError as error:
+            self._refuse(frame.number, error)
+            return
+        self._pipe.send(wire.Accepted(frame.number, reading.prompt_tokens))
+        self._inbox.put(reading)
+
+    def _refuse(self, number: int, error: RequestError) -> None:
+        self._pipe.send(wire.Refused(number, str(error), param=error.param, code=error.code))
 
     def _samplers(self, frame: wire.Generate) -> tuple[Sampler, ...]:
         """One per choice, each with a seed of its own. Raises `RequestError`."""
@@ -273,11 +288,12 @@ class Child:
             batch = self._scheduler.plan()
             if batch is not None:
                 self._step(batch)
+            self._readings.step(beside_answers=not self._scheduler.idle)
             self._send_status()
 
     def _take_requests(self) -> None:
         """Handle what has arrived; waits only if there is nothing to compute."""
-        wait = self._scheduler.idle
+        wait = self._idle
         while True:
             try:
                 item = self._inbox.get(block=wait)
@@ -286,8 +302,14 @@ class Child:
             wait = False
             if isinstance(item, wire.Cancel):
                 self._cancel(item.number)
+            elif isinstance(item, Reading):
+                self._readings.begin(item)
             else:
                 self._begin(item)
+
+    @property
+    def _idle(self) -> bool:
+        return self._scheduler.idle and not self._readings
 
     def _begin(self, start: _Start) -> None:
         first = self._sequences + 1
@@ -304,6 +326,7 @@ class Child:
 
     def _cancel(self, number: int) -> None:
         """What has come to its end already is not here any more: the two have crossed."""
+        self._readings.cancel(number)
         going = [each for each, answer in self._answers.items() if answer.number == number]
         for sequence in going:
             usage = self._scheduler.end(sequence)
@@ -390,14 +413,14 @@ class Child:
 
     def _send_status(self) -> None:
         now = time.monotonic()
-        if now - self._status_sent_at < STATUS_INTERVAL_S and not self._scheduler.idle:
+        if now - self._status_sent_at < STATUS_INTERVAL_S and not self._idle:
             return
         self._status_sent_at = now
         load = self._scheduler.load()
         self._pipe.send(
             wire.Status(
                 slots_busy=load.slots_busy,
-                queue_depth=load.waiting,
+                queue_depth=load.waiting + len(self._readings),
                 kv_tokens_free=load.kv_tokens_free,
                 prefill_tokens_per_s=self._rates.prefill_tokens_per_s,
                 decode_tokens_per_s=self._rates.decode_tokens_per_s,
