@@ -21,8 +21,9 @@ from dataclasses import dataclass
 # Where a CPU's matrix products stop getting much better; each token also costs a row of logits,
 # which llama.cpp computes whether they are wanted or not.
 STEP_TOKENS_MAX = 256
-# Beside running answers, whose next tokens wait for the step: about four tokens' time.
-STEP_TOKENS_BESIDE_ANSWERS_MAX = 64
+# Beside running answers, whose next tokens wait for the step: 0.2 s on a busy core with a model
+# of 135 M parameters, which people take for a hesitation.
+STEP_TOKENS_BESIDE_ANSWERS_MAX = 32
 # Inputs in one step; each is a sequence of its own.
 LANES = 32
 # Contexts of the first size are large enough for most texts; more is doubled.

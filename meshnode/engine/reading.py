@@ -6,6 +6,7 @@ requests the model is for. `accept` belongs to the child's reader thread, all el
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -48,6 +49,8 @@ class Readings:
         self._send = send
         self._queue = EmbedQueue(reads_whole=embedder.reads_whole)
         self._inputs_left: dict[int, int] = {}
+        # When inputs that are read beside answers have their next turn, in monotonic seconds.
+        self._turn_at_s = 0.0
 
     def __len__(self) -> int:
         return len(self._inputs_left)
@@ -111,7 +114,14 @@ class Readings:
             self._end(number, wire.Embedded(number))
 
     def step(self, *, beside_answers: bool) -> None:
-        """Read a bounded number of tokens, if any are left, and tell what came of it."""
+        """Read a bounded number of tokens, if any are left, and tell what came of it.
+
+        Answers get as much time as inputs do: after a step beside them, they have its length to
+        themselves.
+        """
+        began_s = time.monotonic()
+        if beside_answers and began_s < self._turn_at_s:
+            return
         tokens_max = STEP_TOKENS_BESIDE_ANSWERS_MAX if beside_answers else STEP_TOKENS_MAX
         pieces = self._queue.plan(tokens_max)
         if not pieces:
@@ -123,6 +133,8 @@ class Readings:
             for number in {piece.job: None for piece in pieces}:
                 self._end(number, wire.Unable(number, str(error)))
             return
+        ended_s = time.monotonic()
+        self._turn_at_s = ended_s + (ended_s - began_s)
         for piece, vector in read:
             self._send(wire.Vector(piece.job, vector))
             self._inputs_left[piece.job] -= 1
