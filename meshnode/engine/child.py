@@ -31,7 +31,7 @@ from meshnode.engine.payoff import Speculation
 from meshnode.engine.scheduler import Batch, Limits, Sampled, Scheduler
 from meshnode.engine.speculate import PromptLookup, verify
 from meshnode.engine.text import AnswerText
-from meshnode.errors import MeshnodeError, RequestError
+from meshnode.errors import MeshnodeError, ModelLoadError, RequestError
 
 # The parent keeps far fewer requests in flight; if it did not, the reader would wait here.
 INBOX_MAX = 1024
@@ -484,10 +484,15 @@ def serve() -> None:
 
 
 def _speculation(load: wire.Load, model: LlamaModel, threads: Threads) -> Speculation | None:
-    """As the node wants it, if this model can. Raises `ModelLoadError` for an unfit draft model."""
-    if load.speculate == "off" or not model.can_rewind:
-        return None
+    """As the node wants it. Raises `ModelLoadError` if this model or its draft model cannot."""
     adaptive = load.speculate == "auto"
+    if load.speculate == "off" or (adaptive and not model.can_rewind):
+        return None
+    if not model.can_rewind:
+        raise ModelLoadError(
+            f"{load.path} is recurrent: it cannot take rejected guesses back. Use --speculate auto, "
+            "which leaves it alone, or off."
+        )
     if load.draft is None:
         return Speculation(PromptLookup(), adaptive=adaptive)
     draft = LlamaModel(
