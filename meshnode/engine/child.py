@@ -467,7 +467,7 @@ def serve() -> None:
             threads=threads_max,
             on_progress=_Progress(pipe),
         )
-        speculation = _speculation(load, model, threads)
+        speculation = speculation_for(load, model, threads)
     except MeshnodeError as error:
         pipe.send(wire.LoadFailed(str(error)))
         return
@@ -483,15 +483,15 @@ def serve() -> None:
     child.run()
 
 
-def _speculation(load: wire.Load, model: LlamaModel, threads: Threads) -> Speculation | None:
+def speculation_for(load: wire.Load, model: LlamaModel, threads: Threads) -> Speculation | None:
     """As the node wants it. Raises `ModelLoadError` if this model or its draft model cannot."""
     adaptive = load.speculate == "auto"
     if load.speculate == "off" or (adaptive and not model.can_rewind):
         return None
     if not model.can_rewind:
         raise ModelLoadError(
-            f"{load.path} is recurrent: it cannot take rejected guesses back. Use --speculate auto, "
-            "which leaves it alone, or off."
+            f"{load.path} is recurrent: it cannot take rejected guesses back. Use --speculate "
+            "auto, which leaves it alone, or off."
         )
     if load.draft is None:
         return Speculation(PromptLookup(), adaptive=adaptive)

@@ -7,6 +7,7 @@ about equally likely, and only there: `agree` checks it, token by token.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,10 +25,16 @@ from meshnode.engine import (
     Sampling,
     Speculate,
     TokenLogprobs,
+    wire,
 )
-from meshnode.engine.process import EngineOptions, EngineProcess
+from meshnode.engine.pace import Threads
+from meshnode.engine.process import CHILD_ENVIRONMENT, EngineOptions, EngineProcess
 from meshnode.errors import ModelLoadError
 from meshnode.models.catalog import resolve
+
+os.environ.update(CHILD_ENVIRONMENT)  # before libgomp is loaded, as the child has it
+
+from meshnode.engine.child import speculation_for
 
 # Generous: the machine may be busy, and all of it takes seconds on a free one.
 HANG_S = 200
@@ -246,6 +253,19 @@ async def test_a_draft_model_of_other_words(q4_0_card: ModelCard, other_words: P
         await engine.run()
     assert engine.stats().state == "failed"
     assert "another vocabulary" in (engine.stats().error or "")
+
+
+def test_a_model_that_cannot_go_back_is_left_alone_or_refused() -> None:
+    class Recurrent:
+        can_rewind = False
+
+    def load(speculate: Speculate) -> wire.Load:
+        return wire.Load("x.gguf", 64, 1, 1, 1, speculate)
+
+    for mode in ("off", "auto"):
+        assert speculation_for(load(mode), Recurrent(), Threads(1)) is None
+    with pytest.raises(ModelLoadError, match=r"x\.gguf is recurrent"):
+        speculation_for(load("lookup"), Recurrent(), Threads(1))
 
 
 async def test_a_draft_model_that_is_none(q4_0_card: ModelCard, tmp_path: Path) -> None:
