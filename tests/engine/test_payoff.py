@@ -141,8 +141,9 @@ def test_without_a_switch_it_is_on_and_counted() -> None:
 def test_prompts_are_no_measure() -> None:
     speculation = Speculation(Sure(), adaptive=True)
     batch = Batch((), (Chunk(1, 0, 0, (1, 2, 3), True),))
-    for _ in range(10 * TRIAL_PASSES):
-        speculation.propose([])
-        speculation.observe(batch, [7], 1000.0)
+    for number in range(10 * TRIAL_PASSES):
+        # Also where the one that was about to decode had to give way to a prompt.
+        speculation.propose([Ask(2, b"", [1, 2], 2)] if number % 2 else [])
+        speculation.observe(batch, [7], 1000.0 + number)
     passes(speculation, TRIAL_PASSES, 1, lambda width: 1.0)
     assert speculation.stats().on

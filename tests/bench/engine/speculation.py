@@ -66,11 +66,10 @@ async def sample(engine: EngineProcess, request: Request, sessions: int) -> Samp
     assert engine.pid is not None
     process = psutil.Process(engine.pid)
     before, cpu_s, wall_s = engine.stats(), cpu_seconds(process), time.perf_counter()
-    tokens = 0
+    counts: list[int] = []
 
     async def one() -> None:
-        nonlocal tokens
-        tokens += await answer(engine, request)
+        counts.append(await answer(engine, request))
 
     async with trio.open_nursery() as nursery:
         for _ in range(sessions):
@@ -84,7 +83,7 @@ async def sample(engine: EngineProcess, request: Request, sessions: int) -> Samp
         old = before.speculation
         proposed = after.speculation.proposed - (old.proposed if old else 0)
         accepted = after.speculation.accepted - (old.accepted if old else 0)
-    return Sample(tokens, wall_s, cpu_s, proposed, accepted)
+    return Sample(sum(counts), wall_s, cpu_s, proposed, accepted)
 
 
 async def answer(engine: EngineProcess, request: Request) -> int:
