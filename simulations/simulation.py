@@ -13,14 +13,22 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from meshnode_simulations.checks.liveness import Epochs, Healing, Service
+from meshnode_simulations.checks.safety import Safety
+from meshnode_simulations.faults.draw import drawn
+from meshnode_simulations.faults.schedule import Faults
 from meshnode_simulations.figures import MeshFigures
 from meshnode_simulations.kernel.loop import NS_PER_S
+from meshnode_simulations.kernel.machine import Machine
 from meshnode_simulations.kernel.network import Constant, Latency, Network
 from meshnode_simulations.kernel.streams import stream
 from meshnode_simulations.kernel.world import World
+from meshnode_simulations.models.demand import Clients
+from meshnode_simulations.models.gateway import Gateways
+from meshnode_simulations.models.hosting import Hosting
 from meshnode_simulations.record import Recorder, Result
 from meshnode_simulations.run import Run
-from meshnode_simulations.scenario import Scenario, load
+from meshnode_simulations.scenario import Fault, Scenario, load
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,16 +50,19 @@ class Simulation:
         *,
         seed: int = 1,
         check: bool = False,
+        schedule: tuple[Fault, ...] | None = None,
         changes: dict[str, object] | None = None,
     ) -> None:
         """`scenario` may be a file or the name of a shipped one, with `changes` to it by dotted
-        name. `check`: every promise is checked after every event. Raises `ConfigError`.
+        name. `check`: every promise is checked after every event. `schedule` takes the place of
+        the scenario's faults and of its chaos. Raises `ConfigError`.
         """
         if not isinstance(scenario, Scenario):
             scenario = load(scenario, changes)
         self.scenario = scenario
         self.seed = seed
         self.check = check
+        self.schedule = schedule
 
     def run(self, on_progress: Callable[[Progress], None] | None = None) -> Result:
         """Let all its time pass. `on_progress` is called once for each interval."""
@@ -90,7 +101,26 @@ class Simulation:
         world = World(seed, _network(scenario, seed), open_mesh=scenario.mesh.admission == "open")
         run = Run(scenario, seed, world, Recorder())
         MeshFigures(run)
-        _switch_on_all(run)
+        hosting = Hosting(run)
+        machines = _machines(run)
+        hosting.place(machines)
+        if scenario.demand.kind != "none":
+            Clients(run, Gateways(run, hosting))
+        if scenario.models:
+            Service(run)
+        if self.check:
+
+            def broken(promise: str, what: str) -> None:
+                run.recorder.violate(promise, run.now_s, what)
+
+            Epochs(run, Safety(world, broken))
+        schedule = self.schedule
+        if schedule is None:
+            schedule = (*scenario.faults, *drawn(scenario, seed))
+        Faults(run, schedule)
+        if scenario.chaos.heal_at_s:
+            Healing(run, scenario.chaos.heal_at_s)
+        _switch_on_all(run, machines)
         return run
 
 
@@ -103,17 +133,17 @@ def _latency(scenario: Scenario) -> Latency:
     return Constant(int(scenario.network.one_way_ms * 1e6))
 
 
-def _switch_on_all(run: Run) -> None:
+def _machines(run: Run) -> list[Machine]:
+    memory_bytes = int(run.scenario.hosts.memory_gib * 2**30)
+    return [
+        run.world.add(f"n{index}", is_root=index == 0, memory_bytes=memory_bytes)
+        for index in range(run.scenario.mesh.nodes)
+    ]
+
+
+def _switch_on_all(run: Run, machines: list[Machine]) -> None:
     """The bootstraps at once, the others evenly over the time to join."""
     mesh, world = run.scenario.mesh, run.world
-    machines = [
-        world.add(
-            f"n{index}",
-            is_root=index == 0,
-            memory_bytes=int(run.scenario.hosts.memory_gib * 2**30),
-        )
-        for index in range(mesh.nodes)
-    ]
     bootstraps = machines[: mesh.bootstraps]
     later = machines[len(bootstraps) :]
     for machine in bootstraps:

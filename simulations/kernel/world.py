@@ -116,6 +116,10 @@ class World:
         self.pubsub: Pubsub = _Flood(self)
         self.dht: Dht = _Shelf()
         self.loading: Loading = lambda machine, holding: int(LOAD_S * NS_PER_S)
+        self.offered: Callable[[Machine, str], Offer] = lambda machine, model: machine.models[
+            model
+        ][0]
+        """What a machine offers of a model that it has loaded."""
         self.may_dial: Callable[[Machine, Machine], bool] = lambda dialer, other: True
         """Whether a way leads from one to the other at all: NATs and firewalls say no."""
         self.watch: Callable[[Machine, Effect], None] | None = None
@@ -124,6 +128,10 @@ class World:
         """Told of everything that a stack tells the rest of its node."""
         self.on_power: list[Callable[[Machine, Power], None]] = []
         """Told when a machine is switched on or off."""
+        self.on_models: list[Callable[[Machine], None]] = []
+        """Told when a machine has loaded a model or let go of one."""
+        self.acted: Machine | None = None
+        """Who did something in the event that is happening, or happened last."""
         self.tamper: Callable[[Machine, Machine, Control], Iterable[Control]] | None = None
         """What becomes of a message on its way out: adversaries change what their own node says."""
         self._strict = strict
@@ -371,6 +379,7 @@ class World:
         self._arm(machine)
 
     def _perform(self, machine: Machine, effects: list[Effect]) -> None:
+        self.acted = machine
         for effect in effects:
             if machine.effects_left is not None:
                 if machine.effects_left == 0:
@@ -568,11 +577,19 @@ class World:
             machine.loaded[model] = None
             self._tell_models(machine)
 
+    def tell_offers(self, machine: Machine) -> None:
+        """What it serves, and how busy it is with that."""
+        if machine.is_awake:
+            offers = tuple(self.offered(machine, model) for model in machine.loaded)
+            self.tell(machine, SetOffers(offers))
+
     def _tell_models(self, machine: Machine) -> None:
         """What it serves and has at hand, when that has changed."""
+        for listen in self.on_models:
+            listen(machine)
         if not machine.is_awake:
             return
-        self.tell(machine, SetOffers(tuple(machine.models[m][0] for m in machine.loaded)))
+        self.tell_offers(machine)
         if machine.stack is not None:
             self.tell(machine, SetHoldings(holdings_of(machine)))
 
