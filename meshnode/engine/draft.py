@@ -13,7 +13,12 @@ from collections.abc import Sequence
 from meshnode.engine import Sampling
 from meshnode.engine.llama import DecodeError, LlamaModel
 from meshnode.engine.pace import Threads
-from meshnode.engine.scheduler import Batch, Limits, Scheduler
+from meshnode.engine.scheduler import (
+    PREFILL_TOKENS_BESIDE_DECODE_MAX,
+    Batch,
+    Limits,
+    Scheduler,
+)
 from meshnode.engine.speculate import PROPOSED_TOKENS_MAX, Ask
 from meshnode.errors import ModelLoadError
 
@@ -42,7 +47,10 @@ class DraftModel:
         self._model = model
         self._threads = threads
         tokens = model.context_tokens
-        self._scheduler = Scheduler(Limits(slots, tokens, tokens, 0), model.end_tokens)
+        # Somebody's next token waits for whatever is read here.
+        chunk = PREFILL_TOKENS_BESIDE_DECODE_MAX
+        limits = Limits(slots, tokens, tokens, 0, chunk, chunk)
+        self._scheduler = Scheduler(limits, model.end_tokens)
         self._sampler = model.sampler(Sampling(temperature=0))
 
     def propose(self, asks: Sequence[Ask]) -> dict[int, tuple[int, ...]]:
