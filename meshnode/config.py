@@ -21,6 +21,9 @@ from meshnode.errors import ConfigError
 Role = Literal["node", "gateway", "bootstrap"]
 LogFormat = Literal["pretty", "json"]
 LogLevel = Literal["debug", "info", "warning", "error"]
+Speculate = Literal["off", "lookup", "draft", "auto"]
+"""Who guesses the next tokens: nobody, the text itself, a draft model, or one of these two (the
+draft model if there is one) for as long as it is measured to pay."""
 
 API_DEFAULT = "127.0.0.1:9337"
 """Loopback: without API keys only this machine may ask, and nothing has to be set up for it."""
@@ -74,6 +77,9 @@ class Config:
     context_tokens: int | None = None
     slots: int = SLOTS_DEFAULT
     memory_bytes: int | None = None
+    # Who guesses tokens ahead; `draft` is a PATH_OR_NAME, like a model.
+    speculate: Speculate = "off"
+    draft: str | None = None
 
     # Gateway: HOST:PORT, or "" for none. Who may use it stands in `key_file`.
     api: str = API_DEFAULT
@@ -249,6 +255,10 @@ SETTINGS: Mapping[str, _Setting] = {
     ),
     "slots": _Setting(int, f"a number from 1 to {SLOTS_MAX}", _within(1, SLOTS_MAX)),
     "memory": _Setting(str, "a size from 128MiB, with its unit: 8GiB, 512MiB, 16GB", _is_memory),
+    "speculate": _Setting(
+        str, ", ".join(get_args(Speculate)), lambda text: text in get_args(Speculate)
+    ),
+    "draft": _Setting(str, "a GGUF file, or the name of a known model"),
     "log-format": _Setting(
         str, " or ".join(get_args(LogFormat)), lambda text: text in get_args(LogFormat)
     ),
@@ -304,6 +314,8 @@ def _config(role: Role, values: Mapping[str, object]) -> Config:
         ("join", "join"),
         ("context", "context_tokens"),
         ("slots", "slots"),
+        ("speculate", "speculate"),
+        ("draft", "draft"),
         ("log-format", "log_format"),
         ("log-level", "log_level"),
     ):
@@ -332,7 +344,25 @@ def _config(role: Role, values: Mapping[str, object]) -> Config:
         if not fields["ask_for_keys"]:
             raise ConfigError("api-key-file and no-api-key contradict each other: drop one")
         fields["api_key_file"] = _path(values["api-key-file"])
-    return Config(**fields)  # type: ignore[arg-type]
+    config = Config(**fields)  # type: ignore[arg-type]
+    if role == "node":
+        _check_speculation(config)
+    return config
+
+
+def _check_speculation(config: Config) -> None:
+    """Raises `ConfigError` for a draft model that would do nothing, and for one that is missing."""
+    if config.speculate == "draft" and config.draft is None:
+        raise ConfigError("speculate = draft needs the small model that guesses: --draft FILE")
+    if config.draft is None:
+        return
+    if config.speculate not in ("draft", "auto"):
+        raise ConfigError(
+            f"draft is given, and speculate is {config.speculate}, so nobody would ask it: add "
+            "--speculate draft, or auto"
+        )
+    if len(config.models) + len(config.standbys) > 1:
+        raise ConfigError("draft is for a node with one model, whose vocabulary it shares")
 
 
 def _default_data_dir(env: Mapping[str, str]) -> dict[str, object]:

@@ -8,7 +8,14 @@ from typing import get_args
 import click
 
 from meshnode.cli.edge import F, config_from, data_dir_option, json_option
-from meshnode.config import API_DEFAULT, LISTEN_DEFAULT, SLOTS_DEFAULT, Config, LogLevel
+from meshnode.config import (
+    API_DEFAULT,
+    LISTEN_DEFAULT,
+    SLOTS_DEFAULT,
+    Config,
+    LogLevel,
+    Speculate,
+)
 
 _NODE_OPTIONS: tuple[Callable[[F], F], ...] = (
     click.option(
@@ -115,6 +122,18 @@ def node_options(command: F) -> F:
     metavar="SIZE",
     help="How much memory the mesh may fill with models here, such as 8GiB; each of several "
     "nodes on one machine needs its own part. [default: 3/4 of the machine's]",
+)
+@click.option(
+    "--speculate",
+    type=click.Choice(get_args(Speculate)),
+    help="Guess tokens ahead and let the model check several at once: from the text so far, by a "
+    "--draft model, or automatically, only while that is measured to be faster. It is not on a "
+    "busy CPU. [default: off]",
+)
+@click.option(
+    "--draft",
+    metavar="PATH_OR_NAME",
+    help="A small model with the vocabulary of the --model, to guess for it.",
 )
 @node_options
 def serve(as_json: bool, **options: object) -> None:

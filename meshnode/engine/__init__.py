@@ -6,6 +6,9 @@ routing or HTTP. The parts, in data-flow order:
 * `scheduler.py`  sans-IO policy: waiting and running sequences in, the next batch out
 * `llama.py`      mechanism: a loaded model, inside the child process; only it, `embedder.py` and
                   `native.py`, which both need, import llama_cpp
+* `speculate.py`  sans-IO: guesses at the next tokens, and which of them stand
+* `payoff.py`     sans-IO: whether guessing pays, by what it did
+* `draft.py`      a small model that guesses for a large one
 * `embedding.py`  sans-IO policy: which inputs are read next for embeddings
 * `embedder.py`   mechanism: a model's other context, that turns inputs into vectors
 * `trial.py`      tries a client's grammar where a crash costs nothing
@@ -23,6 +26,8 @@ from collections.abc import AsyncIterator
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
+
+from meshnode.config import Speculate
 
 # OpenAI's penalties look at the whole answer; this is longer than almost all of them.
 PENALTY_TOKENS_MAX = 2048
@@ -55,6 +60,8 @@ __all__ = [
     "ModelCard",
     "Request",
     "Sampling",
+    "Speculate",
+    "SpeculationStats",
     "TokenLogprobs",
     "Usage",
 ]
@@ -248,11 +255,23 @@ class Embedded:
 
 
 @dataclass(frozen=True, slots=True)
+class SpeculationStats:
+    """Guessing ahead, since the engine was loaded: `passes` had guesses in them, `proposed`
+    tokens in all, of which `accepted` were what the model drew. `on`: in the latest pass."""
+
+    on: bool
+    passes: int
+    proposed: int
+    accepted: int
+
+
+@dataclass(frozen=True, slots=True)
 class EngineStats:
     """A frozen snapshot, cheap enough to take for every advert and status page.
 
     `sessions` holds the session keys whose KV is kept, most recently used last.
     Rates are tokens per second, measured (0.0 before the first measurement).
+    `speculation` is None if it is not wanted or the model cannot.
     """
 
     card: ModelCard
@@ -268,6 +287,7 @@ class EngineStats:
     decode_tokens_per_s: float
     memory_bytes: int
     sessions: tuple[bytes, ...]
+    speculation: SpeculationStats | None = None
 
 
 class Engine(Protocol):

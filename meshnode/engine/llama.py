@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import ctypes
 import dataclasses
+import hashlib
 import math
 import os
 import sys
@@ -290,6 +291,7 @@ class LlamaModel:
         self._model = self._load_model(path, on_progress)
         self._embedder: Embedder | None = None
         self.end_tokens: frozenset[int] = frozenset()
+        self._is_recurrent = False
         try:
             self._vocabulary = _checked(_llama.llama_model_get_vocab(self._model), path, "vocab")
             self.context_tokens = context_tokens
@@ -430,6 +432,26 @@ class LlamaModel:
     def embedder(self) -> Embedder:
         assert self._embedder is not None  # only while it is being loaded
         return self._embedder
+
+    @property
+    def can_rewind(self) -> bool:
+        """Whether KV can be trimmed to a prefix; a recurrent model only has its last state."""
+        return not self._is_recurrent
+
+    def vocabulary_digest(self) -> bytes:
+        """Equal for models whose tokens mean the same: texts, kinds and special tokens."""
+        special = (
+            _llama.llama_vocab_bos(self._vocabulary),
+            _llama.llama_vocab_eos(self._vocabulary),
+            _llama.llama_vocab_eot(self._vocabulary),
+            *sorted(self.end_tokens),
+        )
+        digest = hashlib.sha256(repr(special).encode())
+        for token in range(self.vocabulary_size):
+            text = _llama.llama_vocab_get_text(self._vocabulary, token)
+            kind = _llama.llama_vocab_get_attr(self._vocabulary, token)
+            digest.update(b"%d %d " % (kind, len(text)) + text)
+        return digest.digest()
 
     # -- text and tokens -----------------------------------------------------------------------
 
@@ -579,7 +601,7 @@ class LlamaModel:
             )
             self._batch_slots[filled:end] = chunk.slot
             self._batch_logits[filled:end] = 0
-            self._batch_logits[end - 1] = chunk.wants_logits
+            self._batch_logits[end - chunk.outputs : end] = 1
             filled = end
         self._batch.n_tokens = filled
         code = _llama.llama_decode(self._context, self._batch)

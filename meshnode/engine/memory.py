@@ -35,16 +35,19 @@ class MemoryNeed:
     kv_bytes: int
     compute_bytes: int
     context_tokens: int
+    draft_bytes: int = 0
 
     @property
     def total_bytes(self) -> int:
-        return self.weights_bytes + self.kv_bytes + self.compute_bytes + RUNTIME_BYTES
+        own_bytes = self.weights_bytes + self.kv_bytes + self.compute_bytes
+        return own_bytes + self.draft_bytes + RUNTIME_BYTES
 
     def __str__(self) -> str:
+        draft = f"{_mib(self.draft_bytes)} draft model + " if self.draft_bytes else ""
         return (
             f"{_mib(self.weights_bytes)} weights + {_mib(self.kv_bytes)} KV cache for "
             f"{self.context_tokens} tokens + {_mib(self.compute_bytes)} compute buffers + "
-            f"{_mib(RUNTIME_BYTES)} runtime = {_mib(self.total_bytes)}"
+            f"{draft}{_mib(RUNTIME_BYTES)} runtime = {_mib(self.total_bytes)}"
         )
 
 
@@ -66,13 +69,25 @@ def context_for(path: str, header: GgufHeader, wanted_tokens: int | None) -> int
     return wanted_tokens
 
 
-def memory_need(header: GgufHeader, context_tokens: int) -> MemoryNeed:
-    """What an engine for this file would use, rounded up rather than down."""
+def draft_context(draft: GgufHeader, context_tokens: int) -> int:
+    """The context of a draft model, in tokens; beyond what it was trained for it is not asked."""
+    return min(draft.context_tokens, context_tokens)
+
+
+def memory_need(
+    header: GgufHeader, context_tokens: int, draft: GgufHeader | None = None
+) -> MemoryNeed:
+    """What an engine for this file, and its draft model, would use; rounded up rather than down."""
+    draft_bytes = 0
+    if draft is not None:
+        beside = memory_need(draft, draft_context(draft, context_tokens))
+        draft_bytes = beside.weights_bytes + beside.kv_bytes + beside.compute_bytes
     return MemoryNeed(
         weights_bytes=header.weights_bytes,
         kv_bytes=header.kv_bytes_per_token * context_tokens,
         compute_bytes=header.embedding_length * COMPUTE_BYTES_PER_EMBEDDING,
         context_tokens=context_tokens,
+        draft_bytes=draft_bytes,
     )
 
 

@@ -15,6 +15,7 @@ from collections import deque
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Literal, Self
 
 import trio
@@ -27,9 +28,16 @@ from meshnode.engine import (
     Finish,
     ModelCard,
     Request,
+    Speculate,
     wire,
 )
-from meshnode.engine.memory import available_bytes, check_fits, context_for, memory_need
+from meshnode.engine.memory import (
+    available_bytes,
+    check_fits,
+    context_for,
+    draft_context,
+    memory_need,
+)
 from meshnode.engine.scheduler import BUSY_RETRY_AFTER_S
 from meshnode.errors import (
     ContextLengthError,
@@ -39,7 +47,7 @@ from meshnode.errors import (
     ModelLoadError,
     RequestError,
 )
-from meshnode.models.gguf import read_header
+from meshnode.models.gguf import GgufHeader, read_header
 
 SLOTS_DEFAULT = 8
 # At this depth a request waits about as long as a client's patience; others may be free.
@@ -70,12 +78,14 @@ CHILD_ENVIRONMENT = {
 @dataclass(frozen=True, slots=True)
 class EngineOptions:
     """How to run a model. None: the smaller of the trained context and the default; threads as
-    many as pays."""
+    many as pays. `draft` is the file of the model that guesses, if one does."""
 
     context_tokens: int | None = None
     slots: int = SLOTS_DEFAULT
     waiting_max: int = WAITING_MAX_DEFAULT
     threads: int | None = None
+    speculate: Speculate = "off"
+    draft: Path | None = None
 
 
 class _Pending:
@@ -205,6 +215,7 @@ class EngineProcess:
         self._progress = 0.0
         self._error: str | None = None
         self._context_tokens = 0
+        self._draft: wire.Draft | None = None
         self._status: wire.Status | None = None
         self._changed = trio.Event()
         self._numbers = 0
@@ -253,6 +264,7 @@ class EngineProcess:
             decode_tokens_per_s=status.decode_tokens_per_s,
             memory_bytes=status.memory_bytes,
             sessions=status.sessions,
+            speculation=status.speculation,
         )
 
     @asynccontextmanager
@@ -374,8 +386,12 @@ class EngineProcess:
         self._progress = 0.0
         header = await trio.to_thread.run_sync(read_header, self._card.path)
         context_tokens = context_for(self._card.path, header, self._options.context_tokens)
-        check_fits(self._card.path, memory_need(header, context_tokens), available_bytes())
+        draft = await read_draft_header(self._options)
+        check_fits(self._card.path, memory_need(header, context_tokens, draft), available_bytes())
         self._context_tokens = context_tokens
+        if draft is not None:
+            draft_tokens = draft_context(draft, context_tokens)
+            self._draft = wire.Draft(str(self._options.draft), draft_tokens)
 
     async def _run_child(self) -> None:
         """Start a child and serve it to its end. Raises `ModelLoadError` or `_ChildDiedError`."""
@@ -428,6 +444,8 @@ class EngineProcess:
             slots=self._options.slots,
             waiting_max=self._options.waiting_max,
             threads=self._options.threads,
+            speculate=self._options.speculate,
+            draft=self._draft,
         )
 
     async def _read(self, stdout: trio.abc.ReceiveStream) -> str | None:
@@ -519,6 +537,13 @@ class _TooLongError(EngineError):
     def __init__(self, prompt_tokens: int) -> None:
         super().__init__(f"{prompt_tokens} prompt tokens are too many")
         self.prompt_tokens = prompt_tokens
+
+
+async def read_draft_header(options: EngineOptions) -> GgufHeader | None:
+    """Of the draft model, if there is one. Raises `ModelLoadError`."""
+    if options.draft is None:
+        return None
+    return await trio.to_thread.run_sync(read_header, options.draft)
 
 
 def _encode_request(frame: wire.ToChild) -> bytes:

@@ -19,6 +19,8 @@ from meshnode.engine import (
     Grammar,
     Request,
     Sampling,
+    Speculate,
+    SpeculationStats,
     TokenLogprobs,
     Usage,
 )
@@ -30,6 +32,13 @@ Frame = TypeVar("Frame")
 _LENGTH = struct.Struct(">I")
 
 
+class Draft(msgspec.Struct, frozen=True):
+    """The model that guesses."""
+
+    path: str
+    context_tokens: int
+
+
 class Load(msgspec.Struct, frozen=True, tag="load"):
     """First frame to the child. `threads` None: adapt to the cores that are really free."""
 
@@ -38,6 +47,8 @@ class Load(msgspec.Struct, frozen=True, tag="load"):
     slots: int
     waiting_max: int
     threads: int | None
+    speculate: Speculate = "off"
+    draft: Draft | None = None
 
 
 class Generate(msgspec.Struct, frozen=True, tag="generate"):
@@ -197,6 +208,7 @@ class Status(msgspec.Struct, frozen=True, tag="status"):
     decode_tokens_per_s: float
     memory_bytes: int
     sessions: tuple[bytes, ...]
+    speculation: SpeculationStats | None = None
 
 
 ToChild = Load | Generate | Embed | Cancel

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,11 +11,15 @@ from meshnode.engine import memory
 from meshnode.engine.memory import (
     available_bytes,
     check_embedding_fits,
+    check_fits,
     context_for,
+    draft_context,
     memory_budget_bytes,
+    memory_need,
 )
 from meshnode.errors import ConfigError, ModelLoadError
-from meshnode.models.gguf import GgufHeader
+from meshnode.models.catalog import DEFAULT_ALIAS, resolve
+from meshnode.models.gguf import GgufHeader, read_header
 
 GIB = 1024**3
 
@@ -74,3 +79,16 @@ def test_the_second_context_must_fit() -> None:
     check_embedding_fits("m", header(), 1024, 1024, 4096, 37 * 1024**2)
     with pytest.raises(ModelLoadError, match=r"1 MiB KV cache.*36 MiB compute.*36 MiB are"):
         check_embedding_fits("m", header(), 1024, 1024, 4096, 36 * 1024**2)
+
+
+def test_a_draft_model_is_counted_once_with_its_own_context(tmp_path: Path) -> None:
+    header = read_header(resolve(DEFAULT_ALIAS, tmp_path).path)
+    small = replace(header, context_tokens=256)
+    alone = memory_need(header, 1024)
+    assert draft_context(small, 1024) == 256
+    both = memory_need(header, 1024, small)
+    expected = alone.weights_bytes + alone.kv_bytes // 4 + alone.compute_bytes
+    assert both.total_bytes - alone.total_bytes == both.draft_bytes == expected
+    assert "draft model" not in str(alone)
+    with pytest.raises(ModelLoadError, match=r"\d+ MiB draft model"):
+        check_fits("x.gguf", both, alone.total_bytes)
