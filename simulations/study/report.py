@@ -14,7 +14,6 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from meshnode.errors import ConfigError
 from meshnode_simulations.record import Result
 from meshnode_simulations.scenario import toml_of
 from meshnode_simulations.study import plots, results
@@ -68,18 +67,6 @@ def write(folder: Path, runs: Sequence[Result], file: Path | None = None) -> Pat
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(page(runs, keep))
     return file
-
-
-def read_below(folder: Path) -> list[Result]:
-    """Every result under a folder. Raises `ConfigError` if there is none, or of scenarios that
-    have nothing to do with each other."""
-    found = [results.read(each) for each in results.folders(folder)]
-    if not found:
-        raise ConfigError(f"{folder}: no results of simulations there")
-    names = sorted({run.scenario.name for run in found})
-    if len(names) > 1:
-        raise ConfigError(f"{folder} has results of {', '.join(names)}: give the folder of one")
-    return found
 
 
 def page(runs: Sequence[Result], keep: Keep | None = None) -> str:

@@ -20,6 +20,7 @@ import os
 import platform
 import shutil
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,8 @@ from meshnode.errors import ConfigError
 from meshnode_simulations.record import Result, Table, Violation
 from meshnode_simulations.scenario import Origin, Scenario
 
+SWEEP = "sweep.json"
+"""Where a sweep's runs are, in the folder of its report."""
 FORMAT = 1
 """Of the folder; readers refuse others."""
 _PACKAGES = ("meshnode", "numpy", "pyarrow", "msgspec", "cryptography")
@@ -159,11 +162,37 @@ def read(folder: Path) -> Result:
         raise ConfigError(f"{folder}: no result of a simulation ({error})") from error
 
 
+def write_sweep(runs: Sequence[Result], out: Path) -> Path:
+    """A folder under `out` that stands for these runs, wherever theirs are; returns it."""
+    configs = sorted({config_hash(run.scenario) for run in runs})
+    name = hashlib.sha256("".join(configs).encode()).hexdigest()[:8]
+    folder = out / f"{runs[0].scenario.name or 'scenario'}-sweep-{name}"
+    folder.mkdir(parents=True, exist_ok=True)
+    places = [place(Path(".."), run.scenario, run.seed).as_posix() for run in runs]
+    (folder / SWEEP).write_text(_json({"format": FORMAT, "runs": sorted(places)}))
+    return folder
+
+
 def folders(path: Path) -> list[Path]:
-    """The results at `path`: itself, or all below it, in order."""
-    if (path / "manifest.json").is_file():
-        return [path]
-    return sorted(found.parent for found in path.rglob("manifest.json"))
+    """The results at `path`: itself, those of the sweep that it is, or all below it, in order.
+
+    Raises `ConfigError` if there are none, or of more than one scenario.
+    """
+    if (path / SWEEP).is_file():
+        try:
+            told = json.loads((path / SWEEP).read_text())
+            found = [path / each for each in told["runs"]]
+        except (ValueError, KeyError, TypeError) as error:
+            raise ConfigError(f"{path / SWEEP} cannot be read ({error})") from error
+    else:
+        every = sorted(each.parent for each in path.rglob("manifest.json"))
+        found = [each for each in every if not each.name.startswith(".")]  # half written
+    if not found:
+        raise ConfigError(f"{path}: no results of simulations there")
+    names = sorted({each.parent.name.rpartition("-")[0] for each in found})
+    if len(names) > 1:
+        raise ConfigError(f"{path} has results of {', '.join(names)}: give the folder of one")
+    return found
 
 
 def _finite(figures: dict[str, float]) -> dict[str, float | None]:
