@@ -239,7 +239,7 @@ def _figure(draw: Callable[[Any], None], *, legend: bool) -> Any:
         draw(axes)
         if legend:
             axes.legend()
-        figure.draw_without_rendering()  # the layout is worked out once, not for every file
+        figure.get_layout_engine().execute(figure)  # once, and not for every file
         figure.set_layout_engine("none")
     return figure
 

@@ -28,7 +28,7 @@ from meshnode_simulations.study.summary import (
 
 REPORT, TABLE, PLOTS = "report.html", "figures.parquet", "plots"
 """What a report's folder gets: the page, one row for each run, and the plots as files."""
-PLOTS_MAX = 8
+PLOTS_MAX = 6
 """Of one kind: a report is read by people."""
 COLUMNS_MAX = 6
 """With more variants than this each is a row of its own instead."""
