@@ -80,7 +80,7 @@ $(PACKAGES_DONE): pyproject.toml setup.py requirements.lock | $(VENV_DONE)
 	@rm -rf $(BIN)/../lib/python*/site-packages/trio-stubs
 	@touch $@
 
-$(ENGINE_DONE): $(FLAGS_FILE) requirements.lock scripts/build_llama_wheel.py scripts/llama_without_common.cmake | $(PACKAGES_DONE)
+$(ENGINE_DONE): $(FLAGS_FILE) requirements.lock scripts/build_llama_wheel.py scripts/llama_trimmed.cmake | $(PACKAGES_DONE)
 	@wheels=$$($(BIN)/python scripts/build_llama_wheel.py) && \
 	echo "Installing the engine from $$wheels" && \
 	$(INSTALL) --force-reinstall --no-deps "$$wheels"/*.whl && \

@@ -63,10 +63,13 @@ class Config:
     mdns: bool = True  # peers on a LAN should need no set-up at all
 
     # Engines: each PATH_OR_NAME[=ALIAS]. `models` are served here; `standbys` are kept on disk,
-    # verified, and loaded when the mesh asks. `context_tokens` None: as the model was trained, or
-    # what fits in memory. `memory_bytes` is what the mesh may fill with models; None: a share.
+    # verified, and loaded when the mesh asks. `projectors`, each FILE or NAME=FILE, let models see;
+    # none is looked for, because a folder may hold another model's. `context_tokens` None: as the
+    # model was trained, or what fits in memory. `memory_bytes` is what the mesh may fill with
+    # models; None: a share.
     models: tuple[str, ...] = ("default",)
     standbys: tuple[str, ...] = ()
+    projectors: tuple[str, ...] = ()
     context_tokens: int | None = None
     slots: int = SLOTS_DEFAULT
     memory_bytes: int | None = None
@@ -170,6 +173,7 @@ def _within(low: int, high: int) -> Callable[[str], bool]:
 SETTINGS: Mapping[str, _Setting] = {
     "model": _Setting(str, "PATH_OR_NAME[=ALIAS]", many=True),
     "standby": _Setting(str, "PATH_OR_NAME[=ALIAS]", many=True),
+    "mmproj": _Setting(str, "FILE, or NAME=FILE if there are several models", many=True),
     "api": _Setting(str, f'HOST:PORT such as "{API_DEFAULT}", or "" for none', _is_api),
     "api-key-file": _Setting(str, "a file of API keys, which `meshnode key create` makes"),
     "no-api-key": _Setting(bool, "true or false", lambda text: True),
@@ -269,6 +273,8 @@ def _config(role: Role, values: Mapping[str, object]) -> Config:
         # Whoever names only what to keep ready has decided against the default, too.
         fields["models"] = values.get("model", ())
         fields["standbys"] = values.get("standby", ())
+    if role == "node":
+        fields["projectors"] = values.get("mmproj", ())
     if "memory" in values:
         fields["memory_bytes"] = size_bytes(str(values["memory"]))
     if "api" in values:

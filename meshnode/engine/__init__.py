@@ -4,7 +4,10 @@ An engine runs one model. It knows tokens, sequences and KV caches; it knows not
 routing or HTTP. The parts, in data-flow order:
 
 * `scheduler.py`  sans-IO policy: waiting and running sequences in, the next batch out
-* `llama.py`      mechanism: the only import of llama_cpp; runs inside the child process
+* `cells.py`      what stands for a picture among tokens
+* `llama.py`      mechanism: where llama.cpp is; runs inside the child process
+* `vision.py`     the same for libmtmd, which makes embeddings of pictures
+* `pictures.py`   decodes pictures, within bounds
 * `trial.py`      tries a client's grammar where a crash costs nothing
 * `child.py`      the child process's main loop: requests in, deltas out, one step at a time
 * `process.py`    `EngineProcess`: the Trio side that starts, watches and talks to the child
@@ -26,9 +29,17 @@ PENALTY_TOKENS_MAX = 2048
 GRAMMAR_BYTES_MAX = 64 * 1024
 # OpenAI's own bound.
 TOP_LOGPROBS_MAX = 20
+# Each takes some hundred tokens: more would leave a default context no room for an answer.
+IMAGES_MAX = 16
+# Larger than a telephone's photo; all of a request together fit into one body as base64.
+IMAGE_BYTES_MAX = 8 * 1024 * 1024
+IMAGES_BYTES_MAX = 16 * 1024 * 1024
 
 __all__ = [
     "GRAMMAR_BYTES_MAX",
+    "IMAGES_BYTES_MAX",
+    "IMAGES_MAX",
+    "IMAGE_BYTES_MAX",
     "PENALTY_TOKENS_MAX",
     "TOP_LOGPROBS_MAX",
     "ChatMessage",
@@ -38,6 +49,7 @@ __all__ = [
     "EngineStats",
     "Finish",
     "Grammar",
+    "Image",
     "Logprob",
     "ModelCard",
     "Request",
@@ -66,11 +78,25 @@ class ModelCard:
 
 
 @dataclass(frozen=True, slots=True)
+class Image:
+    """A picture in a message: the bytes of a file, and before which character of the text it
+    stands. `low_detail`: a glance at it is enough."""
+
+    data: bytes
+    at: int
+    low_detail: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class ChatMessage:
-    """One turn. `content` is plain text; it can never become a control token."""
+    """One turn. `content` is plain text; it can never become a control token.
+
+    `images` are in the order in which they stand.
+    """
 
     role: str
     content: str
+    images: tuple[Image, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,6 +178,10 @@ class Request:
     logprobs: int | None = None
     grammar: Grammar | None = None
     n: int = 1
+
+    @property
+    def has_images(self) -> bool:
+        return any(isinstance(item, ChatMessage) and item.images for item in self.prompt)
 
 
 @dataclass(frozen=True, slots=True)

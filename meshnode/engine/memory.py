@@ -10,12 +10,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from meshnode.errors import ConfigError, ModelLoadError
-from meshnode.models.gguf import GgufHeader
+from meshnode.models.gguf import GgufHeader, ProjectorHeader
 
 # Python, numpy, llama.cpp's libraries and the vocabulary: 120 MB measured with a small model.
 RUNTIME_BYTES = 128 * 1024**2
 # Activations of one compute pass: 512 tokens of about 16 float32 vectors of the embedding's size.
 COMPUTE_BYTES_PER_EMBEDDING = 512 * 16 * 4
+# The largest picture while it is decoded, scaled and cut: about 16 million pixels, 4 bytes, twice.
+PICTURE_BYTES = 128 * 1024**2
 # Beyond this a default context costs more memory than most conversations use.
 CONTEXT_TOKENS_DEFAULT = 8192
 # The default budget is three quarters: a desktop's own programs and the page cache need the rest.
@@ -33,15 +35,18 @@ class MemoryNeed:
     kv_bytes: int
     compute_bytes: int
     context_tokens: int
+    vision_bytes: int = 0
 
     @property
     def total_bytes(self) -> int:
-        return self.weights_bytes + self.kv_bytes + self.compute_bytes + RUNTIME_BYTES
+        parts = self.weights_bytes + self.kv_bytes + self.compute_bytes + self.vision_bytes
+        return parts + RUNTIME_BYTES
 
     def __str__(self) -> str:
+        vision = f"{_mib(self.vision_bytes)} vision + " if self.vision_bytes else ""
         return (
             f"{_mib(self.weights_bytes)} weights + {_mib(self.kv_bytes)} KV cache for "
-            f"{self.context_tokens} tokens + {_mib(self.compute_bytes)} compute buffers + "
+            f"{self.context_tokens} tokens + {_mib(self.compute_bytes)} compute buffers + {vision}"
             f"{_mib(RUNTIME_BYTES)} runtime = {_mib(self.total_bytes)}"
         )
 
@@ -61,13 +66,19 @@ def context_for(path: str, header: GgufHeader, wanted_tokens: int | None) -> int
     return wanted_tokens
 
 
-def memory_need(header: GgufHeader, context_tokens: int) -> MemoryNeed:
+def memory_need(
+    header: GgufHeader, context_tokens: int, projector: ProjectorHeader | None = None
+) -> MemoryNeed:
     """What an engine for this file would use, rounded up rather than down."""
+    vision_bytes = 0
+    if projector is not None:
+        vision_bytes = projector.weights_bytes + projector.compute_bytes + PICTURE_BYTES
     return MemoryNeed(
         weights_bytes=header.weights_bytes,
         kv_bytes=header.kv_bytes_per_token * context_tokens,
         compute_bytes=header.embedding_length * COMPUTE_BYTES_PER_EMBEDDING,
         context_tokens=context_tokens,
+        vision_bytes=vision_bytes,
     )
 
 

@@ -15,11 +15,13 @@ from collections import deque
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Literal, Self
 
 import trio
 
 from meshnode.engine import (
+    ChatMessage,
     Delta,
     EngineStats,
     Finish,
@@ -35,9 +37,10 @@ from meshnode.errors import (
     EngineError,
     LocalProtocolError,
     ModelLoadError,
+    NoVisionError,
     RequestError,
 )
-from meshnode.models.gguf import read_header
+from meshnode.models.gguf import read_header, read_projector
 
 SLOTS_DEFAULT = 8
 # At this depth a request waits about as long as a client's patience; others may be free.
@@ -68,12 +71,13 @@ CHILD_ENVIRONMENT = {
 @dataclass(frozen=True, slots=True)
 class EngineOptions:
     """How to run a model. None: the smaller of the trained context and the default; threads as
-    many as pays."""
+    many as pays. `projector` is the mmproj file of a model that can see."""
 
     context_tokens: int | None = None
     slots: int = SLOTS_DEFAULT
     waiting_max: int = WAITING_MAX_DEFAULT
     threads: int | None = None
+    projector: Path | None = None
 
 
 class _Answer:
@@ -224,6 +228,8 @@ class EngineProcess:
                 param="n",
                 code="invalid_value",
             )
+        if request.has_images and self._options.projector is None:
+            raise NoVisionError(self._card.name)
         outbox = self._require_ready(request.n)
         self._numbers += 1
         number = self._numbers
@@ -319,7 +325,12 @@ class EngineProcess:
         self._progress = 0.0
         header = await trio.to_thread.run_sync(read_header, self._card.path)
         context_tokens = context_for(self._card.path, header, self._options.context_tokens)
-        check_fits(self._card.path, memory_need(header, context_tokens), available_bytes())
+        projector = self._options.projector
+        eyes = (
+            None if projector is None else await trio.to_thread.run_sync(read_projector, projector)
+        )
+        need = memory_need(header, context_tokens, eyes)
+        check_fits(self._card.path, need, available_bytes())
         self._context_tokens = context_tokens
 
     async def _run_child(self) -> None:
@@ -373,6 +384,7 @@ class EngineProcess:
             slots=self._options.slots,
             waiting_max=self._options.waiting_max,
             threads=self._options.threads,
+            projector=None if self._options.projector is None else str(self._options.projector),
         )
 
     async def _read(self, stdout: trio.abc.ReceiveStream) -> str | None:
@@ -450,7 +462,12 @@ class _TooLongError(EngineError):
 
 def _encode_request(number: int, request: Request) -> bytes:
     try:
-        return wire.encode(wire.Generate.of(number, request))
+        frame = wire.encode(wire.Generate.of(number, request))
+        messages = (item for item in request.prompt if isinstance(item, ChatMessage))
+        images_bytes = sum(len(image.data) for each in messages for image in each.images)
+        if len(frame) - images_bytes > wire.PROMPT_BYTES_MAX:
+            raise LocalProtocolError(f"over {wire.PROMPT_BYTES_MAX} bytes of text")
+        return frame
     except LocalProtocolError as error:
         raise RequestError(f"The request is too large: {error}.", param="messages") from error
 

@@ -34,6 +34,7 @@ from meshnode.errors import (
     EngineError,
     MeshnodeError,
     NoReplicaError,
+    NoVisionError,
     PeerUnreachableError,
     RemoteProtocolError,
     UnknownModelError,
@@ -85,6 +86,8 @@ DECIDED_TYPE = "application/vnd.meshnode.decided"
 # A peer accepts after tokenising and queueing, not after prefill: ten seconds is an overloaded or
 # half-dead peer, and the next one is probably idle.
 ACCEPT_TIMEOUT_S = 10.0
+# And its images arrive before that: the slowest link on which anybody sends some.
+UPLOAD_BYTES_PER_S_MIN = 500_000
 # A whole answer of 128 Ki tokens with all of its text escaped stays below this.
 WHOLE_ANSWER_BYTES_MAX = 16 * 1024 * 1024
 # One event carries the text of a few tokens; a peer that sends more without an end is hostile.
@@ -119,6 +122,11 @@ class Ask:
     body: bytes
     created: int = field(default_factory=lambda: int(time.time()))
     continuation: Continuation | None = None
+
+    @property
+    def prompt_bytes(self) -> int:
+        """About how much of it is text."""
+        return max(0, len(self.body) - self.call.images_bytes)
 
 
 @dataclass(frozen=True, slots=True)
@@ -228,7 +236,7 @@ class _Search:
         self._pool = pool
         self._ask = ask
         self._again = again
-        self._route = mesh.route(ask.call.model, ask.session, len(ask.body), again=again)
+        self._route = mesh.route(ask.call.model, ask.session, ask.prompt_bytes, again=again)
         self._candidates = deque(self._route.candidates)
         self._attempts: list[Attempt] = []
         self._reroutes_left = REROUTES_MAX
@@ -239,6 +247,7 @@ class _Search:
 
         Raises what `answer` raises.
         """
+        blind: NoVisionError | None = None
         while self._candidates:
             candidate = self._candidates.popleft()
             try:
@@ -254,8 +263,12 @@ class _Search:
                 if isinstance(error, _FencedError) and self._reroutes_left:
                     self._reroutes_left -= 1
                     self._route_again()
+                elif isinstance(error, NoVisionError):  # it has not failed: others may see
+                    blind = error
                 else:
                     self._lose(candidate, error)
+        if blind is not None and not self._attempts:
+            raise blind
         if not self._again and any(attempt.reason == "busy" for attempt in self._attempts):
             self._mesh.refused(self._route)
         raise NobodyAnsweredError(self._route.model, self._attempts, self._retry_after_s)
@@ -263,7 +276,7 @@ class _Search:
     def _route_again(self) -> None:
         """By what the node has learned meanwhile, without those that have failed this request."""
         ask, tried = self._ask, {attempt.peer_id for attempt in self._attempts}
-        self._route = self._mesh.route(ask.call.model, ask.session, len(ask.body), again=True)
+        self._route = self._mesh.route(ask.call.model, ask.session, ask.prompt_bytes, again=True)
         self._candidates = deque(c for c in self._route.candidates if c.peer_id not in tried)
 
     def _lose(self, candidate: Candidate, error: MeshnodeError) -> None:
@@ -374,7 +387,7 @@ async def _answer_remotely(
     if candidate.fence is not None:
         headers.append((FENCE_HEADER.encode(), str(candidate.fence).encode()))
     try:
-        with trio.fail_after(ACCEPT_TIMEOUT_S):
+        with trio.fail_after(ACCEPT_TIMEOUT_S + len(body) / UPLOAD_BYTES_PER_S_MIN):
             response = await stack.enter_async_context(
                 pool.request(peer_id, "POST", ask.target, headers, body)
             )
@@ -384,8 +397,9 @@ async def _answer_remotely(
             if response.status == 409 and content_type == DECIDED_TYPE:
                 mesh.learn(peer_id, await response.read(MESSAGE_BYTES_MAX))
                 raise _FencedError(f"Peer {peer_id} follows a newer decision.")
-            if response.status == 503 and response.header(RETRY_HEADER.encode()) == b"elsewhere":
-                raise _refused(response, await response.read(REFUSAL_BYTES_MAX), peer_id)
+            if response.header(RETRY_HEADER.encode()) == b"elsewhere":
+                said = await response.read(REFUSAL_BYTES_MAX)
+                raise _refused(response, said, peer_id, ask.call.model)
     except trio.TooSlowError:
         raise PeerUnreachableError(
             f"Peer {peer_id} did not accept the request within {ACCEPT_TIMEOUT_S:.0f} s."
@@ -409,14 +423,16 @@ class _Refusal(msgspec.Struct):
     error: _RefusalError
 
 
-def _refused(response: HttpResponse, body: bytes, peer_id: str) -> EngineError:
-    """Full, or unable: only the first says that the mesh needs more replicas."""
+def _refused(response: HttpResponse, body: bytes, peer_id: str, model: str) -> EngineError:
+    """Full, unable or blind: only the first says that the mesh needs more replicas."""
     try:
         refusal = msgspec.json.decode(body, type=_Refusal)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         return EngineError(f"Peer {peer_id} refused without a reason.")
     if refusal.error.code == "busy":
         return EngineBusyError(f"Peer {peer_id} is busy.", _retry_after_s(response))
+    if refusal.error.code == NoVisionError.CODE:
+        return NoVisionError(model)
     return EngineError(f"Peer {peer_id} cannot answer for the model now.")
 
 
