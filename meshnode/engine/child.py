@@ -189,7 +189,8 @@ class Child:
 
     def _receive(self, frame: wire.Generate) -> None:
         try:
-            prompt, views = self._model.prompt_tokens(frame.prompt)
+            views: dict[int, View] = {}
+            prompt = self._model.prompt_tokens(frame.prompt, views)
             if not self._limits.fits(len(prompt), frame.max_tokens):
                 self._pipe.send(wire.TooLong(frame.number, len(prompt)))
                 return

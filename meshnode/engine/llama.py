@@ -58,7 +58,10 @@ _PIECE_BYTES = 64
 # Levels of ggml: 1 debug, 2 info, 3 warn, 4 error, 5 continuation of the previous message.
 _LOG_LEVEL_WARN = 3
 _LOG_LEVEL_CONTINUED = 5
-_LOG_ERROR = re.compile(r"error loading model: |^mtmd_init_from_file: error: ")
+_LOG_ERROR = re.compile(
+    r"error loading model: |clip_init: failed to load model '.*?': "
+    r"|mtmd_init_from_file: error: (?!Failed to load CLIP)"
+)
 # llama_ftype of Q4_0, the only 4-bit type that is repacked for fast matrix products on x86.
 _FTYPE_Q4_0 = 2
 # What llama_decode returns.
@@ -433,9 +436,11 @@ class LlamaModel:
     # -- text and tokens -----------------------------------------------------------------------
 
     def prompt_tokens(
-        self, prompt: Sequence[ChatMessage] | str | tuple[int, ...]
-    ) -> tuple[list[int], dict[int, View]]:
-        """A prompt as tokens, with cells where it shows pictures, and the views they are of.
+        self,
+        prompt: Sequence[ChatMessage] | str | tuple[int, ...],
+        views: dict[int, View] | None = None,
+    ) -> list[int]:
+        """A prompt as tokens, with cells where it shows pictures; their views go into `views`.
 
         People's text never becomes a control token. Segments are tokenised apart. That is what
         makes them safe, and it puts the same token boundaries into a conversation's next prompt as
@@ -443,7 +448,7 @@ class LlamaModel:
         Raises `RequestError` if it is empty, has unknown tokens or a picture that is none, or the
         template refuses it.
         """
-        views: dict[int, View] = {}
+        views = {} if views is None else views
         if isinstance(prompt, str):
             tokens = self._tokenise(Segment(prompt, trusted=False))
         elif prompt and isinstance(prompt[0], ChatMessage):
@@ -470,7 +475,7 @@ class LlamaModel:
                 "The model's chat template ends in an image; say something after it.",
                 param="messages",
             )
-        return tokens, views
+        return tokens
 
     def _look(self, picture: Picture, views: dict[int, View]) -> list[int]:
         """Tokens and cells of a picture, whose views are added to `views`."""

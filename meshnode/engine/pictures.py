@@ -70,7 +70,9 @@ def pixels(image: Image) -> Pixels:
             _check_header(opened)
             # Cameras turn the picture by a note in the file, not by its pixels.
             upright = ImageOps.exif_transpose(opened).convert("RGB")
-    except (OSError, SyntaxError, ValueError, Pillow.DecompressionBombError) as error:
+    except Pillow.DecompressionBombError as error:  # Pillow's own bound, above ours
+        raise _BadPictureError(f"has over {PIXELS_MAX} pixels") from error
+    except (OSError, SyntaxError, ValueError) as error:
         # Pillow's own words may quote the file.
         raise _BadPictureError("is not a whole PNG, JPEG, WebP or GIF") from error
     if image.low_detail:
@@ -82,7 +84,7 @@ def _check_header(opened: Pillow.Image) -> None:
     """Before anything is decoded."""
     width, height = opened.size
     if width * height > PIXELS_MAX:
-        raise _BadPictureError(f"is {width} x {height}; at most {PIXELS_MAX} pixels are taken")
+        raise _BadPictureError(f"is {width} x {height}: it has over {PIXELS_MAX} pixels")
     if max(width, height) > ASPECT_MAX * min(width, height):
         raise _BadPictureError(f"is {width} x {height}: too thin, or empty")
     # A telephone's JPEG may carry its preview as a second frame, and is called MPO then.
