@@ -16,10 +16,12 @@ import pytest
 from meshnode.engine import ChatMessage, Image
 from meshnode.engine.cells import stretch, view_at
 from meshnode.engine.process import CHILD_ENVIRONMENT
-from meshnode.engine.scheduler import Batch, Chunk, Trim
-from tests.engine.eyes import picture, write_projector
+from meshnode.engine.scheduler import Batch, Chunk, Copy, Trim
+from tests.engine.eyes import picture, write_language_model, write_projector
 
 os.environ.update(CHILD_ENVIRONMENT)  # before libgomp is loaded, as the child has it
+
+import llama_cpp.llama_cpp as llama_cpp
 
 from meshnode.engine.llama import LlamaModel
 
@@ -84,6 +86,22 @@ class Lane:
         return found
 
 
+@pytest.fixture(scope="module")
+def planar(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LlamaModel]:
+    """A model whose pictures have places in two dimensions, and fewer positions than cells."""
+    folder = tmp_path_factory.mktemp("planar")
+    projector = write_projector(folder / "mmproj.gguf", "qwen2vl_merger", width=64)
+    with LlamaModel(
+        str(write_language_model(folder / "model.gguf")),
+        context_tokens=512,
+        slots=2,
+        threads=1,
+        on_progress=ignore_progress,
+        projector=str(projector),
+    ) as model:
+        yield model
+
+
 def see(*images: Image) -> ChatMessage:
     return ChatMessage("user", "What is this?", images)
 
@@ -140,3 +158,31 @@ def test_what_a_user_writes_is_no_picture(model: LlamaModel, words: str) -> None
     assert sum(token < 0 for token in tokens) == sum(token < 0 for token in only_seen)
     plain = model.prompt_tokens(words)
     assert "".join(model.piece(token).decode() for token in plain).endswith(words)
+
+
+def test_pictures_with_places_in_two_dimensions(planar: LlamaModel) -> None:
+    wide = Image(picture("red", (224, 112)), 0)
+    lane = Lane(planar, 0, see(wide, wide))
+    views = [*lane.views.values()]
+    assert [(view.cells, view.positions) for view in views] == [(32, 8)]  # type: ignore[attr-defined]
+    first = lane.run()
+    # Two pictures of 32 cells; each moves what comes after it by its width only.
+    last = int(llama_cpp.llama_memory_seq_pos_max(planar._memory, 0))
+    assert last == lane.computed - 1 - 2 * (32 - 8)
+
+    # Back to behind the first picture, and on: the same numbers.
+    begin = lane.tokens.index(min(lane.tokens))  # the last cell of either
+    assert planar.trim(Trim(0, begin + 1))
+    lane.computed = begin + 1
+    del lane.tokens[-STEPS:]
+    assert all(np.array_equal(a, b) for a, b in zip(first, lane.run(), strict=True))
+
+    # From there in another slot as well.
+    other = Lane(planar, 1, see(wide, wide))
+    assert planar.copy(Copy(0, 1, begin + 1))
+    other.computed = begin + 1
+    assert all(np.array_equal(a, b) for a, b in zip(first, other.run(), strict=True))
+
+    # Where a picture's pixels lie matters: the same ones, turned.
+    turned = Image(picture("red", (112, 224)), 0)
+    assert not np.allclose(first[0], Lane(planar, 0, see(turned, turned)).run()[0], atol=1e-4)
