@@ -7,8 +7,10 @@ from pathlib import Path
 import pytest
 
 from meshnode.engine import memory
-from meshnode.engine.memory import available_bytes, memory_budget_bytes
-from meshnode.errors import ConfigError
+from meshnode.engine.memory import available_bytes, check_fits, memory_budget_bytes, memory_need
+from meshnode.errors import ConfigError, ModelLoadError
+from meshnode.models.catalog import resolve
+from meshnode.models.gguf import ProjectorHeader, read_header
 
 GIB = 1024**3
 
@@ -50,3 +52,13 @@ def test_what_is_available(machine: Path) -> None:
     assert available_bytes() == 3 * GIB
     limit_to(machine, str(4 * GIB), 5 * GIB)
     assert available_bytes() == 0
+
+
+def test_eyes_count(tmp_path: Path) -> None:
+    header = read_header(resolve("default", tmp_path).path)
+    blind = memory_need(header, 1000)
+    seeing = memory_need(header, 1000, ProjectorHeader(GIB, 100))
+    assert seeing.total_bytes - blind.total_bytes == GIB + 100 + memory.PICTURE_BYTES
+    check_fits("model", blind, GIB)
+    with pytest.raises(ModelLoadError, match="1153 MiB vision"):
+        check_fits("model", seeing, GIB)
