@@ -56,6 +56,7 @@ __all__ = [
     "Sampling",
     "TokenLogprobs",
     "Usage",
+    "images_of",
 ]
 
 
@@ -179,9 +180,11 @@ class Request:
     grammar: Grammar | None = None
     n: int = 1
 
-    @property
-    def has_images(self) -> bool:
-        return any(isinstance(item, ChatMessage) and item.images for item in self.prompt)
+
+def images_of(prompt: tuple[ChatMessage, ...] | str | tuple[int, ...]) -> tuple[Image, ...]:
+    """All that its messages show, in order."""
+    messages = (item for item in prompt if isinstance(item, ChatMessage))
+    return tuple(image for message in messages for image in message.images)
 
 
 @dataclass(frozen=True, slots=True)

@@ -338,8 +338,9 @@ class Child:
         if not decoded:
             self._rewind(batch)
             return
-        threads.observe(cpu_s, wall_s)
-        self._rates.observe(prefill_tokens, len(decoding), wall_s)
+        if batch.view is None:  # what a picture takes says nothing about tokens
+            threads.observe(cpu_s, wall_s)
+            self._rates.observe(prefill_tokens, len(decoding), wall_s)
         frames: list[wire.FromChild] = []
         for sampled in self._scheduler.commit(batch, self._draw(batch)):
             frames += self._deliver(sampled)

@@ -13,7 +13,16 @@ from contextlib import asynccontextmanager
 
 import trio
 
-from meshnode.engine import ChatMessage, Delta, EngineStats, Finish, ModelCard, Request, Usage
+from meshnode.engine import (
+    ChatMessage,
+    Delta,
+    EngineStats,
+    Finish,
+    ModelCard,
+    Request,
+    Usage,
+    images_of,
+)
 from meshnode.engine.scheduler import common_prefix
 from meshnode.engine.text import AnswerText
 from meshnode.errors import (
@@ -89,7 +98,7 @@ class EchoEngine:
             raise RequestError("An echo keeps to no grammar.", param=request.grammar.param)
         if request.n != 1:
             raise RequestError("There is only one echo.", param="n")
-        if request.has_images:
+        if images_of(request.prompt):
             raise NoVisionError(self._card.name)
         prompt, answer = _words(request)
         if not prompt:

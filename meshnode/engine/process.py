@@ -21,12 +21,13 @@ from typing import Literal, Self
 import trio
 
 from meshnode.engine import (
-    ChatMessage,
+    IMAGES_BYTES_MAX,
     Delta,
     EngineStats,
     Finish,
     ModelCard,
     Request,
+    images_of,
     wire,
 )
 from meshnode.engine.memory import available_bytes, check_fits, context_for, memory_need
@@ -45,6 +46,8 @@ from meshnode.models.gguf import read_header, read_projector
 SLOTS_DEFAULT = 8
 # At this depth a request waits about as long as a client's patience; others may be free.
 WAITING_MAX_DEFAULT = 32
+# What waits in an engine keeps its images: those of a few requests at their largest.
+IMAGES_IN_FLIGHT_BYTES_MAX = 4 * IMAGES_BYTES_MAX
 # First pause before a restart, doubled up to the bound; forgotten after a healthy while.
 RESTART_AFTER_S = 0.25
 RESTART_AFTER_MAX_S = 30.0
@@ -87,8 +90,9 @@ class _Answer:
     most as long as the context can hold.
     """
 
-    def __init__(self, choices: int) -> None:
+    def __init__(self, choices: int, images_bytes: int) -> None:
         self.choices = choices
+        self.images_bytes = images_bytes
         self.choices_left = choices
         self._accepted = False
         self._texts: dict[int, list[wire.Text]] = {}
@@ -228,13 +232,15 @@ class EngineProcess:
                 param="n",
                 code="invalid_value",
             )
-        if request.has_images and self._options.projector is None:
+        images = images_of(request.prompt)
+        images_bytes = sum(len(image.data) for image in images)
+        if images and self._options.projector is None:
             raise NoVisionError(self._card.name)
-        outbox = self._require_ready(request.n)
+        outbox = self._require_ready(request.n, images_bytes)
         self._numbers += 1
         number = self._numbers
-        answer = _Answer(request.n)
-        outbox.send_nowait(_encode_request(number, request))
+        answer = _Answer(request.n, images_bytes)
+        outbox.send_nowait(_encode_request(number, request, images_bytes))
         self._answers[number] = answer
         try:
             try:
@@ -261,13 +267,14 @@ class EngineProcess:
         while self._answers:
             await self._changed.wait()
 
-    def _require_ready(self, choices: int) -> trio.MemorySendChannel[bytes]:
+    def _require_ready(self, choices: int, images_bytes: int) -> trio.MemorySendChannel[bytes]:
         if self._state != "ready" or self._outbox is None:
             why = f": {self._error}" if self._error else f" ({self._progress:.0%} loaded)."
             raise EngineError(f"The engine of {self._card.name} is {self._state}{why}")
         in_flight_max = self._options.slots + self._options.waiting_max
         in_flight = sum(answer.choices_left for answer in self._answers.values())
-        if in_flight + choices > in_flight_max:
+        images_bytes += sum(answer.images_bytes for answer in self._answers.values())
+        if in_flight + choices > in_flight_max or images_bytes > IMAGES_IN_FLIGHT_BYTES_MAX:
             raise EngineBusyError(
                 f"{self._card.name} has {len(self._answers)} requests already; try again soon.",
                 BUSY_RETRY_AFTER_S,
@@ -460,13 +467,11 @@ class _TooLongError(EngineError):
         self.prompt_tokens = prompt_tokens
 
 
-def _encode_request(number: int, request: Request) -> bytes:
+def _encode_request(number: int, request: Request, images_bytes: int) -> bytes:
     try:
         frame = wire.encode(wire.Generate.of(number, request))
-        messages = (item for item in request.prompt if isinstance(item, ChatMessage))
-        images_bytes = sum(len(image.data) for each in messages for image in each.images)
         if len(frame) - images_bytes > wire.PROMPT_BYTES_MAX:
-            raise LocalProtocolError(f"over {wire.PROMPT_BYTES_MAX} bytes of text")
+            raise LocalProtocolError(f"it has over {wire.PROMPT_BYTES_MAX} bytes of text")
         return frame
     except LocalProtocolError as error:
         raise RequestError(f"The request is too large: {error}.", param="messages") from error

@@ -27,6 +27,7 @@ from meshnode.engine import (
     Request,
     Sampling,
     TokenLogprobs,
+    images_of,
 )
 from meshnode.errors import RequestError
 from meshnode.gateway import ServedModel
@@ -119,8 +120,7 @@ class Call:
     @property
     def images_bytes(self) -> int:
         """What the images take in a body, as base64."""
-        messages = (item for item in self.prompt if isinstance(item, ChatMessage))
-        return sum(len(image.data) for each in messages for image in each.images) * 4 // 3
+        return sum(len(image.data) for image in images_of(self.prompt)) * 4 // 3
 
     def request(self, id: str, session: bytes) -> Request:
         """The same in the engine's words; `session` is 16 bytes."""

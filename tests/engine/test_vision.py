@@ -5,6 +5,7 @@ What it says of pictures is nonsense; that they reach it, and how, is not.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import AsyncIterator
 from dataclasses import replace
 from pathlib import Path
@@ -12,16 +13,25 @@ from pathlib import Path
 import pytest
 import trio
 
-from meshnode.engine import ChatMessage, Delta, Finish, Image, ModelCard, Request, Sampling, Usage
+from meshnode.engine import (
+    IMAGES_BYTES_MAX,
+    ChatMessage,
+    Delta,
+    Finish,
+    Image,
+    ModelCard,
+    Request,
+    Sampling,
+    Usage,
+)
 from meshnode.engine.process import EngineOptions, EngineProcess
-from meshnode.errors import ModelLoadError, NoVisionError, RequestError
+from meshnode.errors import EngineBusyError, ModelLoadError, NoVisionError, RequestError
 from tests.engine.eyes import picture, write_projector
 from tests.engine.test_pictures import BAD
 
 HANG_S = 120
 OPTIONS = EngineOptions(context_tokens=2048, slots=4, waiting_max=4, threads=1)
 RED, BLUE = picture("red"), picture("blue")
-CELLS = {"gemma3": 16, "mlp": 64}
 
 
 def user(text: str, *images: bytes) -> ChatMessage:
@@ -44,12 +54,12 @@ async def answer(engine: EngineProcess, request: Request) -> tuple[str, list[flo
     raise AssertionError("the answer has no finish")
 
 
-@pytest.fixture(params=["gemma3", "mlp"])
+@pytest.fixture
 async def engine(
     request: pytest.FixtureRequest, q4_0_card: ModelCard, tmp_path: Path
 ) -> AsyncIterator[EngineProcess]:
-    """One kind of projector whose cells all see each other, and one where they do not."""
-    projector = write_projector(tmp_path / "mmproj.gguf", request.param)
+    kind = getattr(request, "param", "gemma3")
+    projector = write_projector(tmp_path / "mmproj.gguf", kind)
     with trio.fail_after(HANG_S):
         async with trio.open_nursery() as nursery:
             engine = EngineProcess(q4_0_card, replace(OPTIONS, projector=projector))
@@ -59,8 +69,9 @@ async def engine(
             nursery.cancel_scope.cancel()
 
 
-async def test_pictures_are_seen_cached_and_kept_apart(engine: EngineProcess, request) -> None:  # type: ignore[no-untyped-def]
-    cells = CELLS[request.node.callspec.params["engine"]]
+# Of one kind the cells of a picture all see each other; of the other each sees those before it.
+@pytest.mark.parametrize(("engine", "cells"), [("gemma3", 16), ("mlp", 64)], indirect=["engine"])
+async def test_pictures_are_seen_cached_and_kept_apart(engine: EngineProcess, cells: int) -> None:
     question = "What is this?"
     blind = await answer(engine, ask(user(question), session=b"0"))
     red = await answer(engine, ask(user(question, RED), session=b"1"))
@@ -108,6 +119,17 @@ async def test_hostile_pictures_are_refused_and_the_engine_lives(engine: EngineP
         await answer(engine, huge)
     await answer(engine, ask(user("What is this?", RED)))
     assert engine.pid == pid
+
+
+async def test_images_that_wait_are_bounded(engine: EngineProcess) -> None:
+    large = RED + bytes(IMAGES_BYTES_MAX - len(RED))  # what follows a picture is not read
+    request = ask(user("What is this?", large), tokens=1000)
+    async with contextlib.AsyncExitStack() as held:
+        for _ in range(4):
+            await held.enter_async_context(engine.generate(request))
+        with pytest.raises(EngineBusyError):
+            await answer(engine, ask(user("What is this?", RED)))
+        await answer(engine, ask(user("Hello.")))
 
 
 async def test_too_many_pictures_for_the_context_are_counted(

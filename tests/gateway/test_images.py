@@ -7,7 +7,14 @@ import json
 
 import pytest
 
-from meshnode.engine import IMAGE_BYTES_MAX, IMAGES_BYTES_MAX, IMAGES_MAX, ChatMessage, Image
+from meshnode.engine import (
+    IMAGE_BYTES_MAX,
+    IMAGES_BYTES_MAX,
+    IMAGES_MAX,
+    ChatMessage,
+    Image,
+    images_of,
+)
 from meshnode.engine.echo import EchoEngine
 from meshnode.errors import NoVisionError, RequestError
 from meshnode.gateway.app import create_api_app
@@ -123,7 +130,7 @@ class BlindEngine(WordEngine):
     """Does not see."""
 
     def generate(self, request):
-        if request.has_images:
+        if images_of(request.prompt):
             raise NoVisionError(MODEL)
         return super().generate(request)
 
