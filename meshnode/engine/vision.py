@@ -44,7 +44,8 @@ from meshnode.errors import ModelLoadError, RequestError
 
 # Of a SHA-256: whoever finds two views with equal ones could read another's picture in the cache.
 _DIGEST_BYTES = 16
-_CHUNK_TEXT, _CHUNK_IMAGE = 0, 1
+# mtmd_input_chunk_type: the others are text and sound.
+_CHUNK_IMAGE = 1
 # What mtmd.h documents, to be found in the struct if it is laid out as declared here.
 _MARKER = b"<__media__>"
 _BATCH_TOKENS = 1024
@@ -244,7 +245,10 @@ class Projector:
     def _tokens(self, chunk: Any) -> list[int]:
         count = c_size_t()
         tokens = self._lib.mtmd_input_chunk_get_tokens_text(chunk, ctypes.byref(count))
-        return list(tokens[: count.value])
+        found = list(tokens[: count.value])
+        if any(token < 0 for token in found):
+            raise _unreadable()  # the model's vocabulary lacks a word that its projector needs
+        return found
 
     def _places(self, chunk: Any, count: int, position: int) -> np.ndarray[Any, Any] | None:
         if not self.has_places:

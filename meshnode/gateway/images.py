@@ -10,10 +10,16 @@ from __future__ import annotations
 import base64
 import binascii
 import re
-from collections.abc import Sequence
 from typing import Any
 
-from meshnode.engine import IMAGE_BYTES_MAX, IMAGES_BYTES_MAX, IMAGES_MAX, ChatMessage, Image
+from meshnode.engine import (
+    IMAGE_BYTES_MAX,
+    IMAGES_BYTES_MAX,
+    IMAGES_MAX,
+    ChatMessage,
+    Image,
+    images_of,
+)
 from meshnode.errors import RequestError
 from meshnode.gateway.fields import invalid_body, unsupported
 
@@ -83,9 +89,9 @@ def _text(text: str) -> list[dict[str, Any]]:
     return [{"type": "text", "text": text}] if text else []
 
 
-def check_images(messages: Sequence[ChatMessage]) -> None:
+def check_images(messages: tuple[ChatMessage, ...]) -> None:
     """Raises `RequestError` if they are too many or too large together."""
-    images = [image for message in messages for image in message.images]
+    images = images_of(messages)
     if len(images) > IMAGES_MAX or sum(len(image.data) for image in images) > IMAGES_BYTES_MAX:
         raise _bad(
             "messages", f"has over {IMAGES_MAX} images, or over {_mib(IMAGES_BYTES_MAX)} of them"
