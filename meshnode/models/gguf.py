@@ -86,7 +86,8 @@ _Value = int | float | bool | str | list[int | float | bool] | None
 class GgufHeader:
     """What the header of a whole, supported file says. Sizes in bytes, context in tokens.
 
-    `kv_bytes_per_token` is what a token costs in the KV cache, over all layers.
+    `kv_bytes_per_token` is what a token costs in the KV cache, over all layers. `embeds`: the file
+    says how its vectors are pooled, so it was made for embeddings or reranking, not to generate.
     """
 
     architecture: str
@@ -101,6 +102,7 @@ class GgufHeader:
     tensors: int
     weights_bytes: int
     size_bytes: int
+    embeds: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -310,6 +312,7 @@ def _describe(contents: _Contents) -> GgufHeader:
         tensors=contents.tensors,
         weights_bytes=contents.weights_bytes,
         size_bytes=contents.size_bytes,
+        embeds=_whole(metadata, f"{architecture}.pooling_type", 0) > 0,
     )
 
 
@@ -334,6 +337,8 @@ def _kv_bytes_per_token(
     metadata: dict[str, _Value], architecture: str, layers: int, embedding_length: int
 ) -> int:
     """Over all layers; an upper bound for architectures that do not say their heads."""
+    if metadata.get(f"{architecture}.attention.causal") is False:
+        return 0  # an encoder: it sees all at once, and keeps nothing
     heads = max(1, _largest(metadata, f"{architecture}.attention.head_count", 1))
     head_size = -(-embedding_length // heads)
     key_size = _whole(metadata, f"{architecture}.attention.key_length", head_size)
