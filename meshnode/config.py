@@ -18,6 +18,7 @@ from typing import Literal, get_args
 from meshnode.errors import ConfigError
 
 Role = Literal["node", "gateway", "bootstrap"]
+KvType = Literal["f16", "q8_0"]
 LogFormat = Literal["pretty", "json"]
 LogLevel = Literal["debug", "info", "warning", "error"]
 
@@ -28,8 +29,8 @@ P2P_PORT = 9338
 LISTEN_DEFAULT = (f"/ip4/0.0.0.0/udp/{P2P_PORT}/quic-v1", f"/ip4/0.0.0.0/tcp/{P2P_PORT}")
 """QUIC first; TCP for networks that drop UDP."""
 SLOTS_DEFAULT = 8
-"""Conversations whose KV cache is kept at once. They share one cache: 4 slots or 32 cost the same
-memory (181 and 187 MB measured), and 8 keep a two-core machine saturated."""
+"""Requests that are answered at once. They share one cache, so 4 or 32 cost the same memory (181
+and 187 MB measured), and 8 keep a two-core machine saturated."""
 SLOTS_MAX = 256
 CONTEXT_TOKENS_MIN = 64
 """Below this not even a system prompt fits."""
@@ -69,6 +70,8 @@ class Config:
     standbys: tuple[str, ...] = ()
     context_tokens: int | None = None
     slots: int = SLOTS_DEFAULT
+    kv_type: KvType = "f16"  # q8_0 takes half the memory and half as much CPU again at prefill
+    kv_spill_bytes: int = 0  # on disk, for each model; not without being asked for
     memory_bytes: int | None = None
 
     # Gateway: HOST:PORT, or "" for none. Who may use it stands in `key_file`.
@@ -156,6 +159,10 @@ def _is_api(text: str) -> bool:
     return True
 
 
+def _is_size(text: str) -> bool:
+    return text == "0" or _is_memory(text)
+
+
 def _is_memory(text: str) -> bool:
     try:
         return size_bytes(text) >= MEMORY_BYTES_MIN
@@ -199,6 +206,8 @@ SETTINGS: Mapping[str, _Setting] = {
         _within(CONTEXT_TOKENS_MIN, CONTEXT_TOKENS_MAX),
     ),
     "slots": _Setting(int, f"a number from 1 to {SLOTS_MAX}", _within(1, SLOTS_MAX)),
+    "kv-type": _Setting(str, " or ".join(get_args(KvType)), lambda text: text in get_args(KvType)),
+    "kv-spill": _Setting(str, "0 for none, or a size from 128MiB, with its unit: 2GiB", _is_size),
     "memory": _Setting(str, "a size from 128MiB, with its unit: 8GiB, 512MiB, 16GB", _is_memory),
     "log-format": _Setting(
         str, " or ".join(get_args(LogFormat)), lambda text: text in get_args(LogFormat)
@@ -255,6 +264,7 @@ def _config(role: Role, values: Mapping[str, object]) -> Config:
         ("join", "join"),
         ("context", "context_tokens"),
         ("slots", "slots"),
+        ("kv-type", "kv_type"),
         ("log-format", "log_format"),
         ("log-level", "log_level"),
     ):
@@ -269,6 +279,8 @@ def _config(role: Role, values: Mapping[str, object]) -> Config:
         # Whoever names only what to keep ready has decided against the default, too.
         fields["models"] = values.get("model", ())
         fields["standbys"] = values.get("standby", ())
+    if (spill := values.get("kv-spill", "0")) != "0":
+        fields["kv_spill_bytes"] = size_bytes(str(spill))
     if "memory" in values:
         fields["memory_bytes"] = size_bytes(str(values["memory"]))
     if "api" in values:

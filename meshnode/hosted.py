@@ -139,7 +139,8 @@ class HostedModel:
         card = await self._prepare()
         header = await trio.to_thread.run_sync(read_header, card.path)
         context_tokens = context_for(card.path, header, self._options.context_tokens)
-        return _Identity(card, header, memory_need(header, context_tokens))
+        need = memory_need(header, context_tokens, self._options.kv_type)
+        return _Identity(card, header, need)
 
     async def _prepare(self) -> ModelCard:
         first = 0.1 if self._source.packaged else PREPARED
@@ -236,7 +237,7 @@ class HostedModel:
             weight_bytes=need.weights_bytes,
             layers=header.layers,
             bytes=need.total_bytes,
-            kv_bytes_per_token=header.kv_bytes_per_token,
+            kv_bytes_per_token=need.kv_bytes_per_token,
             context_tokens=need.context_tokens,
             compute_bytes=need.total_bytes - need.weights_bytes - need.kv_bytes,
         )
@@ -305,7 +306,13 @@ def find_models(config: Config) -> tuple[HostedModel, ...]:
 
     Raises `ConfigError` for one that does not exist, and for a standby that is named twice.
     """
-    options = EngineOptions(context_tokens=config.context_tokens, slots=config.slots)
+    options = EngineOptions(
+        context_tokens=config.context_tokens,
+        slots=config.slots,
+        kv_type=config.kv_type,
+        kv_spill_bytes=config.kv_spill_bytes,
+        kv_spill_dir=config.data_dir / "cache" / "kv",
+    )
     pinned = [resolve(spec, config.data_dir) for spec in config.models]
     standbys = [resolve(spec, config.data_dir) for spec in config.standbys]
     paths = [source.path for source in (*pinned, *standbys)]

@@ -8,7 +8,7 @@ from typing import get_args
 import click
 
 from meshnode.cli.edge import F, config_from, data_dir_option, json_option
-from meshnode.config import API_DEFAULT, LISTEN_DEFAULT, SLOTS_DEFAULT, Config, LogLevel
+from meshnode.config import API_DEFAULT, LISTEN_DEFAULT, SLOTS_DEFAULT, Config, KvType, LogLevel
 
 _NODE_OPTIONS: tuple[Callable[[F], F], ...] = (
     click.option(
@@ -96,7 +96,19 @@ def node_options(command: F) -> F:
     "--slots",
     type=int,
     metavar="N",
-    help=f"Conversations kept at once per model. [default: {SLOTS_DEFAULT}]",
+    help=f"Requests answered at once per model. [default: {SLOTS_DEFAULT}]",
+)
+@click.option(
+    "--kv-type",
+    type=click.Choice(get_args(KvType)),
+    help="How conversations are kept in memory: q8_0 takes half of f16, and reads long prompts "
+    "more slowly. [default: f16]",
+)
+@click.option(
+    "--kv-spill",
+    metavar="SIZE",
+    help="Conversations that memory has no room for go to disk up to this, per model, such as "
+    "2GiB. [default: 0, none]",
 )
 @click.option(
     "--memory",

@@ -25,7 +25,9 @@ from meshnode.engine import TokenLogprobs, Usage, wire
 from meshnode.engine.cores import usable_cores
 from meshnode.engine.llama import LlamaModel, Sampler, quantize_q4_0
 from meshnode.engine.pace import Rates, Threads
-from meshnode.engine.scheduler import Batch, Limits, Sampled, Scheduler
+from meshnode.engine.saved import Drop, Restore, Save, Spill
+from meshnode.engine.scheduler import Batch, Copy, Limits, Sampled, Scheduler, Trim
+from meshnode.engine.states import StateLostError, StateStore
 from meshnode.engine.text import AnswerText
 from meshnode.errors import MeshnodeError, RequestError
 
@@ -35,6 +37,13 @@ READ_BYTES = 64 * 1024
 # Fresh enough for a status page, rare enough to cost nothing.
 STATUS_INTERVAL_S = 0.25
 PROGRESS_STEP = 0.01
+# Slots that only keep: sessions outlive their requests. 32 in all took 6 MB more than 4.
+SLOTS_KEPT = 24
+# llama.cpp's bound on sequences.
+SLOTS_MAX = 256
+# A state has a position and a few numbers for each token besides its KV: 12 bytes measured, and
+# some per layer.
+STATE_TOKEN_BYTES = 64
 EXIT_BUG = 1
 
 
@@ -150,11 +159,21 @@ class _Pipe:
 class Child:
     """A loaded model being stepped."""
 
-    def __init__(self, pipe: _Pipe, model: LlamaModel, limits: Limits, threads: Threads):
+    def __init__(
+        self,
+        pipe: _Pipe,
+        model: LlamaModel,
+        limits: Limits,
+        threads: Threads,
+        states: StateStore,
+        state_bytes_per_token: int,
+    ):
         self._pipe = pipe
         self._model = model
         self._limits = limits
         self._scheduler = Scheduler(limits, model.end_tokens)
+        self._states = states
+        self._state_bytes_per_token = state_bytes_per_token
         self._inbox: queue.Queue[_Start | wire.Cancel] = queue.Queue(INBOX_MAX)
         # By sequence: a request has one for each choice.
         self._answers: dict[int, _Answer] = {}
@@ -290,7 +309,6 @@ class Child:
                 self._begin(item)
 
     def _begin(self, start: _Start) -> None:
-        first = self._sequences + 1
         for index in range(len(start.samplers)):
             self._sequences += 1
             self._answers[self._sequences] = _Answer(start, index)
@@ -299,7 +317,6 @@ class Child:
                 start.session,
                 start.prompt,
                 start.max_tokens,
-                follows=first if index else None,
             )
 
     def _cancel(self, number: int) -> None:
@@ -313,7 +330,7 @@ class Child:
             self._pipe.send(wire.Done(number, "cancelled", usage, answer.index))
 
     def _step(self, batch: Batch) -> None:
-        """Trim, copy, decode, sample, send."""
+        """Change what the slots hold, decode, sample, send."""
         if not self._prepare(batch) or not batch.chunks:
             return
         decoding = [chunk for chunk in batch.chunks if len(chunk.tokens) == 1]
@@ -342,11 +359,48 @@ class Child:
 
     def _prepare(self, batch: Batch) -> bool:
         """False if some slot lost all its KV, so that the batch must be planned anew."""
-        lost = [trim.slot for trim in batch.trims if not self._model.trim(trim)]
-        lost += [copy.slot for copy in batch.copies if not self._model.copy(copy)]
-        for slot in lost:
-            self._scheduler.forget(slot)
-        return not lost
+        is_whole = True
+        for change in batch.changes:
+            match change:
+                case Trim(slot):
+                    if not self._model.trim(change):
+                        self._scheduler.forget(slot)
+                        is_whole = False
+                case Copy():
+                    self._model.copy(change)
+                case Restore(key, slot):
+                    if not self._restore(key, slot):
+                        self._scheduler.forget(slot)
+                        self._scheduler.lose(key)
+                        is_whole = False
+                case Save(slot, key, tokens):
+                    self._save(slot, key, tokens)
+                case Spill(key):
+                    self._spill(key)
+                case Drop(key):
+                    self._states.drop(key)
+        return is_whole
+
+    def _save(self, slot: int, key: int, tokens: int) -> None:
+        state = self._model.save(slot, tokens * self._state_bytes_per_token)
+        if state is None:
+            self._scheduler.lose(key)
+        else:
+            self._states.put(key, state)
+
+    def _spill(self, key: int) -> None:
+        try:
+            self._states.spill(key)
+        except StateLostError as error:
+            print(error, file=sys.stderr)
+            self._scheduler.lose(key)
+
+    def _restore(self, key: int, slot: int) -> bool:
+        try:
+            return self._model.restore(slot, self._states.get(key))
+        except StateLostError as error:
+            print(error, file=sys.stderr)
+            return False
 
     def _rewind(self, batch: Batch) -> None:
         """After an aborted decode: every slot back to where the batch found it."""
@@ -402,6 +456,7 @@ class Child:
                 prefill_tokens_per_s=self._rates.prefill_tokens_per_s,
                 decode_tokens_per_s=self._rates.decode_tokens_per_s,
                 memory_bytes=_resident_bytes(),
+                saved_tokens=load.saved_tokens,
                 sessions=load.sessions,
             )
         )
@@ -423,19 +478,27 @@ def serve() -> None:
             load.path,
             context_tokens=load.context_tokens,
             slots=load.slots,
+            slots_kept=min(SLOTS_KEPT, SLOTS_MAX - load.slots),
+            kv_type=load.kv_type,
             threads=threads_max,
             on_progress=_Progress(pipe),
         )
     except MeshnodeError as error:
         pipe.send(wire.LoadFailed(str(error)))
         return
+    state_bytes = load.kv_bytes_per_token + STATE_TOKEN_BYTES
     limits = Limits(
         slots=load.slots,
         context_tokens=model.context_tokens,
         kv_tokens=model.context_tokens,
         waiting_max=load.waiting_max,
+        slots_kept=model.slots_kept,
+        saved_tokens=load.saved_bytes // state_bytes,
+        spilled_tokens=load.spilled_bytes // state_bytes,
+        copies=model.copies,
     )
-    child = Child(pipe, model, limits, threads)
+    states = StateStore(None if load.spill_dir is None else Path(load.spill_dir))
+    child = Child(pipe, model, limits, threads, states, state_bytes)
     threading.Thread(target=child.read, args=(frames,), daemon=True).start()
     pipe.send(wire.Ready(model.context_tokens))
     child.run()

@@ -14,7 +14,7 @@ from contextlib import asynccontextmanager
 import trio
 
 from meshnode.engine import ChatMessage, Delta, EngineStats, Finish, ModelCard, Request, Usage
-from meshnode.engine.scheduler import common_prefix
+from meshnode.engine.kv import common_prefix
 from meshnode.engine.text import AnswerText
 from meshnode.errors import ContextLengthError, EngineBusyError, EngineError, RequestError
 

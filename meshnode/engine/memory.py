@@ -6,9 +6,12 @@ is kinder. Also decides how much of the memory a mesh may plan with; does not kn
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 
+from meshnode.config import KvType
 from meshnode.errors import ConfigError, ModelLoadError
 from meshnode.models.gguf import GgufHeader
 
@@ -16,6 +19,12 @@ from meshnode.models.gguf import GgufHeader
 RUNTIME_BYTES = 128 * 1024**2
 # Activations of one compute pass: 512 tokens of about 16 float32 vectors of the embedding's size.
 COMPUTE_BYTES_PER_EMBEDDING = 512 * 16 * 4
+# A block of 32 values takes 34 bytes as q8_0 and 64 as f16.
+KV_TYPE_BYTES_PER_F16 = {"f16": Fraction(1), "q8_0": Fraction(34, 64)}
+# What was preempted or evicted may take this part of the cache's size outside of it, and no more
+# than this: a second cache would be better spent on a larger context.
+SAVED_PART = 4
+SAVED_BYTES_MAX = 256 * 1024**2
 # Beyond this a default context costs more memory than most conversations use.
 CONTEXT_TOKENS_DEFAULT = 8192
 # The default budget is three quarters: a desktop's own programs and the page cache need the rest.
@@ -30,18 +39,29 @@ class MemoryNeed:
     """Bytes by purpose."""
 
     weights_bytes: int
-    kv_bytes: int
+    kv_bytes_per_token: int
     compute_bytes: int
     context_tokens: int
 
     @property
+    def kv_bytes(self) -> int:
+        return self.kv_bytes_per_token * self.context_tokens
+
+    @property
+    def saved_bytes(self) -> int:
+        """KV outside of the cache, at most."""
+        return min(self.kv_bytes // SAVED_PART, SAVED_BYTES_MAX)
+
+    @property
     def total_bytes(self) -> int:
-        return self.weights_bytes + self.kv_bytes + self.compute_bytes + RUNTIME_BYTES
+        used = self.weights_bytes + self.kv_bytes + self.saved_bytes + self.compute_bytes
+        return used + RUNTIME_BYTES
 
     def __str__(self) -> str:
         return (
             f"{_mib(self.weights_bytes)} weights + {_mib(self.kv_bytes)} KV cache for "
-            f"{self.context_tokens} tokens + {_mib(self.compute_bytes)} compute buffers + "
+            f"{self.context_tokens} tokens + {_mib(self.saved_bytes)} saved KV + "
+            f"{_mib(self.compute_bytes)} compute buffers + "
             f"{_mib(RUNTIME_BYTES)} runtime = {_mib(self.total_bytes)}"
         )
 
@@ -61,11 +81,11 @@ def context_for(path: str, header: GgufHeader, wanted_tokens: int | None) -> int
     return wanted_tokens
 
 
-def memory_need(header: GgufHeader, context_tokens: int) -> MemoryNeed:
+def memory_need(header: GgufHeader, context_tokens: int, kv_type: KvType) -> MemoryNeed:
     """What an engine for this file would use, rounded up rather than down."""
     return MemoryNeed(
         weights_bytes=header.weights_bytes,
-        kv_bytes=header.kv_bytes_per_token * context_tokens,
+        kv_bytes_per_token=math.ceil(header.kv_bytes_per_token * KV_TYPE_BYTES_PER_F16[kv_type]),
         compute_bytes=header.embedding_length * COMPUTE_BYTES_PER_EMBEDDING,
         context_tokens=context_tokens,
     )

@@ -12,6 +12,7 @@ from typing import Literal, TypeVar
 
 import msgspec
 
+from meshnode.config import KvType
 from meshnode.engine import (
     ChatMessage,
     Continuation,
@@ -30,13 +31,21 @@ _LENGTH = struct.Struct(">I")
 
 
 class Load(msgspec.Struct, frozen=True, tag="load"):
-    """First frame to the child. `threads` None: adapt to the cores that are really free."""
+    """First frame to the child. `threads` None: adapt to the cores that are really free.
+
+    KV of `saved_bytes` may be in memory outside of the cache, and of `spilled_bytes` in files.
+    """
 
     path: str
     context_tokens: int
     slots: int
     waiting_max: int
     threads: int | None
+    kv_type: KvType
+    kv_bytes_per_token: int
+    saved_bytes: int
+    spilled_bytes: int
+    spill_dir: str | None
 
 
 class Generate(msgspec.Struct, frozen=True, tag="generate"):
@@ -159,6 +168,7 @@ class Status(msgspec.Struct, frozen=True, tag="status"):
     prefill_tokens_per_s: float
     decode_tokens_per_s: float
     memory_bytes: int
+    saved_tokens: int
     sessions: tuple[bytes, ...]
 
 

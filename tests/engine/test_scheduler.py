@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from meshnode.engine.scheduler import Batch, Chunk, Limits, Sampled, Scheduler, Trim
+from meshnode.engine.saved import Drop, Restore, Save, Spill
+from meshnode.engine.scheduler import (
+    Batch,
+    Change,
+    Chunk,
+    Copy,
+    Limits,
+    Sampled,
+    Scheduler,
+    Trim,
+)
 from meshnode.errors import ContextLengthError, EngineBusyError
 
 END = 0
@@ -22,16 +33,34 @@ def make(
     waiting_max: int = 4,
     prefill_tokens: int = 10,
     prefill_tokens_beside_decode: int = 4,
+    slots_kept: int = 0,
+    saved_tokens: int = 0,
+    spilled_tokens: int = 0,
+    copies: bool = True,
 ) -> Scheduler:
     limits = Limits(
-        slots, context_tokens, kv_tokens, waiting_max, prefill_tokens, prefill_tokens_beside_decode
+        slots,
+        context_tokens,
+        kv_tokens,
+        waiting_max,
+        prefill_tokens,
+        prefill_tokens_beside_decode,
+        slots_kept,
+        saved_tokens,
+        spilled_tokens,
+        copies,
     )
     return Scheduler(limits, frozenset({END}))
 
 
-def step(scheduler: Scheduler, token: int = WORD) -> tuple[Batch, list[Sampled]]:
+def planned(scheduler: Scheduler) -> Batch:
     batch = scheduler.plan()
     assert batch is not None
+    return batch
+
+
+def step(scheduler: Scheduler, token: int = WORD) -> tuple[Batch, list[Sampled]]:
+    batch = planned(scheduler)
     return batch, scheduler.commit(batch, [token] * batch.outputs)
 
 
@@ -72,7 +101,7 @@ def test_prefill_goes_beside_decoding_in_smaller_chunks() -> None:
     scheduler = make()
     scheduler.submit(1, b"a", [1, 2, 3], None)
     step(scheduler)
-    scheduler.submit(2, b"b", range(1, 21), None)
+    scheduler.submit(2, b"b", range(11, 31), None)
     batch, _ = step(scheduler)
     assert [(chunk.sequence, len(chunk.tokens)) for chunk in batch.chunks] == [(1, 1), (2, 4)]
 
@@ -80,7 +109,7 @@ def test_prefill_goes_beside_decoding_in_smaller_chunks() -> None:
 def test_two_prompts_share_the_budget_oldest_first() -> None:
     scheduler = make()
     scheduler.submit(1, b"a", range(1, 9), None)
-    scheduler.submit(2, b"b", range(1, 9), None)
+    scheduler.submit(2, b"b", range(11, 19), None)
     batch, _ = step(scheduler)
     assert [(chunk.sequence, len(chunk.tokens)) for chunk in batch.chunks] == [(1, 8), (2, 2)]
 
@@ -93,53 +122,112 @@ def test_an_end_token_is_no_part_of_the_answer() -> None:
     assert results[0].usage.completion_tokens == 0
 
 
-def test_the_next_turn_reuses_its_session_although_another_slot_matches_better() -> None:
-    scheduler = make()
-    scheduler.submit(1, b"a", [1, 2, 3, 4], None)
-    scheduler.submit(2, b"b", [1, 2, 3, 4, 5, 6], None)
-    run(scheduler)
-    scheduler.submit(3, b"a", [1, 2, 3, 4, 5, 6, 7], None)
-    batch = scheduler.plan()
-    assert batch is not None
+def kept(*histories: tuple[bytes, list[int]], slots: int = 4, **sizes: int) -> Scheduler:
+    """A scheduler whose slots 0, 1, ... keep these sessions and tokens."""
+    scheduler = make(slots=slots, context_tokens=400, prefill_tokens=400, **sizes)
+    for number, (session, tokens) in enumerate(histories, 1):
+        scheduler.submit(number, session, tokens, None)
+        run(scheduler)
+    return scheduler
+
+
+BEGINNINGS = [
+    # kept sessions and tokens; who comes with what; what is done first, then where it begins
+    ("its own slot", [(b"a", [1, 2, 3])], b"a", [1, 2, 3, 9], [], (0, 3)),
+    ("its own, trimmed", [(b"a", [1, 2, 3, 4])], b"a", [1, 2, 9], [Trim(0, 2)], (0, 2)),
+    (
+        "its own slot, with more from another's",
+        [(b"a", [1, 2, 3]), (b"b", [1, 2, 4, 5, 6])],
+        b"a",
+        [1, 2, 4, 5, 9],
+        [Trim(0, 0), Copy(1, 0, 4)],
+        (0, 4),
+    ),
+    ("continued by a stranger", [(b"a", [1, 2])], b"b", [1, 2, 3], [], (0, 2)),
+    ("shared with a stranger", [(b"a", [1, 2, 3, 4])], b"b", [1, 2, 9], [Copy(0, 1, 2)], (1, 2)),
+    ("nothing in common", [(b"a", [1, 2])], b"b", [7, 8], [], (1, 0)),
+    ("an equal prompt", [(b"a", [1, 2])], b"a", [1, 2], [Trim(0, 1)], (0, 1)),
+    (
+        "no slot is empty: the longest unused one goes",
+        [(b"a", [1] * 5), (b"b", [2] * 5), (b"c", [3] * 5), (b"d", [4] * 5)],
+        b"e",
+        [3, 3, 9],
+        [Trim(0, 0), Copy(2, 0, 2)],
+        (0, 2),
+    ),
+    (
+        "the longest unused one is also the best",
+        [(b"a", [1] * 5), (b"b", [2] * 5), (b"c", [3] * 5), (b"d", [4] * 5)],
+        b"e",
+        [1, 1, 9],
+        [Trim(0, 2)],
+        (0, 2),
+    ),
+]
+
+
+@pytest.mark.parametrize(
+    ("histories", "session", "prompt", "changes", "begins"),
+    [row[1:] for row in BEGINNINGS],
+    ids=[row[0] for row in BEGINNINGS],
+)
+def test_where_a_sequence_begins(
+    histories: list[tuple[bytes, list[int]]],
+    session: bytes,
+    prompt: list[int],
+    changes: list[Change],
+    begins: tuple[int, int],
+) -> None:
+    scheduler = kept(*histories)
+    scheduler.submit(99, session, prompt, None)
+    done: list[Change] = []
+    while not (batch := planned(scheduler)).chunks:
+        done += batch.changes
+    assert done + list(batch.changes) == changes
     chunk = only_chunk(batch)
-    assert (chunk.slot, chunk.start) == (0, 4)
-    assert batch.trims == ()
-
-
-def test_without_a_session_the_longest_common_prefix_wins_and_the_rest_is_trimmed() -> None:
-    scheduler = make()
-    scheduler.submit(1, b"a", [1, 2, 9, 9], None)
-    scheduler.submit(2, b"b", [1, 2, 3, 4], None)
-    run(scheduler)
-    scheduler.submit(3, b"c", [1, 2, 3, 8], None)
-    batch = scheduler.plan()
-    assert batch is not None
-    assert batch.trims == (Trim(1, 3),)
-    assert only_chunk(batch) == Chunk(3, 1, 3, (8,), True)
+    assert (chunk.slot, chunk.start) == begins
     (result,) = scheduler.commit(batch, [END])
-    assert result.usage.cached_tokens == 3
+    assert result.usage.cached_tokens == begins[1]
 
 
-def test_a_shared_system_prompt_does_not_cost_another_conversation_its_history() -> None:
-    scheduler = make()
-    scheduler.submit(1, b"a", [1, 2, *range(10, 40)], None)
-    run(scheduler)
-    scheduler.submit(2, b"b", [1, 2, 50], None)
-    batch = scheduler.plan()
-    assert batch is not None
-    assert only_chunk(batch).slot == 1
+def test_a_model_without_beginnings_only_continues_what_it_kept() -> None:
+    scheduler = kept((b"a", [1, 2, 3]), copies=False)
+    scheduler.submit(2, b"b", [1, 2, 9], None)
+    batch, _ = step(scheduler)
+    assert batch.changes == ()
+    assert only_chunk(batch) == Chunk(2, 1, 0, (1, 2, 9), True)
+    scheduler.submit(3, b"a", [1, 2, 3, 5], None)
+    batch = planned(scheduler)
+    assert batch.changes == ()
+    assert [(chunk.slot, chunk.start) for chunk in batch.chunks] == [(1, 3), (0, 3)]
+
+
+def test_a_younger_one_waits_for_the_prefix_that_is_being_computed() -> None:
+    scheduler = make(slots=3)
+    scheduler.submit(1, b"a", [*range(1, 21), 30], None)
+    scheduler.submit(2, b"b", [*range(1, 21), 40], None)
+    steps = []
+    for _ in range(4):
+        batch, _ = step(scheduler)
+        chunks = [(chunk.sequence, chunk.start, len(chunk.tokens)) for chunk in batch.chunks]
+        steps.append((list(batch.changes), chunks))
+    assert steps == [
+        ([], [(1, 0, 10)]),
+        ([], [(1, 10, 10)]),
+        ([Copy(0, 1, 20)], []),
+        ([], [(1, 20, 1), (2, 20, 1)]),
+    ]
 
 
 def test_the_least_recently_used_slot_is_overwritten() -> None:
     scheduler = make()
-    for number, prompt in ((1, [1] * 8), (2, [2] * 8), (3, [1] * 9)):
-        scheduler.submit(number, bytes([number]), prompt, None)
+    for number, session, prompt in ((1, b"a", [1] * 8), (2, b"b", [2] * 8), (3, b"a", [1] * 9)):
+        scheduler.submit(number, session, prompt, None)
         run(scheduler)
     scheduler.submit(4, b"new", [5] * 8, None)
-    batch = scheduler.plan()
-    assert batch is not None
+    batch = planned(scheduler)
     assert only_chunk(batch).slot == 1
-    assert batch.trims == (Trim(1, 0),)
+    assert batch.changes == (Trim(1, 0),)
 
 
 def test_an_equal_prompt_still_computes_its_last_token() -> None:
@@ -173,7 +261,7 @@ def test_idle_slots_are_evicted_when_the_cache_is_full() -> None:
     scheduler.submit(2, b"b", [2] * 10, None)
     batch = scheduler.plan()
     assert batch is not None
-    assert batch.trims == (Trim(0, 0),)
+    assert batch.changes == (Trim(0, 0),)
     assert only_chunk(batch).slot == 1
     assert scheduler.load().kv_tokens_free == 10
 
@@ -225,7 +313,7 @@ def test_a_slot_that_could_not_be_trimmed_is_computed_from_the_start() -> None:
     scheduler.submit(2, b"a", [1, 2, 5, 6], None)
     batch = scheduler.plan()
     assert batch is not None
-    assert batch.trims == (Trim(0, 2),)
+    assert batch.changes == (Trim(0, 2),)
     scheduler.forget(0)
     batch, results = step(scheduler, END)
     assert only_chunk(batch) == Chunk(2, 0, 0, (1, 2, 5, 6), True)
@@ -248,30 +336,75 @@ def test_sessions_are_listed_once_most_recent_last() -> None:
 
 @dataclass
 class Cache:
-    """A model KV cache that complains where llama.cpp would, or would compute nonsense."""
+    """llama.cpp's unified cache in small: cells with a token and the slots that have it.
 
-    kv_tokens: int
-    slots: dict[int, list[int]] = field(default_factory=dict)
+    It complains where llama.cpp would return 1 or -1, or would compute nonsense.
+    """
+
+    cells: list[tuple[int, int, set[int]] | None]  # position, token, slots
+    saved_tokens: int
+    spilled_tokens: int
+    memory: dict[int, list[int]] = field(default_factory=dict)
+    disk: dict[int, list[int]] = field(default_factory=dict)
+
+    def tokens(self, slot: int) -> list[int]:
+        held = sorted(cell[:2] for cell in self.cells if cell is not None and slot in cell[2])
+        assert [position for position, _ in held] == list(range(len(held)))
+        return [token for _, token in held]
+
+    def trim(self, slot: int, keep: int) -> None:
+        for number, cell in enumerate(self.cells):
+            if cell is not None and cell[0] >= keep:
+                cell[2].discard(slot)
+                if not cell[2]:
+                    self.cells[number] = None
+
+    def extend(self, slot: int, start: int, tokens: Sequence[int]) -> None:
+        assert start == len(self.tokens(slot)), "positions must be contiguous"
+        free = [number for number, cell in enumerate(self.cells) if cell is None]
+        assert len(tokens) <= len(free), "the cache overflows"
+        for number, position, token in zip(free, range(start, start + len(tokens)), tokens,
+                                           strict=False):  # fmt: skip
+            self.cells[number] = position, token, {slot}
+
+    def change(self, change: Change) -> None:
+        match change:
+            case Trim(slot, keep):
+                assert keep <= len(self.tokens(slot))
+                self.trim(slot, keep)
+            case Copy(source, slot, count):
+                assert not self.tokens(slot)
+                assert 0 < count <= len(self.tokens(source))
+                for cell in self.cells:
+                    if cell is not None and source in cell[2] and cell[0] < count:
+                        cell[2].add(slot)
+            case Save(slot, key, count):
+                self.memory[key] = self.tokens(slot)
+                assert count == len(self.memory[key])
+            case Spill(key):
+                self.disk[key] = self.memory.pop(key)
+            case Restore(key, slot):
+                assert not self.tokens(slot)
+                self.extend(slot, 0, self.memory[key] if key in self.memory else self.disk[key])
+            case Drop(key):
+                (self.memory if key in self.memory else self.disk).pop(key)
 
     def perform(self, batch: Batch) -> None:
-        for trim in batch.trims:
-            tokens = self.slots.setdefault(trim.slot, [])
-            assert trim.keep <= len(tokens)
-            del tokens[trim.keep :]
-        assert batch.chunks, "an empty batch would spin"
+        for change in batch.changes:
+            self.change(change)
+        assert batch.chunks or batch.changes, "an empty batch would spin"
         slots = [chunk.slot for chunk in batch.chunks]
         assert len(set(slots)) == len(slots), "two sequences in one slot"
+        assert all(chunk.tokens for chunk in batch.chunks)
         for chunk in batch.chunks:
-            tokens = self.slots.setdefault(chunk.slot, [])
-            assert chunk.start == len(tokens), "positions must be contiguous"
-            assert chunk.tokens
-            tokens.extend(chunk.tokens)
-        assert sum(map(len, self.slots.values())) <= self.kv_tokens, "the cache overflows"
+            self.extend(chunk.slot, chunk.start, chunk.tokens)
+        assert sum(map(len, self.memory.values())) <= self.saved_tokens
+        assert sum(map(len, self.disk.values())) <= self.spilled_tokens
 
 
 requests = st.tuples(
-    st.integers(1, 40),  # prompt length
-    st.integers(0, 3),  # which of a few prompts, so that prefixes are shared
+    st.integers(1, 99),  # prompt length
+    st.integers(0, 1),  # which of a few prompts, so that prefixes are shared
     st.integers(0, 3),  # session
     st.none() | st.integers(1, 30),  # max_tokens
     st.integers(1, 30),  # tokens until it draws the end token
@@ -281,6 +414,7 @@ actions = st.lists(
         requests,
         st.just("step"),
         st.just("abort"),
+        st.just("lose"),
         st.integers(0, 20),  # cancel
     ),
     max_size=60,
@@ -291,15 +425,37 @@ actions = st.lists(
 @given(
     actions=actions,
     slots=st.integers(1, 4),
-    kv_tokens=st.integers(50, 120),
-    prefill_tokens=st.integers(1, 16),
+    slots_kept=st.integers(0, 6),
+    kv_tokens=st.integers(100, 240),
+    prefill_tokens=st.integers(1, 32),
+    saved_tokens=st.sampled_from([0, 90, 200]),
+    spilled_tokens=st.sampled_from([0, 150]),
+    copies=st.booleans(),
 )
 def test_invariants_hold_and_every_request_ends(
-    actions: list[object], slots: int, kv_tokens: int, prefill_tokens: int
+    actions: list[object],
+    slots: int,
+    slots_kept: int,
+    kv_tokens: int,
+    prefill_tokens: int,
+    saved_tokens: int,
+    spilled_tokens: int,
+    copies: bool,
 ) -> None:
-    limits = Limits(slots, 50, kv_tokens, 6, prefill_tokens, max(1, prefill_tokens // 2))
+    limits = Limits(
+        slots,
+        100,
+        kv_tokens,
+        6,
+        prefill_tokens,
+        max(1, prefill_tokens // 2),
+        slots_kept,
+        saved_tokens,
+        spilled_tokens,
+        copies,
+    )
     scheduler = Scheduler(limits, frozenset({END}))
-    cache = Cache(kv_tokens)
+    cache = Cache([None] * kv_tokens, saved_tokens, spilled_tokens)
     prompts: dict[int, list[int]] = {}
     patience: dict[int, int] = {}
     answers: dict[int, list[int]] = {}
@@ -314,10 +470,10 @@ def test_invariants_hold_and_every_request_ends(
         cache.perform(batch)
         for chunk in batch.chunks:
             whole = prompts[chunk.sequence] + answers[chunk.sequence]
-            assert cache.slots[chunk.slot] == whole[: len(cache.slots[chunk.slot])]
+            assert cache.tokens(chunk.slot) == whole[: chunk.start + len(chunk.tokens)]
         if not commit:
             for chunk in batch.chunks:
-                del cache.slots[chunk.slot][chunk.undo.keep :]
+                cache.change(chunk.undo)
             return True
         draws = []
         for chunk in batch.chunks:
@@ -338,17 +494,29 @@ def test_invariants_hold_and_every_request_ends(
             one_step(commit=True)
         elif action == "abort":
             one_step(commit=False)
+        elif action == "lose":
+            # A state cannot be restored, or a slot not be trimmed, and nothing is left of it.
+            batch = scheduler.plan()
+            for change in batch.changes if batch is not None else ():
+                cache.change(change)
+                if isinstance(change, Restore | Trim):
+                    cache.trim(change.slot, 0)
+                    scheduler.forget(change.slot)
+                if isinstance(change, Restore):
+                    cache.memory.pop(change.key, None)
+                    cache.disk.pop(change.key, None)
+                    scheduler.lose(change.key)
         elif isinstance(action, int):
             known = scheduler.end(action) is not None
             assert known == (action in patience)
             patience.pop(action, None)
         elif isinstance(action, tuple):
             length, kind, session, max_tokens, words = action
-            prompt = [kind + 1] * (length // 2) + list(range(10, 10 + length - length // 2))
+            prompt = [kind + 1] * (length - length // 4) + [5 + session] * (length // 4)
             try:
                 scheduler.submit(number, bytes([session]), prompt, max_tokens)
             except ContextLengthError:
-                assert length + (max_tokens or 1) > 50
+                assert length + (max_tokens or 1) > 100
             except EngineBusyError:
                 assert len(patience) == slots + 6
             else:
