@@ -4,8 +4,12 @@ An engine runs one model. It knows tokens, sequences and KV caches; it knows not
 routing or HTTP. The parts, in data-flow order:
 
 * `scheduler.py`  sans-IO policy: waiting and running sequences in, the next batch out
+* `kv.py`         what the scheduler knows of the KV cache: slots, and the cells they share
+* `prefix.py`     its choices of what a sequence begins with, and `saved.py` of what is kept outside
+* `states.py`     what is kept outside, as bytes in memory and on disk
 * `llama.py`      mechanism: the only import of llama_cpp; runs inside the child process
 * `trial.py`      tries a client's grammar where a crash costs nothing
+* `prepare.py`    performs on the model what a batch wants changed first
 * `child.py`      the child process's main loop: requests in, deltas out, one step at a time
 * `process.py`    `EngineProcess`: the Trio side that starts, watches and talks to the child
 * `echo.py`       a deterministic engine without a model, for protocol tests only

@@ -25,9 +25,9 @@ from meshnode.engine import TokenLogprobs, Usage, wire
 from meshnode.engine.cores import usable_cores
 from meshnode.engine.llama import LlamaModel, Sampler, quantize_q4_0
 from meshnode.engine.pace import Rates, Threads
-from meshnode.engine.saved import Drop, Restore, Save, Spill
-from meshnode.engine.scheduler import Batch, Copy, Limits, Sampled, Scheduler, Trim
-from meshnode.engine.states import StateLostError, StateStore
+from meshnode.engine.prepare import prepare
+from meshnode.engine.scheduler import Batch, Limits, Sampled, Scheduler
+from meshnode.engine.states import StateStore
 from meshnode.engine.text import AnswerText
 from meshnode.errors import MeshnodeError, RequestError
 
@@ -41,9 +41,6 @@ PROGRESS_STEP = 0.01
 SLOTS_KEPT = 24
 # llama.cpp's bound on sequences.
 SLOTS_MAX = 256
-# A state has a position and a few numbers for each token besides its KV: 12 bytes measured, and
-# some per layer.
-STATE_TOKEN_BYTES = 64
 EXIT_BUG = 1
 
 
@@ -166,14 +163,12 @@ class Child:
         limits: Limits,
         threads: Threads,
         states: StateStore,
-        state_bytes_per_token: int,
     ):
         self._pipe = pipe
         self._model = model
         self._limits = limits
         self._scheduler = Scheduler(limits, model.end_tokens)
         self._states = states
-        self._state_bytes_per_token = state_bytes_per_token
         self._inbox: queue.Queue[_Start | wire.Cancel] = queue.Queue(INBOX_MAX)
         # By sequence: a request has one for each choice.
         self._answers: dict[int, _Answer] = {}
@@ -331,7 +326,8 @@ class Child:
 
     def _step(self, batch: Batch) -> None:
         """Change what the slots hold, decode, sample, send."""
-        if not self._prepare(batch) or not batch.chunks:
+        whole = prepare(batch.changes, self._model, self._states, self._scheduler)
+        if not whole or not batch.chunks:
             return
         decoding = [chunk for chunk in batch.chunks if len(chunk.tokens) == 1]
         prefill_tokens = batch.tokens - len(decoding)
@@ -356,51 +352,6 @@ class Child:
             frames += self._deliver(sampled)
         if frames:
             self._pipe.send(*frames)
-
-    def _prepare(self, batch: Batch) -> bool:
-        """False if some slot lost all its KV, so that the batch must be planned anew."""
-        is_whole = True
-        for change in batch.changes:
-            match change:
-                case Trim(slot):
-                    if not self._model.trim(change):
-                        self._scheduler.forget(slot)
-                        is_whole = False
-                case Copy():
-                    self._model.copy(change)
-                case Restore(key, slot):
-                    if not self._restore(key, slot):
-                        self._scheduler.forget(slot)
-                        self._scheduler.lose(key)
-                        is_whole = False
-                case Save(slot, key, tokens):
-                    self._save(slot, key, tokens)
-                case Spill(key):
-                    self._spill(key)
-                case Drop(key):
-                    self._states.drop(key)
-        return is_whole
-
-    def _save(self, slot: int, key: int, tokens: int) -> None:
-        state = self._model.save(slot, tokens * self._state_bytes_per_token)
-        if state is None:
-            self._scheduler.lose(key)
-        else:
-            self._states.put(key, state)
-
-    def _spill(self, key: int) -> None:
-        try:
-            self._states.spill(key)
-        except StateLostError as error:
-            print(error, file=sys.stderr)
-            self._scheduler.lose(key)
-
-    def _restore(self, key: int, slot: int) -> bool:
-        try:
-            return self._model.restore(slot, self._states.get(key))
-        except StateLostError as error:
-            print(error, file=sys.stderr)
-            return False
 
     def _rewind(self, batch: Batch) -> None:
         """After an aborted decode: every slot back to where the batch found it."""
@@ -486,19 +437,19 @@ def serve() -> None:
     except MeshnodeError as error:
         pipe.send(wire.LoadFailed(str(error)))
         return
-    state_bytes = load.kv_bytes_per_token + STATE_TOKEN_BYTES
+    spill_dir = None if load.spill_dir is None else Path(load.spill_dir)
+    states = StateStore(spill_dir, load.kv_bytes_per_token)
     limits = Limits(
         slots=load.slots,
         context_tokens=model.context_tokens,
         kv_tokens=model.context_tokens,
         waiting_max=load.waiting_max,
         slots_kept=model.slots_kept,
-        saved_tokens=load.saved_bytes // state_bytes,
-        spilled_tokens=load.spilled_bytes // state_bytes,
+        saved_tokens=load.saved_bytes // states.bytes_per_token,
+        spilled_tokens=load.spilled_bytes // states.bytes_per_token,
         copies=model.copies,
     )
-    states = StateStore(None if load.spill_dir is None else Path(load.spill_dir))
-    child = Child(pipe, model, limits, threads, states, state_bytes)
+    child = Child(pipe, model, limits, threads, states)
     threading.Thread(target=child.read, args=(frames,), daemon=True).start()
     pipe.send(wire.Ready(model.context_tokens))
     child.run()

@@ -14,6 +14,9 @@ import tempfile
 from pathlib import Path
 from typing import IO
 
+# A state has a position and a few numbers for each token besides its KV: 12 bytes measured, and
+# some per layer.
+STATE_TOKEN_BYTES = 64
 # 128 bits find any accident; nobody forges what only we can open.
 _DIGEST_BYTES = 16
 
@@ -23,10 +26,14 @@ class StateLostError(Exception):
 
 
 class StateStore:
-    """States by key. Blocks while it writes to disk or reads; not thread-safe."""
+    """States by key. Blocks while it writes to disk or reads; not thread-safe.
 
-    def __init__(self, directory: Path | None) -> None:
+    None takes more than `bytes_per_token` for each of its tokens.
+    """
+
+    def __init__(self, directory: Path | None, kv_bytes_per_token: int) -> None:
         """`directory` is for those that are spilled; without one, none may be."""
+        self.bytes_per_token = kv_bytes_per_token + STATE_TOKEN_BYTES
         self._directory = directory
         self._in_memory: dict[int, bytearray] = {}
         self._on_disk: dict[int, tuple[IO[bytes], int]] = {}
@@ -38,10 +45,11 @@ class StateStore:
 
     def spill(self, key: int) -> None:
         """Move a state to disk. Raises `StateLostError` if there is no room, or no directory."""
-        state = self._in_memory.pop(key)
+        state = self._in_memory.pop(key, None)
+        if state is None or self._directory is None:
+            self.drop(key)
+            raise StateLostError("there is no such KV state, or no directory for it")
         try:
-            if self._directory is None:
-                raise OSError("there is no directory for it")
             self._directory.mkdir(mode=0o700, parents=True, exist_ok=True)
             file = tempfile.TemporaryFile(dir=self._directory, buffering=0)  # noqa: SIM115
             self._on_disk[key] = file, len(state)
