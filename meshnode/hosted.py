@@ -298,6 +298,7 @@ class HostedModel:
             prefill_tokens_per_s=stats.prefill_tokens_per_s,
             decode_tokens_per_s=stats.decode_tokens_per_s,
             memory_bytes=stats.memory_bytes,
+            saved_tokens=stats.saved_tokens,
         )
 
 

@@ -30,6 +30,7 @@ class ModelSnapshot(Struct, frozen=True):
     prefill_tokens_per_s: float
     decode_tokens_per_s: float
     memory_bytes: int
+    saved_tokens: int = 0
 
 
 class OfferSnapshot(Struct, frozen=True):

@@ -214,7 +214,8 @@ class Finish:
 class EngineStats:
     """A frozen snapshot, cheap enough to take for every advert and status page.
 
-    `sessions` holds the session keys whose KV is kept, most recently used last.
+    `sessions` holds the session keys whose KV is kept, most recently used last; `saved_tokens` of
+    KV are outside of the cache, in memory or on disk.
     Rates are tokens per second, measured (0.0 before the first measurement).
     """
 
@@ -231,6 +232,7 @@ class EngineStats:
     decode_tokens_per_s: float
     memory_bytes: int
     sessions: tuple[bytes, ...]
+    saved_tokens: int = 0
 
 
 class Engine(Protocol):

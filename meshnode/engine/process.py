@@ -224,6 +224,7 @@ class EngineProcess:
             decode_tokens_per_s=status.decode_tokens_per_s,
             memory_bytes=status.memory_bytes,
             sessions=status.sessions,
+            saved_tokens=status.saved_tokens,
         )
 
     @asynccontextmanager
