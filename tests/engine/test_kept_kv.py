@@ -9,15 +9,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from meshnode.config import KvType
+from meshnode.engine import ChatMessage
+from meshnode.engine.memory import memory_need
 from meshnode.engine.process import CHILD_ENVIRONMENT
 from meshnode.engine.saved import Drop, Restore, Save, Spill
 from meshnode.engine.scheduler import Batch, Chunk, Copy, Limits, Trim
+from meshnode.errors import ModelLoadError
 from meshnode.models.gguf import read_header
 
 os.environ.update(CHILD_ENVIRONMENT)  # before libgomp is loaded, as the child has it
 
 from meshnode.engine.llama import LlamaModel
 from tests.engine.stepping import Stepper
+from tests.models.gguf_writer import Tensor, write_gguf
 
 CONTEXT_TOKENS = 256  # as llama.cpp has it too: it rounds up to multiples of 256
 SLOTS, SLOTS_KEPT = 4, 4
@@ -203,3 +208,73 @@ def test_idle_sessions_are_saved_until_the_limit_and_the_oldest_is_lost(
         stepper.submit(10 + number, bytes([number]) * 16, [*prompts[number], 500], 2)
         stepper.run()
         assert stepper.usages[10 + number].cached_tokens == cached_tokens
+
+
+def test_q8_0_takes_half_and_answers_well(q4_0_path: Path, kv_bytes: int) -> None:
+    header = read_header(q4_0_path)
+    per_token = memory_need(header, CONTEXT_TOKENS, "q8_0").kv_bytes_per_token
+    assert per_token == kv_bytes * 34 // 64
+    with LlamaModel(
+        str(q4_0_path),
+        context_tokens=CONTEXT_TOKENS,
+        slots=1,
+        kv_type="q8_0",
+        threads=1,
+        on_progress=ignore_progress,
+    ) as model:
+        stepper = Stepper(
+            model, Limits(1, CONTEXT_TOKENS, CONTEXT_TOKENS, 1), kv_bytes_per_token=per_token
+        )
+        prompt = model.prompt_tokens((ChatMessage("user", "What is the capital of France?"),))
+        stepper.submit(1, b"s", prompt, 8)
+        stepper.run()
+        assert "Paris" in b"".join(map(model.piece, stepper.answers[1])).decode()
+        held = stepper.computed[1]
+        state = model.save(0, held * stepper.states.bytes_per_token)
+        assert state is not None
+        assert len(state) > per_token * held
+
+
+def test_a_model_that_cannot_have_q8_0_says_so(tmp_path: Path) -> None:
+    # Heads of 16 values do not fill a block of 32.
+    path = tmp_path / "thin.gguf"
+    path.write_bytes(write_gguf(THIN, THIN_TENSORS))
+
+    def load(kv_type: KvType) -> None:
+        LlamaModel(
+            str(path),
+            context_tokens=64,
+            slots=1,
+            kv_type=kv_type,
+            threads=1,
+            on_progress=ignore_progress,
+        ).close()
+
+    load("f16")
+    with pytest.raises(ModelLoadError, match=r"thin\.gguf.* as q8_0; use f16"):
+        load("q8_0")
+
+
+THIN = {
+    "general.architecture": "llama",
+    "llama.context_length": 256,
+    "llama.block_count": 1,
+    "llama.embedding_length": 64,
+    "llama.feed_forward_length": 64,
+    "llama.attention.head_count": 4,
+    "llama.attention.head_count_kv": 4,
+    "llama.attention.layer_norm_rms_epsilon": 1e-5,
+    "llama.vocab_size": 8,
+    "tokenizer.ggml.model": "no_vocab",
+}
+THIN_TENSORS = [
+    Tensor("token_embd.weight", (64, 8), 0, 64 * 8 * 4),
+    *(
+        Tensor(f"{name}.weight", (64,), 0, 64 * 4)
+        for name in ("output_norm", "blk.0.attn_norm", "blk.0.ffn_norm")
+    ),
+    *(
+        Tensor(f"blk.0.{name}.weight", (64, 64), 0, 64 * 64 * 4)
+        for name in ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_down", "ffn_up")
+    ),
+]
