@@ -70,7 +70,7 @@ class Config:
     standbys: tuple[str, ...] = ()
     context_tokens: int | None = None
     slots: int = SLOTS_DEFAULT
-    kv_type: KvType = "f16"  # q8_0 takes half the memory and half as much CPU again at prefill
+    kv_type: KvType = "f16"  # q8_0 takes half the memory, and twice the CPU at prefill
     kv_spill_bytes: int = 0  # on disk, for each model; not without being asked for
     memory_bytes: int | None = None
 

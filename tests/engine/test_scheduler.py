@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from meshnode.engine.saved import Drop, Restore, Save, Spill
+from meshnode.engine.prepare import prepare
 from meshnode.engine.scheduler import (
     Batch,
     Change,
@@ -20,6 +20,7 @@ from meshnode.engine.scheduler import (
     Scheduler,
     Trim,
 )
+from meshnode.engine.states import StateStore
 from meshnode.errors import ContextLengthError, EngineBusyError
 
 END = 0
@@ -334,91 +335,99 @@ def test_sessions_are_listed_once_most_recent_last() -> None:
 # -- invariants ------------------------------------------------------------------------------------
 
 
-@dataclass
 class Cache:
-    """llama.cpp's unified cache in small: cells with a token and the slots that have it.
+    """llama.cpp's unified cache in small: slots whose cells may be the same ones.
 
-    It complains where llama.cpp would return 1 or -1, or would compute nonsense.
+    It complains where llama.cpp would return 1 or -1, or would compute nonsense. While `is_bad`,
+    nothing can be saved or restored; without `copies`, beginnings cannot be kept either.
     """
 
-    cells: list[tuple[int, int, set[int]] | None]  # position, token, slots
-    saved_tokens: int
-    spilled_tokens: int
-    memory: dict[int, list[int]] = field(default_factory=dict)
-    disk: dict[int, list[int]] = field(default_factory=dict)
+    def __init__(self, limits: Limits) -> None:
+        self._limits = limits
+        self._slots: list[list[list[int]]] = [[] for _ in range(limits.slots + limits.slots_kept)]
+        self.is_bad = False
 
     def tokens(self, slot: int) -> list[int]:
-        held = sorted(cell[:2] for cell in self.cells if cell is not None and slot in cell[2])
-        assert [position for position, _ in held] == list(range(len(held)))
-        return [token for _, token in held]
+        return [token for (token,) in self._slots[slot]]
 
-    def trim(self, slot: int, keep: int) -> None:
-        for number, cell in enumerate(self.cells):
-            if cell is not None and cell[0] >= keep:
-                cell[2].discard(slot)
-                if not cell[2]:
-                    self.cells[number] = None
+    def trim(self, trim: Trim) -> bool:
+        cells = self._slots[trim.slot]
+        assert trim.keep <= len(cells)
+        if 0 < trim.keep < len(cells) and not self._limits.copies:
+            cells.clear()
+            return False
+        del cells[trim.keep :]
+        return True
+
+    def copy(self, copy: Copy) -> None:
+        assert self._limits.copies
+        assert not self._slots[copy.slot]
+        assert 0 < copy.tokens <= len(self._slots[copy.source])
+        self._slots[copy.slot] = self._slots[copy.source][: copy.tokens]
+
+    def save(self, slot: int, bytes_max: int) -> bytearray | None:
+        state = bytearray(self.tokens(slot))
+        assert len(state) <= bytes_max
+        return None if self.is_bad else state
+
+    def restore(self, slot: int, state: bytearray) -> bool:
+        assert not self._slots[slot]
+        if self.is_bad:
+            return False
+        self.extend(slot, 0, list(state))
+        return True
 
     def extend(self, slot: int, start: int, tokens: Sequence[int]) -> None:
-        assert start == len(self.tokens(slot)), "positions must be contiguous"
-        free = [number for number, cell in enumerate(self.cells) if cell is None]
-        assert len(tokens) <= len(free), "the cache overflows"
-        for number, position, token in zip(free, range(start, start + len(tokens)), tokens,
-                                           strict=False):  # fmt: skip
-            self.cells[number] = position, token, {slot}
+        assert start == len(self._slots[slot]), "positions must be contiguous"
+        self._slots[slot].extend([token] for token in tokens)
+        used = {id(cell) for cells in self._slots for cell in cells}
+        assert len(used) <= self._limits.kv_tokens, "the cache overflows"
 
-    def change(self, change: Change) -> None:
-        match change:
-            case Trim(slot, keep):
-                assert keep <= len(self.tokens(slot))
-                self.trim(slot, keep)
-            case Copy(source, slot, count):
-                assert not self.tokens(slot)
-                assert 0 < count <= len(self.tokens(source))
-                for cell in self.cells:
-                    if cell is not None and source in cell[2] and cell[0] < count:
-                        cell[2].add(slot)
-            case Save(slot, key, count):
-                self.memory[key] = self.tokens(slot)
-                assert count == len(self.memory[key])
-            case Spill(key):
-                self.disk[key] = self.memory.pop(key)
-            case Restore(key, slot):
-                assert not self.tokens(slot)
-                self.extend(slot, 0, self.memory[key] if key in self.memory else self.disk[key])
-            case Drop(key):
-                (self.memory if key in self.memory else self.disk).pop(key)
-
-    def perform(self, batch: Batch) -> None:
-        for change in batch.changes:
-            self.change(change)
-        assert batch.chunks or batch.changes, "an empty batch would spin"
+    def decode(self, batch: Batch) -> None:
         slots = [chunk.slot for chunk in batch.chunks]
         assert len(set(slots)) == len(slots), "two sequences in one slot"
-        assert all(chunk.tokens for chunk in batch.chunks)
         for chunk in batch.chunks:
+            assert chunk.tokens
             self.extend(chunk.slot, chunk.start, chunk.tokens)
-        assert sum(map(len, self.memory.values())) <= self.saved_tokens
-        assert sum(map(len, self.disk.values())) <= self.spilled_tokens
+
+
+class Placed(StateStore):
+    """Looks after its limits; a state has a byte for each token."""
+
+    def __init__(self, limits: Limits, directory: Path) -> None:
+        super().__init__(directory, 1)
+        self._limits = limits
+
+    def check(self) -> None:
+        assert sum(map(len, self._in_memory.values())) <= self._limits.saved_tokens
+        assert sum(size for _, size in self._on_disk.values()) <= self._limits.spilled_tokens
 
 
 requests = st.tuples(
-    st.integers(1, 99),  # prompt length
+    st.sampled_from([2, 20, 70, 99]),  # prompt length
     st.integers(0, 1),  # which of a few prompts, so that prefixes are shared
     st.integers(0, 3),  # session
-    st.none() | st.integers(1, 30),  # max_tokens
-    st.integers(1, 30),  # tokens until it draws the end token
+    st.sampled_from([None, None, 1, 30]),  # max_tokens
+    st.sampled_from([1, 95]),  # tokens until it draws the end token
 )
 actions = st.lists(
     st.one_of(
         requests,
+        requests,
         st.just("step"),
+        st.just("run"),
         st.just("abort"),
-        st.just("lose"),
+        st.just("bad"),
         st.integers(0, 20),  # cancel
     ),
+    min_size=30,  # shorter ones never fill the cache
     max_size=60,
 )
+
+
+@pytest.fixture(scope="module")
+def spill_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("kv")
 
 
 @settings(max_examples=150, deadline=None)
@@ -426,13 +435,24 @@ actions = st.lists(
     actions=actions,
     slots=st.integers(1, 4),
     slots_kept=st.integers(0, 6),
-    kv_tokens=st.integers(100, 240),
+    kv_tokens=st.integers(100, 220),
     prefill_tokens=st.integers(1, 32),
     saved_tokens=st.sampled_from([0, 90, 200]),
     spilled_tokens=st.sampled_from([0, 150]),
     copies=st.booleans(),
 )
+@example(  # two that grow until one is preempted, saved and restored
+    actions=[(2, 0, 0, None, 95), (2, 1, 1, None, 95), "run"],
+    slots=2,
+    slots_kept=0,
+    kv_tokens=150,
+    prefill_tokens=8,
+    saved_tokens=90,
+    spilled_tokens=0,
+    copies=True,
+)
 def test_invariants_hold_and_every_request_ends(
+    spill_dir: Path,
     actions: list[object],
     slots: int,
     slots_kept: int,
@@ -455,7 +475,8 @@ def test_invariants_hold_and_every_request_ends(
         copies,
     )
     scheduler = Scheduler(limits, frozenset({END}))
-    cache = Cache([None] * kv_tokens, saved_tokens, spilled_tokens)
+    cache = Cache(limits)
+    states = Placed(limits, spill_dir)
     prompts: dict[int, list[int]] = {}
     patience: dict[int, int] = {}
     answers: dict[int, list[int]] = {}
@@ -467,19 +488,25 @@ def test_invariants_hold_and_every_request_ends(
             return False
         decoding = [chunk for chunk in batch.chunks if len(chunk.tokens) == 1]
         assert batch.tokens <= len(decoding) + prefill_tokens
-        cache.perform(batch)
+        assert batch.chunks or batch.changes, "an empty batch would spin"
+        whole = prepare(batch.changes, cache, states, scheduler)
+        states.check()
+        if not whole:
+            return True
+        cache.decode(batch)
         for chunk in batch.chunks:
-            whole = prompts[chunk.sequence] + answers[chunk.sequence]
-            assert cache.tokens(chunk.slot) == whole[: chunk.start + len(chunk.tokens)]
+            tokens = prompts[chunk.sequence] + answers[chunk.sequence]
+            assert cache.tokens(chunk.slot) == tokens[: chunk.start + len(chunk.tokens)]
         if not commit:
             for chunk in batch.chunks:
-                cache.change(chunk.undo)
+                if not cache.trim(chunk.undo):
+                    scheduler.forget(chunk.slot)
             return True
         draws = []
         for chunk in batch.chunks:
             if chunk.wants_logits:
                 patience[chunk.sequence] -= 1
-                draws.append(END if patience[chunk.sequence] <= 0 else 100 + chunk.sequence)
+                draws.append(END if patience[chunk.sequence] <= 0 else 20 + chunk.sequence)
         for result in scheduler.commit(batch, draws):
             if result.finish != "stop":
                 answers[result.sequence].append(result.token)
@@ -492,20 +519,15 @@ def test_invariants_hold_and_every_request_ends(
     for number, action in enumerate(actions):
         if action == "step":
             one_step(commit=True)
+        elif action == "run":
+            while one_step(commit=True):
+                pass
         elif action == "abort":
             one_step(commit=False)
-        elif action == "lose":
-            # A state cannot be restored, or a slot not be trimmed, and nothing is left of it.
-            batch = scheduler.plan()
-            for change in batch.changes if batch is not None else ():
-                cache.change(change)
-                if isinstance(change, Restore | Trim):
-                    cache.trim(change.slot, 0)
-                    scheduler.forget(change.slot)
-                if isinstance(change, Restore):
-                    cache.memory.pop(change.key, None)
-                    cache.disk.pop(change.key, None)
-                    scheduler.lose(change.key)
+        elif action == "bad":
+            cache.is_bad = True
+            one_step(commit=True)
+            cache.is_bad = False
         elif isinstance(action, int):
             known = scheduler.end(action) is not None
             assert known == (action in patience)
