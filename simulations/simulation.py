@@ -13,6 +13,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from meshnode_simulations.checks.liveness import Epochs, Healing, Service
+from meshnode_simulations.checks.safety import Safety
+from meshnode_simulations.faults.draw import drawn
+from meshnode_simulations.faults.schedule import Faults
 from meshnode_simulations.figures import MeshFigures
 from meshnode_simulations.kernel.loop import NS_PER_S
 from meshnode_simulations.kernel.machine import Machine
@@ -24,7 +28,7 @@ from meshnode_simulations.models.gateway import Gateways
 from meshnode_simulations.models.hosting import Hosting
 from meshnode_simulations.record import Recorder, Result
 from meshnode_simulations.run import Run
-from meshnode_simulations.scenario import Scenario, load
+from meshnode_simulations.scenario import Fault, Scenario, load
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,19 +50,29 @@ class Simulation:
         *,
         seed: int = 1,
         check: bool = False,
+        schedule: tuple[Fault, ...] | None = None,
         changes: dict[str, object] | None = None,
     ) -> None:
         """`scenario` may be a file or the name of a shipped one, with `changes` to it by dotted
-        name. `check`: every promise is checked after every event. Raises `ConfigError`.
+        name. `check`: every promise is checked after every event. `schedule` takes the place of
+        the scenario's faults and of its chaos. Raises `ConfigError`.
         """
         if not isinstance(scenario, Scenario):
             scenario = load(scenario, changes)
         self.scenario = scenario
         self.seed = seed
         self.check = check
+        self.schedule = schedule
 
-    def run(self, on_progress: Callable[[Progress], None] | None = None) -> Result:
-        """Let all its time pass. `on_progress` is called once for each interval."""
+    def run(
+        self,
+        on_progress: Callable[[Progress], None] | None = None,
+        *,
+        until_broken: str | None = None,
+    ) -> Result:
+        """Let all its time pass. `on_progress` is called once for each interval; the run ends
+        with the interval in which the promise `until_broken` breaks.
+        """
         run = self.prepare()
         loop, about = run.world.loop, self.scenario.scenario
         started_s = time.process_time()
@@ -73,6 +87,8 @@ class Simulation:
             if on_progress is not None:
                 spent_s = time.process_time() - started_s
                 on_progress(Progress(loop.now_s, about.duration_s, spent_s, loop.events))
+            if any(broken.promise == until_broken for broken in run.recorder.violations):
+                break
         for close in run.closers:
             close()
         return Result(
@@ -88,6 +104,12 @@ class Simulation:
             violations=tuple(run.recorder.violations),
         )
 
+    def faults(self) -> tuple[Fault, ...]:
+        """What will go wrong: what was given, or what the scenario lists and its chaos draws."""
+        if self.schedule is not None:
+            return self.schedule
+        return (*self.scenario.faults, *drawn(self.scenario, self.seed))
+
     def prepare(self) -> Run:
         """The world at time 0, with everything scheduled that is to happen in it."""
         scenario, seed = self.scenario, self.seed
@@ -99,6 +121,17 @@ class Simulation:
         hosting.place(machines)
         if scenario.demand.kind != "none":
             Clients(run, Gateways(run, hosting))
+        if scenario.models:
+            Service(run)
+        if self.check:
+
+            def broken(promise: str, what: str) -> None:
+                run.recorder.violate(promise, run.now_s, what)
+
+            Epochs(run, Safety(world, broken))
+        Faults(run, self.faults())
+        if scenario.chaos.heal_at_s:
+            Healing(run, scenario.chaos.heal_at_s)
         _switch_on_all(run, machines)
         return run
 

@@ -128,6 +128,10 @@ class World:
         """Told of everything that a stack tells the rest of its node."""
         self.on_power: list[Callable[[Machine, Power], None]] = []
         """Told when a machine is switched on or off."""
+        self.on_models: list[Callable[[Machine], None]] = []
+        """Told when a machine has loaded a model or let go of one."""
+        self.acted: Machine | None = None
+        """Who did something in the event that is happening, or happened last."""
         self.tamper: Callable[[Machine, Machine, Control], Iterable[Control]] | None = None
         """What becomes of a message on its way out: adversaries change what their own node says."""
         self._strict = strict
@@ -375,6 +379,7 @@ class World:
         self._arm(machine)
 
     def _perform(self, machine: Machine, effects: list[Effect]) -> None:
+        self.acted = machine
         for effect in effects:
             if machine.effects_left is not None:
                 if machine.effects_left == 0:
@@ -580,6 +585,8 @@ class World:
 
     def _tell_models(self, machine: Machine) -> None:
         """What it serves and has at hand, when that has changed."""
+        for listen in self.on_models:
+            listen(machine)
         if not machine.is_awake:
             return
         self.tell_offers(machine)
