@@ -89,8 +89,11 @@ class KvPool:
     def is_within(self, slot: Slot, others: Iterable[Slot]) -> bool:
         """Whether one of the others has all cells of a slot that is not empty."""
         last = len(slot.cells) - 1
-        return any(len(other.cells) > last and other.cells[last] == slot.cells[last]
-                   for other in others if other is not slot)  # fmt: skip
+        return any(
+            len(other.cells) > last and other.cells[last] == slot.cells[last]
+            for other in others
+            if other is not slot
+        )
 
 
 def common_prefix(left: Sequence[object], right: Sequence[object]) -> int:

@@ -62,9 +62,9 @@ def beginning(
     common = {slot.number: common_prefix(slot.tokens, tokens[:-1]) for slot in slots}
     idle = evicted_first(slots)
     if not copies:
-        idle = [slot for slot in idle if common[slot.number] == len(slot.tokens)] or idle
-        common = {n: c if c == len(slots[n].tokens) and slots[n].is_idle else 0
-                  for n, c in common.items()}  # fmt: skip
+        continued = [slot for slot in idle if common[slot.number] == len(slot.tokens)]
+        common = dict.fromkeys(common, 0) | {slot.number: len(slot.tokens) for slot in continued}
+        idle = continued or idle
 
     def merit(slot: Slot) -> tuple[int, bool, bool, int]:
         is_own = slot.session == session and not slot.is_pinned

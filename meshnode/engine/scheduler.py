@@ -388,6 +388,7 @@ class Scheduler:
         if entry.cached_tokens is None:
             entry.cached_tokens = len(slot.tokens)
         slot.owner, slot.session, entry.slot = entry.id, entry.session, slot
+        slot.is_pinned = False
         self._settle(entry)
         self._touch(slot)
 

@@ -191,6 +191,21 @@ def test_where_a_sequence_begins(
     assert result.usage.cached_tokens == begins[1]
 
 
+def test_a_pinned_slot_that_is_run_in_is_a_history_again() -> None:
+    system = [*range(1, 71)]
+    scheduler = make(slots=4, context_tokens=400, kv_tokens=1000, prefill_tokens=400)
+    for number in range(1, 4):
+        scheduler.submit(number, bytes([number]), [*system, 100 + number], None)
+        run(scheduler)
+    pinned = scheduler._slots[3]
+    assert (pinned.is_pinned, pinned.tokens) == (True, system)
+    for number in range(4, 8):  # all run at once, so one has to run in there
+        scheduler.submit(number, bytes([number]), [*system, 100 + number], None)
+    while scheduler.load().slots_busy < 4:
+        step(scheduler)
+    assert (pinned.is_pinned, pinned.session) == (False, bytes([pinned.owner or 0]))
+
+
 def test_a_model_without_beginnings_only_continues_what_it_kept() -> None:
     scheduler = kept((b"a", [1, 2, 3]), copies=False)
     scheduler.submit(2, b"b", [1, 2, 9], None)
