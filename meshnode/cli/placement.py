@@ -181,7 +181,7 @@ def file_of(path: Path, context: int | None) -> ModelFile:
     from meshnode.models.gguf import read_header
 
     header = read_header(path)
-    need = memory_need(header, context_for(str(path), header, context), "f16")
+    need = memory_need(header, context_for(str(path), header, context))
     return ModelFile(
         name=path.stem.lower(),
         weight_bytes=need.weights_bytes,

@@ -14,9 +14,18 @@ class MeshSnapshot(Struct, frozen=True):
     root_key_here: bool = False
 
 
+class SpeculationSnapshot(Struct, frozen=True):
+    """As `engine.SpeculationStats`."""
+
+    on: bool
+    passes: int
+    proposed: int
+    accepted: int
+
+
 class ModelSnapshot(Struct, frozen=True):
     """One of our own models, loaded or not. `progress` is 0..1 while loading; rates are tokens per
-    second."""
+    second; `speculation` is None where nobody guesses ahead."""
 
     name: str
     digest: str
@@ -31,6 +40,7 @@ class ModelSnapshot(Struct, frozen=True):
     decode_tokens_per_s: float
     memory_bytes: int
     saved_tokens: int = 0
+    speculation: SpeculationSnapshot | None = None
 
 
 class OfferSnapshot(Struct, frozen=True):

@@ -74,7 +74,7 @@ def beginning(
     keep = common[source.number]
     own = [slot for slot in idle if slot.session == session and session and slot.tokens]
     is_continued = source.is_idle and not source.is_pinned and keep == len(source.tokens)
-    if own:
+    if own and copies:
         slot = max(own, key=merit)
     elif keep and is_continued:
         slot = source

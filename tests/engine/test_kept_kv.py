@@ -212,7 +212,7 @@ def test_idle_sessions_are_saved_until_the_limit_and_the_oldest_is_lost(
 
 def test_q8_0_takes_half_and_answers_well(q4_0_path: Path, kv_bytes: int) -> None:
     header = read_header(q4_0_path)
-    per_token = memory_need(header, CONTEXT_TOKENS, "q8_0").kv_bytes_per_token
+    per_token = memory_need(header, CONTEXT_TOKENS, kv_type="q8_0").kv_bytes_per_token
     assert per_token == kv_bytes * 34 // 64
     with LlamaModel(
         str(q4_0_path),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -22,6 +21,7 @@ from meshnode.engine.scheduler import (
 )
 from meshnode.engine.states import StateStore
 from meshnode.errors import ContextLengthError, EngineBusyError
+from tests.engine.small_cache import SmallCache
 
 END = 0
 WORD = 7
@@ -218,6 +218,12 @@ def test_a_model_without_beginnings_only_continues_what_it_kept() -> None:
     assert [(chunk.slot, chunk.start) for chunk in batch.chunks] == [(1, 3), (0, 3)]
 
 
+def test_without_copies_the_longest_continued_slot_is_taken_also_from_others() -> None:
+    scheduler = kept((b"b", [1, 2]), (b"a", [1]), copies=False)
+    scheduler.submit(9, b"a", [1, 2, 3], None)
+    assert planned(scheduler) == Batch((), (Chunk(9, 0, 2, (3,), True),))
+
+
 def test_a_younger_one_waits_for_the_prefix_that_is_being_computed() -> None:
     scheduler = make(slots=3)
     scheduler.submit(1, b"a", [*range(1, 21), 30], None)
@@ -350,62 +356,6 @@ def test_sessions_are_listed_once_most_recent_last() -> None:
 # -- invariants ------------------------------------------------------------------------------------
 
 
-class Cache:
-    """llama.cpp's unified cache in small: slots whose cells may be the same ones.
-
-    It complains where llama.cpp would return 1 or -1, or would compute nonsense. While `is_bad`,
-    nothing can be saved or restored; without `copies`, beginnings cannot be kept either.
-    """
-
-    def __init__(self, limits: Limits) -> None:
-        self._limits = limits
-        self._slots: list[list[list[int]]] = [[] for _ in range(limits.slots + limits.slots_kept)]
-        self.is_bad = False
-
-    def tokens(self, slot: int) -> list[int]:
-        return [token for (token,) in self._slots[slot]]
-
-    def trim(self, trim: Trim) -> bool:
-        cells = self._slots[trim.slot]
-        assert trim.keep <= len(cells)
-        if 0 < trim.keep < len(cells) and not self._limits.copies:
-            cells.clear()
-            return False
-        del cells[trim.keep :]
-        return True
-
-    def copy(self, copy: Copy) -> None:
-        assert self._limits.copies
-        assert not self._slots[copy.slot]
-        assert 0 < copy.tokens <= len(self._slots[copy.source])
-        self._slots[copy.slot] = self._slots[copy.source][: copy.tokens]
-
-    def save(self, slot: int, bytes_max: int) -> bytearray | None:
-        state = bytearray(self.tokens(slot))
-        assert len(state) <= bytes_max
-        return None if self.is_bad else state
-
-    def restore(self, slot: int, state: bytearray) -> bool:
-        assert not self._slots[slot]
-        if self.is_bad:
-            return False
-        self.extend(slot, 0, list(state))
-        return True
-
-    def extend(self, slot: int, start: int, tokens: Sequence[int]) -> None:
-        assert start == len(self._slots[slot]), "positions must be contiguous"
-        self._slots[slot].extend([token] for token in tokens)
-        used = {id(cell) for cells in self._slots for cell in cells}
-        assert len(used) <= self._limits.kv_tokens, "the cache overflows"
-
-    def decode(self, batch: Batch) -> None:
-        slots = [chunk.slot for chunk in batch.chunks]
-        assert len(set(slots)) == len(slots), "two sequences in one slot"
-        for chunk in batch.chunks:
-            assert chunk.tokens
-            self.extend(chunk.slot, chunk.start, chunk.tokens)
-
-
 class Placed(StateStore):
     """Looks after its limits; a state has a byte for each token."""
 
@@ -490,7 +440,7 @@ def test_invariants_hold_and_every_request_ends(
         copies,
     )
     scheduler = Scheduler(limits, frozenset({END}))
-    cache = Cache(limits)
+    cache = SmallCache(limits)
     states = Placed(limits, spill_dir)
     prompts: dict[int, list[int]] = {}
     patience: dict[int, int] = {}

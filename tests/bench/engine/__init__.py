@@ -1,1 +1,1 @@
-"""What the engine costs, alone and beside others."""
+"""What an engine does by itself: see each module's --help."""

@@ -62,7 +62,7 @@ def cost_of(work: Callable[[], None]) -> Cost:
 @contextmanager
 def stepped(path: Path, kv_type: KvType = "f16", *, saved: bool = False) -> Iterator[Stepper]:
     """Two slots to run in and six to keep; all of a context may be saved, or nothing."""
-    need = memory_need(read_header(path), CONTEXT_TOKENS, kv_type)
+    need = memory_need(read_header(path), CONTEXT_TOKENS, kv_type=kv_type)
     with LlamaModel(
         str(path),
         context_tokens=CONTEXT_TOKENS,
@@ -131,7 +131,7 @@ def prefill(path: Path, kv_type: KvType) -> tuple[Cost, Cost, float]:
         history = ask.tokens(SYSTEM_TOKENS)
         first = ask.first_token(b"a", history)
         second = ask.first_token(b"a", history + ask.tokens(QUESTION_TOKENS))
-        need = memory_need(read_header(path), CONTEXT_TOKENS, kv_type)
+        need = memory_need(read_header(path), CONTEXT_TOKENS, kv_type=kv_type)
         return first, second, need.kv_bytes / MEBIBYTE
 
 
