@@ -51,13 +51,13 @@ class Load(msgspec.Struct, frozen=True, tag="load"):
     slots: int
     waiting_max: int
     threads: int | None
-    kv_type: KvType
-    kv_bytes_per_token: int
-    saved_bytes: int
-    spilled_bytes: int
-    spill_dir: str | None
     speculate: Speculate = "off"
     draft: Draft | None = None
+    kv_type: KvType = "f16"
+    kv_bytes_per_token: int = 0
+    saved_bytes: int = 0
+    spilled_bytes: int = 0
+    spill_dir: str | None = None
 
 
 class Generate(msgspec.Struct, frozen=True, tag="generate"):
