@@ -143,18 +143,15 @@ class Gossipsub:
 
     def _graft(self, machine: Machine, mesh: dict[int, Link], wanted: int) -> None:
         """Take up to so many members more; nobody refuses, but whoever has pruned us lately."""
-        others = [index for index in self._members(machine) if index not in mesh]
-        now_ns = self._world.loop.now_ns
-        pruned = self._pruned_until_ns
-        if pruned:
-            here = machine.index
-            others = [
-                index for index in others if pruned.get(_pair(here, index), now_ns) <= now_ns
-            ]
-        if len(others) > wanted:
-            others = self._rng.sample(others, wanted)
-        for index in others:
-            mesh[index] = self._mesh[index][machine.index] = machine.links[index]
+        now_ns, here, pruned = self._world.loop.now_ns, machine.index, self._pruned_until_ns
+        others = [
+            index
+            for index in machine.links
+            if index not in mesh and pruned.get(_pair(here, index), now_ns) <= now_ns
+        ]
+        while wanted > 0 and (other := self._one_member(machine, others)) is not None:
+            mesh[other.index] = self._mesh[other.index][here] = machine.links[other.index]
+            wanted -= 1
 
     def _prune(self, machine: Machine, mesh: dict[int, Link]) -> None:
         """Let go of as many neighbours as are too many, and do not take them back for a while."""
@@ -164,17 +161,25 @@ class Gossipsub:
             self._mesh[index].pop(machine.index, None)
             self._pruned_until_ns[_pair(machine.index, index)] = until_ns
 
-    def _members(self, machine: Machine) -> list[int]:
-        """Whom a machine may exchange messages with: connected, and members to each other."""
-        machines = self._world.machines
-        return [
-            index
-            for index, link in machine.links.items()
-            if machine.live.is_member(machines[index].peer_id)
-            and machines[index].is_awake
-            and machines[index].links.get(machine.index) is link
-            and machines[index].live.is_member(machine.peer_id)
-        ]
+    def _are_members(self, machine: Machine, index: int) -> bool:
+        """Whether these may exchange messages: connected, and members to each other."""
+        other = self._world.machines[index]
+        link = machine.links.get(index)
+        return (
+            link is not None
+            and other.is_awake
+            and other.links.get(machine.index) is link
+            and machine.live.is_member(other.peer_id)
+            and other.live.is_member(machine.peer_id)
+        )
+
+    def _one_member(self, machine: Machine, others: list[int]) -> Machine | None:
+        """One of them, by chance, that the machine exchanges messages with."""
+        while others:
+            index = others.pop(self._rng.randrange(len(others)))
+            if self._are_members(machine, index):
+                return self._world.machines[index]
+        return None
 
     # --- messages -------------------------------------------------------------------------------
 
@@ -253,12 +258,12 @@ class Gossipsub:
         for machine in lacking:
             offers = [
                 index
-                for index in self._members(machine)
+                for index in machine.links
                 if message.arrivals_ns.get(index, now_ns) < now_ns and self._offers(index)
             ]
-            if not offers:
+            source = self._one_member(machine, offers)
+            if source is None:
                 continue
-            source = world.machines[self._rng.choice(offers)]
             # There with the offer, back with the question, there with the message.
             at_ns = now_ns + world.network.delay_ns(source.index, machine.index)
             at_ns += world.network.delay_ns(machine.index, source.index)
