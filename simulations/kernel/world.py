@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from functools import partial
-from typing import Protocol, cast
+from typing import Literal, Protocol, cast
 
 from meshnode.credentials import MeshDescriptor, issue_certificate
 from meshnode.identity import PeerId
@@ -22,6 +22,7 @@ from meshnode.protocol import (
     DutiesChanged,
     Effect,
     Emit,
+    Event,
     Input,
     Persist,
     Publish,
@@ -76,6 +77,8 @@ class Dht(Protocol):
     def switched_on(self, machine: Machine) -> None: ...
 
 
+Power = Literal["on", "killed", "stopped"]
+
 Loading = Callable[[Machine, Holding], int]
 """How many nanoseconds a machine takes to load a model."""
 
@@ -115,10 +118,22 @@ class World:
         self.pubsub: Pubsub = _Flood(self)
         self.dht: Dht = _Shelf()
         self.loading: Loading = lambda machine, holding: int(LOAD_S * NS_PER_S)
+        self.offered: Callable[[Machine, str], Offer] = lambda machine, model: machine.models[
+            model
+        ][0]
+        """What a machine offers of a model that it has loaded."""
         self.may_dial: Callable[[Machine, Machine], bool] = lambda dialer, other: True
         """Whether a way leads from one to the other at all: NATs and firewalls say no."""
         self.watch: Callable[[Machine, Effect], None] | None = None
         """Called with every effect of every machine, before it is performed."""
+        self.on_event: list[Callable[[Machine, Event], None]] = []
+        """Told of everything that a stack tells the rest of its node."""
+        self.on_power: list[Callable[[Machine, Power], None]] = []
+        """Told when a machine is switched on or off."""
+        self.on_models: list[Callable[[Machine], None]] = []
+        """Told when a machine has loaded a model or let go of one."""
+        self.acted: Machine | None = None
+        """Who did something in the event that is happening, or happened last."""
         self.tamper: Callable[[Machine, Machine, Control], Iterable[Control]] | None = None
         """What becomes of a message on its way out: adversaries change what their own node says."""
         self._strict = strict
@@ -174,7 +189,7 @@ class World:
         machine.loaded.clear()
         machine.running = ()
         machine.effects_left = None
-        self._note("on", machine)
+        self._tell_power(machine, "on")
         machine.stack = Stack(
             machine.key,
             self.mesh,
@@ -222,14 +237,19 @@ class World:
 
     def kill(self, machine: Machine) -> None:
         """Power off, without a word; the others notice when it has been silent for too long."""
-        self._note("kill", machine)
+        self._tell_power(machine, "killed")
         self._switch_off(machine, SILENCE_NS)
 
     def stop(self, machine: Machine) -> None:
         """Shut down in good order."""
-        self._note("stop", machine)
+        self._tell_power(machine, "stopped")
         self.tell(machine, Stop())
         self._switch_off(machine, 2 * self.network.rtt_ns(machine.index, machine.index))
+
+    def _tell_power(self, machine: Machine, power: Power) -> None:
+        self._note(power, machine)
+        for listen in self.on_power:
+            listen(machine, power)
 
     def _switch_off(self, machine: Machine, noticed_after_ns: int) -> None:
         machine.stack = None
@@ -362,6 +382,7 @@ class World:
         self._arm(machine)
 
     def _perform(self, machine: Machine, effects: list[Effect]) -> None:
+        self.acted = machine
         for effect in effects:
             if machine.effects_left is not None:
                 if machine.effects_left == 0:
@@ -389,6 +410,8 @@ class World:
                 case Emit(event):
                     self._note(type(event).__name__, machine)
                     machine.events.append(event)
+                    for listen in self.on_event:
+                        listen(machine, event)
                     if isinstance(event, DutiesChanged):
                         self._do_duties(machine, event)
         if machine.stack is not None:
@@ -557,11 +580,19 @@ class World:
             machine.loaded[model] = None
             self._tell_models(machine)
 
+    def tell_offers(self, machine: Machine) -> None:
+        """What it serves, and how busy it is with that."""
+        if machine.is_awake:
+            offers = tuple(self.offered(machine, model) for model in machine.loaded)
+            self.tell(machine, SetOffers(offers))
+
     def _tell_models(self, machine: Machine) -> None:
         """What it serves and has at hand, when that has changed."""
+        for listen in self.on_models:
+            listen(machine)
         if not machine.is_awake:
             return
-        self.tell(machine, SetOffers(tuple(machine.models[m][0] for m in machine.loaded)))
+        self.tell_offers(machine)
         if machine.stack is not None:
             self.tell(machine, SetHoldings(holdings_of(machine)))
 
@@ -618,4 +649,4 @@ class _Shelf:
         self.records[machine.index] = record
 
 
-__all__ = ["Dht", "Loading", "Pubsub", "World", "holdings_of"]
+__all__ = ["Dht", "Loading", "Power", "Pubsub", "World", "holdings_of"]

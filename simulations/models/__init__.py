@@ -1,4 +1,4 @@
-"""What a simulation plugs into the machine room: distances, links, people and py-libp2p's parts.
+"""What surrounds the cores in a simulation, each a small model with its source.
 
 * `latency.py`    how far machines are from each other: measured, by region, or drawn
 * `access.py`     what homes and data centres can send and receive
@@ -7,4 +7,7 @@
 * `churn.py`      who is there when
 * `pubsub.py`     gossipsub, as production sets it up
 * `kademlia.py`   the DHT, and what a node's driver does with it
+* `engine.py`     how long an engine takes, and which prefixes it has kept
+* `gateway.py`    a client's request on its way: routed, answered, continued elsewhere
+* `demand.py`     who asks what, and when
 """

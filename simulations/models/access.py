@@ -31,10 +31,10 @@ class AccessKind:
         machine.up = Access(self.up_bytes_per_s, int(self.up_bytes_per_s * BURST_S))
 
 
-HOME_DSL = AccessKind("home-dsl", 50 * BYTES_PER_MBIT, 10 * BYTES_PER_MBIT)
-HOME_CABLE = AccessKind("home-cable", 250 * BYTES_PER_MBIT, 25 * BYTES_PER_MBIT)
-HOME_FIBRE = AccessKind("home-fibre", 500 * BYTES_PER_MBIT, 250 * BYTES_PER_MBIT)
-DATA_CENTRE = AccessKind("data-centre", 10_000 * BYTES_PER_MBIT, 10_000 * BYTES_PER_MBIT)
+HOME_DSL = AccessKind("dsl", 50 * BYTES_PER_MBIT, 10 * BYTES_PER_MBIT)
+HOME_CABLE = AccessKind("cable", 250 * BYTES_PER_MBIT, 25 * BYTES_PER_MBIT)
+HOME_FIBRE = AccessKind("fibre", 500 * BYTES_PER_MBIT, 250 * BYTES_PER_MBIT)
+DATA_CENTRE = AccessKind("datacentre", 10_000 * BYTES_PER_MBIT, 10_000 * BYTES_PER_MBIT)
 KINDS = {kind.name: kind for kind in (HOME_DSL, HOME_CABLE, HOME_FIBRE, DATA_CENTRE)}
 
 __all__ = ["DATA_CENTRE", "HOME_CABLE", "HOME_DSL", "HOME_FIBRE", "KINDS", "AccessKind"]
