@@ -8,21 +8,22 @@ as failed, and the node goes on with the others.
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
 import trio
 
 from meshnode.config import Config
-from meshnode.console.snapshot import ModelSnapshot
+from meshnode.console.snapshot import ModelSnapshot, SpeculationSnapshot
 from meshnode.engine import Engine, EngineStats, ModelCard
 from meshnode.engine.card import load_card
 from meshnode.engine.memory import MemoryNeed, context_for, memory_need
-from meshnode.engine.process import EngineOptions, EngineProcess
+from meshnode.engine.process import EngineOptions, EngineProcess, read_draft_header, read_eyes
 from meshnode.errors import ConfigError, ModelLoadError
 from meshnode.messages import SESSIONS_MAX, Offer
 from meshnode.models.catalog import ModelSource, resolve
@@ -51,7 +52,7 @@ class Holding:
     `state`: "loading" and "ready" hold memory, and an engine that takes no more requests is
     "ready" until it has given it back; "failed" lasts until another try is worth it. `wanted`:
     this node's operator wants it served here. `bytes`, estimated, is `weight_bytes` +
-    `kv_bytes_per_token` * `context_tokens` + `compute_bytes` (buffers and runtime).
+    `kv_bytes_per_token` * `context_tokens` + `compute_bytes` (buffers, runtime, draft model).
     """
 
     name: str
@@ -139,7 +140,9 @@ class HostedModel:
         card = await self._prepare()
         header = await trio.to_thread.run_sync(read_header, card.path)
         context_tokens = context_for(card.path, header, self._options.context_tokens)
-        return _Identity(card, header, memory_need(header, context_tokens))
+        draft = await read_draft_header(self._options)
+        eyes = await read_eyes(self._options)
+        return _Identity(card, header, memory_need(header, context_tokens, draft, eyes))
 
     async def _prepare(self) -> ModelCard:
         first = 0.1 if self._source.packaged else PREPARED
@@ -297,6 +300,9 @@ class HostedModel:
             prefill_tokens_per_s=stats.prefill_tokens_per_s,
             decode_tokens_per_s=stats.decode_tokens_per_s,
             memory_bytes=stats.memory_bytes,
+            speculation=None
+            if stats.speculation is None
+            else SpeculationSnapshot(**dataclasses.asdict(stats.speculation)),
         )
 
 
@@ -305,7 +311,13 @@ def find_models(config: Config) -> tuple[HostedModel, ...]:
 
     Raises `ConfigError` for one that does not exist, and for a standby that is named twice.
     """
-    options = EngineOptions(context_tokens=config.context_tokens, slots=config.slots)
+    draft = None if config.draft is None else resolve(config.draft, config.data_dir).path
+    options = EngineOptions(
+        context_tokens=config.context_tokens,
+        slots=config.slots,
+        speculate=config.speculate,
+        draft=draft,
+    )
     pinned = [resolve(spec, config.data_dir) for spec in config.models]
     standbys = [resolve(spec, config.data_dir) for spec in config.standbys]
     paths = [source.path for source in (*pinned, *standbys)]
@@ -315,10 +327,37 @@ def find_models(config: Config) -> tuple[HostedModel, ...]:
                 f"the standby {source.name} is named twice ({source.path}): "
                 "give a model once, as --model to serve it here or as --standby"
             )
-    return (
-        *(HostedModel(source, config.data_dir, options) for source in pinned),
-        *(HostedModel(source, config.data_dir, options, pinned=False) for source in standbys),
+    sources = [*((source, True) for source in pinned), *((source, False) for source in standbys)]
+    projectors = _projectors(config.projectors, [source.name for source, _ in sources])
+    return tuple(
+        HostedModel(
+            source,
+            config.data_dir,
+            replace(options, projector=projectors.get(source.name)),
+            pinned=is_pinned,
+        )
+        for source, is_pinned in sources
     )
+
+
+def _projectors(specs: tuple[str, ...], names: Sequence[str]) -> dict[str, Path]:
+    """By the names of the models that they give eyes to. Raises `ConfigError`."""
+    found: dict[str, Path] = {}
+    for spec in specs:
+        path, name = Path(spec).expanduser(), names[0] if len(names) == 1 else ""
+        if not path.is_file() and "=" in spec:
+            name, _, file = spec.partition("=")
+            path = Path(file).expanduser()
+        if not path.is_file():
+            raise ConfigError(f"--mmproj {spec}: there is no such file")
+        if name not in names or name in found:
+            known = ", ".join(names) or "none"
+            raise ConfigError(
+                f"--mmproj {spec}: say for which model, once for each: --mmproj NAME={path.name} "
+                f"(models here: {known})"
+            )
+        found[name] = path.resolve()
+    return found
 
 
 async def run_models(models: tuple[HostedModel, ...]) -> None:

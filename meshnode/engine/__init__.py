@@ -4,8 +4,18 @@ An engine runs one model. It knows tokens, sequences and KV caches; it knows not
 routing or HTTP. The parts, in data-flow order:
 
 * `scheduler.py`  sans-IO policy: waiting and running sequences in, the next batch out
-* `llama.py`      mechanism: the only import of llama_cpp; runs inside the child process
+* `cells.py`      what stands for a picture among tokens
+* `llama.py`      mechanism: a loaded model, inside the child process; only it, `embedder.py`,
+                  `vision.py` and `native.py`, which all need, import llama_cpp
+* `vision.py`     mechanism: libmtmd, which makes embeddings of pictures
+* `pictures.py`   decodes pictures, within bounds
+* `speculate.py`  sans-IO: guesses at the next tokens, and which of them stand
+* `payoff.py`     sans-IO: whether guessing pays, by what it did
+* `draft.py`      a small model that guesses for a large one
+* `embedding.py`  sans-IO policy: which inputs are read next for embeddings
+* `embedder.py`   mechanism: a model's other context, that turns inputs into vectors
 * `trial.py`      tries a client's grammar where a crash costs nothing
+* `reading.py`    joins these two beside the answers
 * `child.py`      the child process's main loop: requests in, deltas out, one step at a time
 * `process.py`    `EngineProcess`: the Trio side that starts, watches and talks to the child
 * `echo.py`       a deterministic engine without a model, for protocol tests only
@@ -20,30 +30,53 @@ from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
+from meshnode.config import Speculate
+
 # OpenAI's penalties look at the whole answer; this is longer than almost all of them.
 PENALTY_TOKENS_MAX = 2048
 # Far more than any schema that a small model could follow.
 GRAMMAR_BYTES_MAX = 64 * 1024
-# OpenAI's own bound.
+# OpenAI's own bounds.
 TOP_LOGPROBS_MAX = 20
+EMBED_INPUTS_MAX = 2048
+EMBED_TOKENS_MAX = 300_000
+# 8 MiB of them, so that an answer in base64 fits into what a gateway takes from a peer.
+EMBED_FLOATS_MAX = 2 * 1024 * 1024
+# Each takes some hundred tokens: more would leave a default context no room for an answer.
+IMAGES_MAX = 16
+# Larger than a telephone's photo; all of a request together fit into one body as base64.
+IMAGE_BYTES_MAX = 8 * 1024 * 1024
+IMAGES_BYTES_MAX = 16 * 1024 * 1024
 
 __all__ = [
+    "EMBED_FLOATS_MAX",
+    "EMBED_INPUTS_MAX",
+    "EMBED_TOKENS_MAX",
     "GRAMMAR_BYTES_MAX",
+    "IMAGES_BYTES_MAX",
+    "IMAGES_MAX",
+    "IMAGE_BYTES_MAX",
     "PENALTY_TOKENS_MAX",
     "TOP_LOGPROBS_MAX",
     "ChatMessage",
     "Continuation",
     "Delta",
+    "EmbedRequest",
+    "Embedded",
     "Engine",
     "EngineStats",
     "Finish",
     "Grammar",
+    "Image",
     "Logprob",
     "ModelCard",
     "Request",
     "Sampling",
+    "Speculate",
+    "SpeculationStats",
     "TokenLogprobs",
     "Usage",
+    "images_of",
 ]
 
 
@@ -66,11 +99,25 @@ class ModelCard:
 
 
 @dataclass(frozen=True, slots=True)
+class Image:
+    """A picture in a message: the bytes of a file, and before which character of the text it
+    stands. `low_detail`: a glance at it is enough."""
+
+    data: bytes
+    at: int
+    low_detail: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class ChatMessage:
-    """One turn. `content` is plain text; it can never become a control token."""
+    """One turn. `content` is plain text; it can never become a control token.
+
+    `images` are in the order in which they stand.
+    """
 
     role: str
     content: str
+    images: tuple[Image, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,6 +201,12 @@ class Request:
     n: int = 1
 
 
+def images_of(prompt: tuple[ChatMessage, ...] | str | tuple[int, ...]) -> tuple[Image, ...]:
+    """All that its messages show, in order."""
+    messages = (item for item in prompt if isinstance(item, ChatMessage))
+    return tuple(image for message in messages for image in message.images)
+
+
 @dataclass(frozen=True, slots=True)
 class Usage:
     """Token counts; `cached_tokens` of the prompt were found in a kept KV cache."""
@@ -207,11 +260,51 @@ class Finish:
 
 
 @dataclass(frozen=True, slots=True)
+class EmbedRequest:
+    """A vector for each of `inputs`; or, with a `query`, how relevant each of them is to it.
+
+    1 to `EMBED_INPUTS_MAX` inputs of `EMBED_TOKENS_MAX` tokens together, none of them empty; with
+    a query they are texts. Text gets the special tokens that the model expects around it, token
+    ids are taken as they are. `dimensions`: what a vector must have; None for what it has.
+    """
+
+    id: str
+    inputs: tuple[str | tuple[int, ...], ...]
+    query: str | None = None
+    dimensions: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Embedded:
+    """What becomes of an `EmbedRequest` that was accepted.
+
+    `vectors` come in the order of the inputs, each as little-endian 32-bit floats: of length 1,
+    or with a query just one number, the larger the more relevant, on the model's own scale.
+    Iterating raises `EngineError` if the engine dies midway.
+    """
+
+    prompt_tokens: int
+    vectors: AsyncIterator[bytes]
+
+
+@dataclass(frozen=True, slots=True)
+class SpeculationStats:
+    """Guessing ahead, since the engine was loaded: `passes` had guesses in them, `proposed`
+    tokens in all, of which `accepted` were what the model drew. `on`: in the latest pass."""
+
+    on: bool
+    passes: int
+    proposed: int
+    accepted: int
+
+
+@dataclass(frozen=True, slots=True)
 class EngineStats:
     """A frozen snapshot, cheap enough to take for every advert and status page.
 
     `sessions` holds the session keys whose KV is kept, most recently used last.
     Rates are tokens per second, measured (0.0 before the first measurement).
+    `speculation` is None if it is not wanted or the model cannot.
     """
 
     card: ModelCard
@@ -227,6 +320,7 @@ class EngineStats:
     decode_tokens_per_s: float
     memory_bytes: int
     sessions: tuple[bytes, ...]
+    speculation: SpeculationStats | None = None
 
 
 class Engine(Protocol):
@@ -242,5 +336,12 @@ class Engine(Protocol):
         Iterate: `Delta`s, and after those of a choice its `Finish`; raises `EngineError` if the
         child dies midway.
         Leave early: the sequence is cancelled within one decode step; its KV stays for reuse.
+        """
+        ...
+
+    def embed(self, request: EmbedRequest) -> AbstractAsyncContextManager[Embedded]:
+        """Enter: the inputs are tokenised and queued. Raises as `generate` does: `RequestError`
+        names the input that is too long, or says what else the model is for.
+        Leave early: what is left of it is not computed.
         """
         ...

@@ -14,19 +14,29 @@ conversation computes only what is new.
 All slots share one pool of `kv_tokens` cells. The oldest sequence can always get room by evicting
 idle slots and preempting others, and any sequence fits the pool alone, so every request ends.
 
+Where a sequence shows a picture, it has cells instead of tokens (`cells.py`). A view is computed
+whole and alone, so it is a batch of its own; what others have to compute comes between two views.
+
 A sequence may *follow* another that has the same prompt. It waits until its leader has computed
 that, others passing it meanwhile, and begins with a copy of the leader's slot. The copy shares its
 cells with the original; they are counted twice here, which errs on the safe side.
+
+A decoding sequence may have *proposals* (`speculate.py`) behind its one token. They are computed
+with it, and those that turn out not to be what the sequence draws are no part of its slot: once
+the batch is committed, `Batch.rejected` says what to trim.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import takewhile
 from typing import Literal
 
 from meshnode.engine import Usage
+from meshnode.engine.cells import stretch, view_at
+from meshnode.engine.speculate import PROPOSED_TOKENS_MAX, Ask, judge
 from meshnode.errors import ContextLengthError, EngineBusyError
 
 # One decode of 512 tokens is where the matrix products of a CPU stop getting more efficient.
@@ -36,6 +46,8 @@ PREFILL_TOKENS_BESIDE_DECODE_MAX = 128
 # A sequence is admitted only if every running one could still grow by this much; it keeps a
 # nearly full cache from admitting what it must preempt a few steps later.
 ADMIT_HEADROOM_TOKENS = 64
+# Proposals in one batch, over all sequences: beyond it a pass is wide enough without guesses.
+PROPOSED_IN_BATCH_MAX = 32
 # What a refused client is told to wait: the order of one short answer.
 BUSY_RETRY_AFTER_S = 2.0
 
@@ -84,13 +96,33 @@ class Copy:
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """Tokens of one sequence for positions `start`, `start + 1`, ... of one slot."""
+    """Tokens, or the cells of a view, of one sequence for places `start`, `start + 1`, ... of one
+    slot.
+
+    The last `proposed` are guesses. With `wants_logits`, there are logits after each of them and
+    after the token before them, which is the last that is known.
+    """
 
     sequence: int
     slot: int
     start: int
     tokens: tuple[int, ...]
     wants_logits: bool
+    proposed: int = 0
+
+    @property
+    def outputs(self) -> int:
+        """How many of its rows, the last ones, have logits."""
+        return 1 + self.proposed if self.wants_logits else 0
+
+    @property
+    def is_decode(self) -> bool:
+        """Whether it computes one known token, to draw the next: no prompt."""
+        return self.wants_logits and len(self.tokens) == 1 + self.proposed
+
+    @property
+    def proposals(self) -> tuple[int, ...]:
+        return self.tokens[len(self.tokens) - self.proposed :]
 
     @property
     def undo(self) -> Trim:
@@ -115,7 +147,47 @@ class Batch:
 
     @property
     def outputs(self) -> int:
-        return sum(chunk.wants_logits for chunk in self.chunks)
+        """The most draws that it can lead to."""
+        return sum(chunk.outputs for chunk in self.chunks)
+
+    def rows(self) -> Iterator[tuple[Chunk, int]]:
+        """The chunks that want logits, each with the first row of the batch that has them."""
+        end = 0
+        for chunk in self.chunks:
+            end += len(chunk.tokens)
+            if chunk.wants_logits:
+                yield chunk, end - chunk.outputs
+
+    def rejected(self, draws: Sequence[int]) -> list[Trim]:
+        """What takes the proposals that were not drawn back out of the KV cache."""
+        return [
+            Trim(chunk.slot, chunk.start + keep)
+            for chunk, drawn in self.drawn(draws)
+            if (keep := _standing(chunk, drawn)) < len(chunk.tokens)
+        ]
+
+    def drawn(self, draws: Sequence[int]) -> list[tuple[Chunk, Sequence[int]]]:
+        """Each chunk with its part of the draws, which are in the order of the rows.
+
+        A chunk has one more than proposals that stand. Raises `ValueError` if the draws are not
+        those of this batch.
+        """
+        parts: list[tuple[Chunk, Sequence[int]]] = []
+        start = 0
+        for chunk in self.chunks:
+            end = start
+            if chunk.wants_logits:
+                end += judge(chunk.proposals, draws[start:]).accepted + 1
+            parts.append((chunk, draws[start:end]))
+            start = end
+        if start != len(draws):
+            raise ValueError(f"{len(draws)} draws for a batch that leads to {start}")
+        return parts
+
+    @property
+    def view(self) -> int | None:
+        """The digest of the view that this batch consists of; None if it is of tokens."""
+        return view_at(self.chunks[0].tokens, 0) if self.chunks else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,7 +217,7 @@ class _Sequence:
     """A request on its way: `tokens` is the prompt, then the answer so far."""
 
     __slots__ = ("arrival", "cached_tokens", "follows", "id", "is_prefilled", "length_max",
-                 "prompt_tokens", "session", "slot", "tokens")  # fmt: skip
+                 "prompt_tokens", "session", "shows_pictures", "slot", "tokens")  # fmt: skip
 
     def __init__(
         self, number: int, session: bytes, prompt: Sequence[int], length_max: int, arrival: int
@@ -154,6 +226,7 @@ class _Sequence:
         self.session = session
         self.tokens = list(prompt)
         self.prompt_tokens = len(self.tokens)
+        self.shows_pictures = min(self.tokens) < 0
         self.length_max = length_max
         self.arrival = arrival
         self.cached_tokens: int | None = None
@@ -198,6 +271,7 @@ class Scheduler:
         self._sequences: dict[int, _Sequence] = {}
         self._arrivals = 0
         self._uses = 0
+        self._viewed = False  # the latest batch was a view
 
     # -- what a driver calls -------------------------------------------------------------------
 
@@ -210,14 +284,14 @@ class Scheduler:
         *,
         follows: int | None = None,
     ) -> None:
-        """Queue a prompt of at least one token under a number that is not in use.
+        """Queue a prompt under a number that is not in use. It ends in a token, not in a picture.
 
         `follows` is the number of a sequence with the same prompt.
         Raises `ContextLengthError` if it can never fit, `EngineBusyError` if the queue is full.
         """
         if sequence in self._sequences:
             raise ValueError(f"sequence {sequence} is already scheduled")
-        if not prompt or (max_tokens is not None and max_tokens < 1):
+        if not prompt or prompt[-1] < 0 or (max_tokens is not None and max_tokens < 1):
             raise ValueError("a sequence needs a prompt token and room for one answer token")
         length_max = self.limits.context_tokens
         if not self.limits.fits(len(prompt), max_tokens):
@@ -243,9 +317,19 @@ class Scheduler:
         self._release(entry)
         return entry.usage()
 
-    def plan(self) -> Batch | None:
+    def asks(self) -> list[Ask]:
+        """The sequences that decode next, and how many proposals `plan` would take for each."""
+        decoding = [entry for entry in self._running() if _pending(entry) == 1]
+        return [
+            Ask(entry.id, entry.session, entry.tokens, _proposed_max(entry, len(decoding)))
+            for entry in decoding
+            if not entry.shows_pictures  # who guesses cannot see them
+        ]
+
+    def plan(self, proposals: Mapping[int, Sequence[int]] | None = None) -> Batch | None:
         """The next step, or None if there is nothing to do.
 
+        `proposals`, by sequence, are answers to `asks`; what there is no room for is left out.
         The KV counts as computed only after `commit`; without it (the decode was aborted), the
         next `plan` covers the same tokens again.
         """
@@ -254,10 +338,20 @@ class Scheduler:
             return Batch(tuple(trims), (), tuple(copies))
         planned: dict[int, Chunk] = {}
         running = self._running()
+        viewing = [entry for entry in running if _is_at_view(entry)]
+        if viewing and not (self._viewed and len(viewing) < len(running)):
+            for entry in viewing:
+                if self._plan_chunk(entry, _pending(entry), planned, trims):
+                    self._viewed = True
+                    return Batch(tuple(trims), tuple(planned.values()))
+        self._viewed = False
+        running = [entry for entry in self._running() if not _is_at_view(entry)]
         decoding = [entry for entry in running if _pending(entry) == 1]
         prefilling = [entry for entry in running if _pending(entry) > 1]
         for entry in decoding:
             self._plan_chunk(entry, 1, planned, trims)
+        if proposals:
+            self._add_proposals(proposals, planned)
         budget = self.limits.prefill_tokens_beside_decode if planned else self.limits.prefill_tokens
         for entry in prefilling:
             budget -= self._plan_chunk(entry, budget, planned, trims)
@@ -266,20 +360,17 @@ class Scheduler:
         return Batch(tuple(trims), tuple(planned.values()))
 
     def commit(self, batch: Batch, sampled: Sequence[int]) -> list[Sampled]:
-        """Record a decoded batch; `sampled` has one token per chunk that wanted logits."""
-        if len(sampled) != batch.outputs:
-            raise ValueError(f"{batch.outputs} outputs but {len(sampled)} sampled tokens")
-        draws = iter(sampled)
+        """Record a decoded batch; `sampled` has one token per chunk that wanted logits, and one
+        more for each proposal that stands. One result for each, in the same order."""
         results = []
-        for chunk in batch.chunks:
+        for chunk, drawn in batch.drawn(sampled):
             slot = self._slots[chunk.slot]
             entry = slot.sequence
             if entry is None or entry.id != chunk.sequence or len(slot.tokens) != chunk.start:
                 raise ValueError(f"slot {chunk.slot} changed between plan and commit")
-            slot.tokens.extend(chunk.tokens)
+            slot.tokens.extend(chunk.tokens[: _standing(chunk, drawn)])
             self._touch(slot)
-            if chunk.wants_logits:
-                results.append(self._accept(entry, next(draws)))
+            results += [self._accept(entry, token) for token in drawn]
         return results
 
     def forget(self, slot: int) -> None:
@@ -352,14 +443,15 @@ class Scheduler:
     def _plan_chunk(
         self, entry: _Sequence, tokens_max: int, planned: dict[int, Chunk], trims: list[Trim]
     ) -> int:
-        """Plan up to `tokens_max` tokens of a sequence; returns how many found room."""
+        """Plan up to `tokens_max` tokens of a sequence, or a whole view; returns how many found
+        room."""
         slot = entry.slot
         if slot is None or tokens_max < 1:  # preempted a moment ago, or the budget is spent
             return 0
         start = len(slot.tokens)
-        count = min(_pending(entry), tokens_max)
-        count = min(count, self._make_room(count, entry, planned, trims))
-        if count < 1:
+        wanted = stretch(entry.tokens, start, tokens_max)
+        count = min(wanted, self._make_room(wanted, entry, planned, trims))
+        if count < 1 or (_is_at_view(entry) and count < wanted):
             return 0
         planned[entry.id] = Chunk(
             sequence=entry.id,
@@ -369,6 +461,21 @@ class Scheduler:
             wants_logits=start + count == len(entry.tokens),
         )
         return count
+
+    def _add_proposals(
+        self, proposals: Mapping[int, Sequence[int]], planned: dict[int, Chunk]
+    ) -> None:
+        """Put guesses behind the tokens of those that decode, as far as there is free room:
+        nobody is evicted for a guess. The end of an answer is not guessed at."""
+        decoding = len(planned)
+        for number, chunk in planned.items():
+            guesses = takewhile(self._is_word, proposals.get(number, ()))
+            most = _proposed_max(self._sequences[number], decoding)
+            taken = tuple(guesses)[: min(most, self._room(planned))]
+            planned[number] = replace(chunk, tokens=chunk.tokens + taken, proposed=len(taken))
+
+    def _is_word(self, token: int) -> bool:
+        return token not in self._end_tokens
 
     def _make_room(
         self, tokens: int, entry: _Sequence, planned: dict[int, Chunk], trims: list[Trim]
@@ -386,6 +493,8 @@ class Scheduler:
             others = [
                 other for other in self._running() if other is not entry and other.id not in planned
             ]
+            if _is_at_view(entry):  # it comes before those that are older
+                others = [other for other in others if other.arrival > entry.arrival]
             if not others:
                 break
             self._preempt(max(others, key=lambda other: other.arrival))
@@ -439,6 +548,24 @@ def _pending(entry: _Sequence) -> int:
     """Tokens still to compute before the next one can be sampled; at least 1 while running."""
     computed = len(entry.slot.tokens) if entry.slot is not None else 0
     return len(entry.tokens) - computed
+
+
+def _is_at_view(entry: _Sequence) -> bool:
+    """Whether a running sequence goes on with a view."""
+    assert entry.slot is not None
+    return view_at(entry.tokens, len(entry.slot.tokens)) is not None
+
+
+def _proposed_max(entry: _Sequence, decoding: int) -> int:
+    """How many proposals a sequence may have beside `decoding - 1` others: were all of them
+    right, the answer would have one token more, and may not become too long."""
+    room = entry.length_max - len(entry.tokens) - 1
+    return max(0, min(PROPOSED_TOKENS_MAX, PROPOSED_IN_BATCH_MAX // decoding, room))
+
+
+def _standing(chunk: Chunk, drawn: Sequence[int]) -> int:
+    """How many of a chunk's tokens are text, its draws having judged the proposals."""
+    return len(chunk.tokens) - chunk.proposed + max(0, len(drawn) - 1)
 
 
 def _choose_slot(entry: _Sequence, idle: list[_Slot]) -> tuple[_Slot, int]:

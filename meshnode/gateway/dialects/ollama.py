@@ -19,17 +19,25 @@ from meshnode.engine import Finish, ModelCard
 from meshnode.errors import RequestError
 from meshnode.gateway import ServedModel
 from meshnode.gateway.dialects import Asked, Name, ask, read_error, stop_of
+from meshnode.gateway.embeddings import Embed, Vectors, embed_of, floats
 from meshnode.gateway.fields import Shape, decode_body, refuse_unsupported, unsupported
+from meshnode.gateway.images import bare_image
 from meshnode.gateway.openai import TOKEN_ID_MAX, Call
 
 __all__ = [
     "API_VERSION",
     "CHAT_SHAPE",
+    "EMBED_SHAPE",
     "GENERATE_SHAPE",
+    "OLD_EMBED_SHAPE",
     "SHOW_SHAPE",
     "decode_chat",
+    "decode_embed_body",
     "decode_generate",
+    "decode_old_embed",
     "decode_show",
+    "encode_embeddings",
+    "encode_old_embedding",
     "encode_ollama_error",
     "encode_show",
     "encode_tags",
@@ -74,7 +82,7 @@ class _Body(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
 class _Message(msgspec.Struct, forbid_unknown_fields=True):
     role: Literal["system", "user", "assistant"]
     content: str
-    images: Any = None
+    images: list[str] | None = None
     thinking: Any = None
     tool_calls: Any = None
     tool_name: Any = None
@@ -89,11 +97,27 @@ class _ChatBody(_Body, forbid_unknown_fields=True, kw_only=True):
 class _GenerateBody(_Body, forbid_unknown_fields=True, kw_only=True):
     prompt: Annotated[str, msgspec.Meta(min_length=1)]
     system: str | None = None
+    images: list[str] | None = None
     context: Any = None
-    images: Any = None
     raw: Any = None
     suffix: Any = None
     template: Any = None
+
+
+class _AnyEmbedBody(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
+    model: Name
+    options: Any = None
+    keep_alive: str | float | None = None  # harmless: models stay loaded
+
+
+class _EmbedBody(_AnyEmbedBody, forbid_unknown_fields=True, kw_only=True):
+    input: str | list[str]
+    dimensions: Annotated[int, msgspec.Meta(ge=1)] | None = None
+    truncate: Any = None
+
+
+class _OldEmbedBody(_AnyEmbedBody, forbid_unknown_fields=True, kw_only=True):
+    prompt: Annotated[str, msgspec.Meta(min_length=1)]
 
 
 class _ShowBody(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
@@ -118,18 +142,18 @@ _NEUTRAL_CHAT: Mapping[str, tuple[Any, ...]] = {**_NEUTRAL_BODY, "tools": ([],)}
 _NEUTRAL_GENERATE: Mapping[str, tuple[Any, ...]] = {
     **_NEUTRAL_BODY,
     "context": ([],),
-    "images": ([],),
     "raw": (False,),
     "suffix": ("",),
     "template": ("",),
 }
 _NEUTRAL_MESSAGE: Mapping[str, tuple[Any, ...]] = {
-    "images": ([],),
     "thinking": ("",),
     "tool_calls": ([],),
     "tool_name": ("",),
     "tool_call_id": ("",),
 }
+_NEUTRAL_OLD_EMBED: Mapping[str, tuple[Any, ...]] = {"options": ({},)}
+_NEUTRAL_EMBED: Mapping[str, tuple[Any, ...]] = {**_NEUTRAL_OLD_EMBED, "truncate": (False,)}
 _NEUTRAL_SHOW: Mapping[str, tuple[Any, ...]] = {"verbose": (False,)}
 _WITHIN: Mapping[type[msgspec.Struct], Mapping[str, tuple[Any, ...]]] = {
     _Options: _NEUTRAL_OPTIONS,
@@ -137,9 +161,13 @@ _WITHIN: Mapping[type[msgspec.Struct], Mapping[str, tuple[Any, ...]]] = {
 }
 CHAT_SHAPE = Shape(_ChatBody, {**_WITHIN, _ChatBody: _NEUTRAL_CHAT})
 GENERATE_SHAPE = Shape(_GenerateBody, {**_WITHIN, _GenerateBody: _NEUTRAL_GENERATE})
+EMBED_SHAPE = Shape(_EmbedBody, {_EmbedBody: _NEUTRAL_EMBED})
+OLD_EMBED_SHAPE = Shape(_OldEmbedBody, {_OldEmbedBody: _NEUTRAL_OLD_EMBED})
 SHOW_SHAPE = Shape(_ShowBody, {_ShowBody: _NEUTRAL_SHOW})
 _chat_decoder = msgspec.json.Decoder(_ChatBody)
 _generate_decoder = msgspec.json.Decoder(_GenerateBody)
+_embed_decoder = msgspec.json.Decoder(_EmbedBody)
+_old_embed_decoder = msgspec.json.Decoder(_OldEmbedBody)
 _show_decoder = msgspec.json.Decoder(_ShowBody)
 
 
@@ -149,7 +177,12 @@ def decode_chat(body: bytes) -> Asked:
     refuse_unsupported(chat, _NEUTRAL_CHAT)
     for index, message in enumerate(chat.messages):
         refuse_unsupported(message, _NEUTRAL_MESSAGE, f"messages[{index}].")
-    messages = [{"role": each.role, "content": each.content} for each in chat.messages]
+    messages: list[dict[str, Any]] = []
+    for index, each in enumerate(chat.messages):
+        if each.images and each.role != "user":
+            raise unsupported(f"messages[{index}].images")
+        content = _content(each.content, each.images, f"messages[{index}].images")
+        messages.append({"role": each.role, "content": content})
     return _ask(chat, messages, _chat_text)
 
 
@@ -160,10 +193,29 @@ def decode_generate(body: bytes) -> Asked:
     """
     asked: _GenerateBody = decode_body(_generate_decoder, body)
     refuse_unsupported(asked, _NEUTRAL_GENERATE)
-    messages = [{"role": "user", "content": asked.prompt}]
+    messages: list[dict[str, Any]] = [
+        {"role": "user", "content": _content(asked.prompt, asked.images, "images")}
+    ]
     if asked.system:
         messages.insert(0, {"role": "system", "content": asked.system})
     return _ask(asked, messages, _generate_text)
+
+
+def decode_embed_body(body: bytes) -> Embed:
+    """Understand the body of /api/embed. Raises `RequestError` naming the field.
+
+    What is too long is refused, as with `truncate: false`: half a text has another meaning.
+    """
+    asked: _EmbedBody = decode_body(_embed_decoder, body)
+    refuse_unsupported(asked, _NEUTRAL_EMBED)
+    return embed_of(asked.model, asked.input, asked.dimensions)
+
+
+def decode_old_embed(body: bytes) -> Embed:
+    """Understand the body of /api/embeddings, for one text. Raises `RequestError` as well."""
+    asked: _OldEmbedBody = decode_body(_old_embed_decoder, body)
+    refuse_unsupported(asked, _NEUTRAL_OLD_EMBED)
+    return embed_of(asked.model, asked.prompt)
 
 
 def decode_show(body: bytes) -> str:
@@ -178,9 +230,17 @@ def decode_show(body: bytes) -> str:
     return named
 
 
+def _content(text: str, images: list[str] | None, path: str) -> str | list[dict[str, Any]]:
+    """Images come before the text, as in Ollama's own prompts."""
+    if not images:
+        return text
+    parts = [bare_image(data, f"{path}[{index}]") for index, data in enumerate(images)]
+    return [*parts, {"type": "text", "text": text}]
+
+
 def _ask(
     body: _Body,
-    messages: list[dict[str, str]],
+    messages: list[dict[str, Any]],
     shown: Callable[[str], dict[str, Any]],
 ) -> Asked:
     options = body.options or _Options()
@@ -264,6 +324,23 @@ class _Writer:
                 "eval_count": finish.usage.completion_tokens,
             }
         )
+
+
+def encode_embeddings(embed: Embed, answer: Vectors, took_ns: int) -> bytes:
+    """The answer of /api/embed."""
+    return _json.encode(
+        {
+            "model": embed.model,
+            "embeddings": [floats(vector) for vector in answer.vectors],
+            "total_duration": took_ns,
+            "prompt_eval_count": answer.prompt_tokens,
+        }
+    )
+
+
+def encode_old_embedding(answer: Vectors) -> bytes:
+    """The answer of /api/embeddings."""
+    return _json.encode({"embedding": floats(answer.vectors[0])})
 
 
 def _date(seconds: int) -> str:
