@@ -12,7 +12,8 @@ import statistics
 import pytest
 
 from meshnode.identity import PeerId
-from meshnode.messages import Offer
+from meshnode.messages import Offer, Proposal
+from meshnode.protocol import Effect, Send
 from meshnode.protocol.dispatch import Replica, hash_order
 from meshnode.protocol.stack import GiveOrder
 from meshnode_simulations.kernel.loop import NS_PER_S, Loop
@@ -174,11 +175,12 @@ def test_a_decision_takes_as_long_as_its_quorum() -> None:
     assert len(peers) == 5
     leader = world.by_peer[PeerId(register.leader(1))]
     proposed: list[int] = []
-    world.watch = lambda machine, effect: (
-        proposed.append(world.loop.now_ns)
-        if type(getattr(effect, "message", None)).__name__ == "Proposal"
-        else None
-    )
+
+    def watch(machine: Machine, effect: Effect) -> None:
+        if isinstance(effect, Send) and isinstance(effect.message, Proposal):
+            proposed.append(world.loop.now_ns)
+
+    world.on_effect.append(watch)
     own = next(iter(leader.live.agreement._groups.values())).register
     epoch = own.head.epoch
     world.tell(leader, GiveOrder("claim", "a right", leader.peer_id))
