@@ -24,8 +24,8 @@ from tests.bench.sim.pingpong import loop_events_per_s, simpy_events_per_s
 
 SEED = 1
 SIZES = (100, 300)
-"""Larger ones by `--nodes`: a join sends some 12 rumours for each pair of nodes, so it costs two
-minutes of CPU with 500 nodes and most of an hour with 2,000."""
+"""Larger ones by `--nodes`: a join sends some 12 rumours for each pair of nodes, so what it costs
+grows with the square."""
 SIZES_QUICK = (20, 50)
 JOIN_S = 60
 """Nodes are switched on evenly over so long; whether all have met by then depends on the size."""
