@@ -17,7 +17,16 @@ import msgspec
 from msgspec import Meta, Struct
 
 from meshnode.errors import ConfigError, NotAuthorizedError, RemoteProtocolError
-from meshnode.identity import KeyPair, PeerId, open_envelope, peer_id_of, seal
+from meshnode.identity import (
+    KeyPair,
+    PeerId,
+    Signer,
+    Verify,
+    open_envelope,
+    peer_id_of,
+    seal,
+    verify,
+)
 from meshnode.messages import (
     CHAIN_MAX,
     Address,
@@ -79,7 +88,7 @@ class Membership:
 
 
 def issue_certificate(
-    issuer: KeyPair,
+    issuer: Signer,
     mesh: MeshDescriptor,
     subject: str,
     roles: tuple[Role, ...],
@@ -98,7 +107,11 @@ def issue_certificate(
 
 
 def verify_chain(
-    mesh: MeshDescriptor, subject: str, chain: tuple[bytes, ...], unix_s: int
+    mesh: MeshDescriptor,
+    subject: str,
+    chain: tuple[bytes, ...],
+    unix_s: int,
+    genuine: Verify = verify,
 ) -> Membership:
     """What `chain` (leaf first) proves about `subject`. Raises `NotAuthorizedError`.
 
@@ -112,7 +125,7 @@ def verify_chain(
     signer: str = ""
     for envelope in chain:
         try:
-            signed = open_envelope(envelope, _DOMAIN, _CERTIFICATE)
+            signed = open_envelope(envelope, _DOMAIN, _CERTIFICATE, genuine)
             certificate = decode(signed.payload, Certificate)
         except RemoteProtocolError as error:
             raise NotAuthorizedError(f"membership certificate is invalid: {error}") from error

@@ -9,9 +9,11 @@ them equal to py-libp2p's own.
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
-from typing import NewType
+from typing import NewType, Protocol
 
 import base58
 from cryptography.exceptions import InvalidSignature
@@ -23,6 +25,8 @@ PeerId = NewType("PeerId", str)
 """A libp2p peer id in its base58btc text form, `12D3KooW…` for Ed25519 keys."""
 
 KEY_BYTES = 32
+PEER_IDS_KEPT = 8192
+"""Base58 costs 10 us in Python, and a node meets the same peers again and again."""
 ENVELOPE_BYTES_MAX = 64 * 1024
 """No record of ours comes near; py-libp2p's gossip stops working at 64 KiB (measured)."""
 
@@ -32,6 +36,7 @@ _PUBLIC_KEY_PREFIX = bytes([0x08, 0x01, 0x12, KEY_BYTES])
 _MULTIHASH_PREFIX = bytes([0x00, len(_PUBLIC_KEY_PREFIX) + KEY_BYTES])
 
 
+@lru_cache(PEER_IDS_KEPT)
 def peer_id_of(public_key: bytes) -> PeerId:
     """The PeerId of a raw 32-byte Ed25519 public key."""
     if len(public_key) != KEY_BYTES:
@@ -40,6 +45,7 @@ def peer_id_of(public_key: bytes) -> PeerId:
     return PeerId(base58.b58encode(raw).decode())
 
 
+@lru_cache(PEER_IDS_KEPT)
 def public_key_of(peer_id: str) -> bytes:
     """The raw Ed25519 public key that a PeerId carries. Raises `RemoteProtocolError`."""
     try:
@@ -50,6 +56,19 @@ def public_key_of(peer_id: str) -> bytes:
     if len(raw) != len(prefix) + KEY_BYTES or not raw.startswith(prefix):
         raise RemoteProtocolError(f"not an Ed25519 peer id: {peer_id[:64]!r}")
     return raw[len(prefix) :]
+
+
+class Signer(Protocol):
+    """What can speak for a peer. `KeyPair` is the only one that a node uses; a simulation of
+    thousands of nodes has a cheaper one, with a `Verify` of its own."""
+
+    @property
+    def public(self) -> bytes: ...
+
+    @property
+    def peer_id(self) -> PeerId: ...
+
+    def sign(self, data: bytes) -> bytes: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,10 +112,14 @@ def verify(public_key: bytes, signature: bytes, data: bytes) -> bool:
     return True
 
 
-def verify_by(peer_id: str, signature: bytes, data: bytes) -> bool:
+Verify = Callable[[bytes, bytes, bytes], bool]
+"""(public key, signature, data) -> whether it is genuine: `verify`, or what fits a `Signer`."""
+
+
+def verify_by(peer_id: str, signature: bytes, data: bytes, genuine: Verify = verify) -> bool:
     """Whether `signature` over `data` is by the key that `peer_id` carries."""
     try:
-        return verify(public_key_of(peer_id), signature, data)
+        return genuine(public_key_of(peer_id), signature, data)
     except RemoteProtocolError:
         return False
 
@@ -148,7 +171,7 @@ class Signed:
     payload: bytes
 
 
-def seal(key: KeyPair, domain: str, payload_type: bytes, payload: bytes) -> bytes:
+def seal(key: Signer, domain: str, payload_type: bytes, payload: bytes) -> bytes:
     """Sign `payload` into an envelope that verifies only under the same domain and type."""
     signature = key.sign(_signed_bytes(domain, payload_type, payload))
     fields = (_PUBLIC_KEY_PREFIX + key.public, payload_type, payload, signature)
@@ -158,7 +181,9 @@ def seal(key: KeyPair, domain: str, payload_type: bytes, payload: bytes) -> byte
     )
 
 
-def open_envelope(data: bytes, domain: str, payload_type: bytes) -> Signed:
+def open_envelope(
+    data: bytes, domain: str, payload_type: bytes, genuine: Verify = verify
+) -> Signed:
     """Verify an envelope. Raises `RemoteProtocolError` on any deviation, forged ones included."""
     if len(data) > ENVELOPE_BYTES_MAX:
         raise RemoteProtocolError(f"envelope of {len(data)} bytes (limit {ENVELOPE_BYTES_MAX})")
@@ -180,7 +205,7 @@ def open_envelope(data: bytes, domain: str, payload_type: bytes) -> Signed:
     if found_type != payload_type:
         raise RemoteProtocolError(f"envelope holds {found_type[:64]!r}, not {payload_type!r}")
     signer = public_key[4:]
-    if not verify(signer, signature, _signed_bytes(domain, payload_type, payload)):
+    if not genuine(signer, signature, _signed_bytes(domain, payload_type, payload)):
         raise RemoteProtocolError("envelope signature does not verify")
     return Signed(peer_id_of(signer), payload)
 

@@ -105,6 +105,7 @@ class AdvertBook:
         self._held: dict[PeerId, _Held] = {}
         self._sequences: dict[PeerId, int] = {}
         self._lost: dict[PeerId, None] = {}
+        self._expires_at = math.inf  # no advert that we hold expires before
         self._offers: tuple[Offer, ...] = ()
         self._links: tuple[Link, ...] = ()
         self._said: tuple[Offer, ...] | None = None
@@ -144,6 +145,7 @@ class AdvertBook:
             return self._refuse("no room")
         self._sequences[author] = advert.sequence
         self._held[author] = _Held(advert, now + advert.ttl_s)
+        self._expires_at = min(self._expires_at, now + advert.ttl_s)
         return Verdict.NEWS
 
     def connected(self, peer: PeerId) -> None:
@@ -234,8 +236,8 @@ class AdvertBook:
 
     def tick(self, now: float) -> Advert | None:
         """Our advert, if it is time to gossip it; also lets expired ones go."""
-        for peer in [peer for peer, held in self._held.items() if held.expires_at <= now]:
-            del self._held[peer]
+        if self._expires_at <= now:
+            self._expire(now)
         if self._speak_at is None or self._speak_at > now:
             return None
         self._said = self._offers
@@ -244,10 +246,12 @@ class AdvertBook:
         return self.fresh(now)
 
     def deadline(self) -> float | None:
-        times = [held.expires_at for held in self._held.values()]
-        if self._speak_at is not None:
-            times.append(self._speak_at)
-        return min(times, default=None)
+        at = self._expires_at if self._speak_at is None else min(self._expires_at, self._speak_at)
+        return None if at == math.inf else at
+
+    def _expire(self, now: float) -> None:
+        self._held = {peer: held for peer, held in self._held.items() if held.expires_at > now}
+        self._expires_at = min((held.expires_at for held in self._held.values()), default=math.inf)
 
     def _refuse(self, reason: str) -> Verdict:
         self.refused[reason] += 1

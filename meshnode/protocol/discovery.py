@@ -8,6 +8,7 @@ that a node keeps a random sample. Knows peers and addresses; not what is said o
 
 from __future__ import annotations
 
+import math
 import random
 from dataclasses import dataclass, field
 from enum import Enum, auto
@@ -78,6 +79,7 @@ class Discovery:
         self._preferred: dict[PeerId, None] = {}
         self._asked = 0
         self._ask_at = 0.0
+        self._dial_at: float | None = None  # when somebody may be dialled next; None: to be found
 
     def learn(
         self, peer: PeerId, addrs: tuple[str, ...], now: float, source: Source = Source.HINT
@@ -87,6 +89,7 @@ class Discovery:
         """
         if peer == self._own or not addrs:
             return
+        self._dial_at = None
         known = self._peers.get(peer)
         if known is None:
             if len(self._peers) >= PEERS_KNOWN_MAX and source is not Source.OPERATOR:
@@ -104,11 +107,14 @@ class Discovery:
 
     def prefer(self, peers: tuple[PeerId, ...]) -> None:
         """Be connected to these, whether or not there is room for more members."""
-        self._preferred = dict.fromkeys(peers)
+        if tuple(self._preferred) != peers:
+            self._preferred = dict.fromkeys(peers)
+            self._dial_at = None
 
     def connected(self, peer: PeerId) -> None:
         known = self._peers.setdefault(peer, _Peer())
         known.state = _State.CONNECTED
+        self._dial_at = None
 
     def joined(self, peer: PeerId, now: float) -> None:
         """The connected peer is a member: it may be asked for others."""
@@ -116,6 +122,7 @@ class Discovery:
         known.state = _State.CONNECTED
         known.failures = 0
         self._members[peer] = None
+        self._dial_at = None
         if self._asked < ASK_YOUNG_COUNT:
             self._ask_at = min(self._ask_at, now)
 
@@ -129,12 +136,23 @@ class Discovery:
     def left(self, peer: PeerId) -> None:
         """The peer said goodbye: do not call it, it will come back by itself."""
         self._members.pop(peer, None)
+        self._dial_at = None
         known = self._peers.get(peer)
         if known is not None and not known.permanent:
             del self._peers[peer]
 
     def tick(self, now: float) -> list[Effect]:
+        effects = self._dial(now) if self._next_dial_at() <= now else []
+        if self._members and self._ask_at <= now:
+            self._asked += 1
+            period_s = ASK_FIRST_S if self._asked < ASK_YOUNG_COUNT else ASK_EVERY_S
+            self._ask_at = now + period_s * self._rng.uniform(0.75, 1.25)
+            effects.append(Send(self._rng.choice(tuple(self._members)), GetPeers(PEERS_MAX)))
+        return effects
+
+    def _dial(self, now: float) -> list[Effect]:
         effects: list[Effect] = []
+        self._dial_at = None
         busy = sum(peer.state is _State.DIALLING for peer in self._peers.values())
         room = CONNECTIONS_TARGET - busy - len(self._members)
         for peer_id, peer in self._peers.items():
@@ -146,14 +164,19 @@ class Discovery:
                 peer.state = _State.DIALLING
                 busy, room = busy + 1, room - 1
                 effects.append(Connect(peer_id, peer.addrs))
-        if self._members and self._ask_at <= now:
-            self._asked += 1
-            period_s = ASK_FIRST_S if self._asked < ASK_YOUNG_COUNT else ASK_EVERY_S
-            self._ask_at = now + period_s * self._rng.uniform(0.75, 1.25)
-            effects.append(Send(self._rng.choice(tuple(self._members)), GetPeers(PEERS_MAX)))
         return effects
 
     def deadline(self) -> float | None:
+        at = min(self._next_dial_at(), self._ask_at if self._members else math.inf)
+        return None if at == math.inf else at
+
+    def _next_dial_at(self) -> float:
+        """Found anew only when something has changed: a node may know of thousands of peers."""
+        if self._dial_at is None:
+            self._dial_at = self._find_dial_at()
+        return self._dial_at
+
+    def _find_dial_at(self) -> float:
         busy = sum(peer.state is _State.DIALLING for peer in self._peers.values())
         is_full = busy + len(self._members) >= CONNECTIONS_TARGET
         times = [
@@ -164,16 +187,15 @@ class Discovery:
             and (not is_full or peer_id in self._preferred)
         ]
         if busy >= DIALS_MAX:
-            times = []  # the end of a dial is what happens next
-        if self._members:
-            times.append(self._ask_at)
-        return min(times, default=None)
+            return math.inf  # the end of a dial is what happens next
+        return min(times, default=math.inf)
 
     def addresses(self) -> dict[PeerId, tuple[str, ...]]:
         """What is worth keeping for the next start: members' addresses, newest knowledge."""
         return {p: self._peers[p].addrs for p in self._members if self._peers[p].addrs}
 
     def _retry_later(self, peer: PeerId, now: float) -> None:
+        self._dial_at = None
         known = self._peers.get(peer)
         if known is None:
             return

@@ -7,6 +7,7 @@ of another mesh, expired, or older than one we hold. Decides nothing about diall
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -41,6 +42,7 @@ class RecordBook:
         self._open = open_record
         self._known: dict[PeerId, KnownRecord] = {}
         self._sequences: dict[PeerId, int] = {}
+        self._expires_at = math.inf  # no record that we keep expires before
         self.refused: Counter[str] = Counter()
 
     def receive(self, envelope: bytes, now: float, unix_s: float) -> KnownRecord | None:
@@ -57,6 +59,7 @@ class RecordBook:
         if known.peer not in self._known and len(self._known) >= RECORDS_MAX:
             self._make_room()
         self._known[known.peer] = known
+        self._expires_at = min(self._expires_at, known.expires_at)
         self._sequences[known.peer] = known.record.sequence
         return known
 
@@ -97,17 +100,21 @@ class RecordBook:
 
     def tick(self, now: float) -> list[PeerId]:
         """Forget what has expired; returns whom."""
+        if self._expires_at > now:
+            return []
         expired = [known.peer for known in self._known.values() if known.expires_at <= now]
         for peer in expired:
             # The sequence stays: an expired record must not come back from somebody's cache.
             del self._known[peer]
+        left = (known.expires_at for known in self._known.values())
+        self._expires_at = min(left, default=math.inf)
         if len(self._sequences) > 2 * RECORDS_MAX:
             for peer in [p for p in self._sequences if p not in self._known][:RECORDS_MAX]:
                 del self._sequences[peer]
         return expired
 
     def deadline(self) -> float | None:
-        return min((known.expires_at for known in self._known.values()), default=None)
+        return None if self._expires_at == math.inf else self._expires_at
 
     def _make_room(self) -> None:
         """Let go of the record that would go next; its author may tell it to us again."""

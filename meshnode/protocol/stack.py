@@ -19,7 +19,16 @@ from itertools import accumulate
 
 from meshnode.credentials import CLOCK_SKEW_S, Membership, MeshDescriptor, verify_chain
 from meshnode.errors import NotAuthorizedError, RemoteProtocolError
-from meshnode.identity import KeyPair, PeerId, Signed, open_envelope, seal, verify_by
+from meshnode.identity import (
+    PeerId,
+    Signed,
+    Signer,
+    Verify,
+    open_envelope,
+    seal,
+    verify,
+    verify_by,
+)
 from meshnode.messages import (
     ADDRS_MAX,
     MESSAGE_BYTES_MAX,
@@ -69,6 +78,8 @@ RECORD_REFRESH_S = 10 * 60
 """Three chances to refresh a record before anybody forgets it."""
 PEERS_REPLY_BYTES_MAX = MESSAGE_BYTES_MAX // 2
 """64 ordinary records have 32 KiB; 64 of the longest legal ones would be no legal message."""
+MEMBERSHIP_CHECK_S = 60.0
+"""Certificates last for days: whether one has expired need not be asked with every message."""
 _STAYING = frozenset[Role]({"node", "bootstrap"})
 RECORD_DOMAIN = "meshnode-record"
 _RECORD = b"/meshnode/node-record/1"
@@ -210,7 +221,7 @@ class Stack:
 
     def __init__(
         self,
-        key: KeyPair,
+        key: Signer,
         mesh: MeshDescriptor,
         chain: tuple[bytes, ...],
         roles: tuple[Role, ...],
@@ -219,28 +230,29 @@ class Stack:
         unix_of: Callable[[float], float],
         rng: random.Random,
         first_sequence: int,
-        root: KeyPair | None = None,
+        root: Signer | None = None,
         journals: Mapping[str, bytes] | None = None,
+        genuine: Verify = verify,
     ) -> None:
         """`chain` proves our own membership; `unix_of` maps the node's clock to wall time;
         `first_sequence` exceeds all numbers this identity has used. `root` is the mesh's root
-        key, on the node that has it; `journals` are what earlier runs asked to `Persist`.
+        key, on the node that has it; `journals` are what earlier runs asked to `Persist`;
+        `genuine` judges signatures as `key` makes them.
         """
         self.own = key.peer_id
         self._mesh = mesh
         self._chain = chain
         self._roles = roles
         self._unix_of = unix_of
+        self._genuine = genuine
         self._sequence = first_sequence
         self._key = key
-        self.records = RecordBook(
-            mesh.mesh_id, lambda data: open_envelope(data, RECORD_DOMAIN, _RECORD)
-        )
+        self.records = RecordBook(mesh.mesh_id, partial(self._open, kind=_RECORD))
         self.adverts = AdvertBook(
             mesh.mesh_id,
             self.own,
             node,
-            lambda data: open_envelope(data, RECORD_DOMAIN, _ADVERT),
+            partial(self._open, kind=_ADVERT),
             rng,
             first_sequence,
         )
@@ -254,7 +266,7 @@ class Stack:
             "byzantine" if mesh.admission == "open" else "crash",
             mesh.root_peer_id,
             sign=key.sign,
-            verify=verify_by,
+            verify=partial(verify_by, genuine=genuine),
             seal=self._seal,
             open_=self._open,
             peerage=Peerage(
@@ -275,6 +287,9 @@ class Stack:
         self.dispatcher = Dispatcher()
         self.refused: Counter[str] = Counter()
         self._links: dict[PeerId, _Link] = {}
+        self._unproven: dict[PeerId, _Link] = {}
+        """Those of them that are not members."""
+        self._memberships_checked_at = -math.inf
         self._addrs: tuple[str, ...] = ()
         self._offers: tuple[Offer, ...] = ()
         self._models: tuple[str, ...] = ()
@@ -326,12 +341,15 @@ class Stack:
         self.liveness.expects(self.agreement.watched(), now)
         self.discovery.prefer(self.agreement.engaged())
         effects = self._apply(self.liveness.tick(now), now)
-        for peer, link in tuple(self._links.items()):
-            if link.stage is not _Stage.MEMBER and link.hello_by <= now:
+        for peer, link in self._unproven.items():
+            if link.hello_by <= now:
                 effects.append(Disconnect(peer, "no valid hello in time"))
                 link.hello_by = now + HELLO_TIMEOUT_S
-            elif link.membership is not None and self._has_ended(link.membership, now):
-                effects.append(Disconnect(peer, "its membership certificate has expired"))
+        if self._memberships_checked_at + MEMBERSHIP_CHECK_S <= now:
+            self._memberships_checked_at = now
+            for peer, link in self._links.items():
+                if link.membership is not None and self._has_ended(link.membership, now):
+                    effects.append(Disconnect(peer, "its membership certificate has expired"))
         self.records.tick(now)
         if self._refresh_at is not None and self._refresh_at <= now:
             effects.extend(self._publish_record(now))
@@ -350,7 +368,7 @@ class Stack:
             self.liveness.deadline(),
             self.agreement.deadline(),
             self._refresh_at,
-            *(link.hello_by for link in self._links.values() if link.stage is not _Stage.MEMBER),
+            *(link.hello_by for link in self._unproven.values()),
         ]
         return min((at for at in waits if at is not None), default=None)
 
@@ -377,7 +395,7 @@ class Stack:
         """Index of the newest of several valid records of one author."""
 
         def sequence(index: int) -> int:
-            signed = open_envelope(envelopes[index], RECORD_DOMAIN, _RECORD)
+            signed = self._open(envelopes[index], _RECORD)
             return decode(signed.payload, NodeRecord).sequence
 
         return max(range(len(envelopes)), key=sequence)
@@ -432,11 +450,12 @@ class Stack:
 
     def _on_connected(self, peer: PeerId, now: float) -> list[Effect]:
         self.discovery.connected(peer)
-        self._links[peer] = _Link(_Stage.GREETED, now + HELLO_TIMEOUT_S)
+        self._links[peer] = self._unproven[peer] = _Link(_Stage.GREETED, now + HELLO_TIMEOUT_S)
         return [Send(peer, self._hello(now))]
 
     def _on_disconnected(self, peer: PeerId, reason: str, now: float) -> list[Effect]:
         link = self._links.pop(peer, None)
+        self._unproven.pop(peer, None)
         self.discovery.disconnected(peer, now)
         if link is None or link.stage is not _Stage.MEMBER:
             return self.tick(now)
@@ -479,6 +498,7 @@ class Stack:
             case Leaving():
                 self.discovery.left(peer)
                 link.stage = _Stage.GREETED
+                self._unproven[peer] = link
                 link.hello_by = now + HELLO_TIMEOUT_S
                 lost = self._lose(peer, "it left", now, left=True)
                 return [*lost, Disconnect(peer, "it left")]
@@ -494,7 +514,9 @@ class Stack:
         try:
             if hello.mesh != self._mesh.mesh_id:
                 raise NotAuthorizedError("this node is of another mesh")
-            link.membership = verify_chain(self._mesh, peer, hello.chain, int(unix_s))
+            link.membership = verify_chain(
+                self._mesh, peer, hello.chain, int(unix_s), self._genuine
+            )
         except NotAuthorizedError as error:
             # Without what the peer wrote, or strangers could make up names to count for ever.
             self.refused[str(error).partition(":")[0]] += 1
@@ -506,6 +528,7 @@ class Stack:
 
     def _on_welcome(self, peer: PeerId, link: _Link, welcome: Welcome, now: float) -> list[Effect]:
         link.stage = _Stage.MEMBER
+        del self._unproven[peer]
         self.adverts.connected(peer)
         self._on_record(welcome.record, now)
         self.adverts.receive(welcome.advert, now)
@@ -634,13 +657,13 @@ class Stack:
         return _seal_as(self._key, kind, message)
 
     def _open(self, envelope: bytes, kind: bytes) -> Signed:
-        return open_envelope(envelope, RECORD_DOMAIN, kind)
+        return open_envelope(envelope, RECORD_DOMAIN, kind, self._genuine)
 
     def _members(self) -> list[PeerId]:
         return [peer for peer, link in self._links.items() if link.stage is _Stage.MEMBER]
 
 
-def _seal_as(key: KeyPair, kind: bytes, message: Message) -> bytes:
+def _seal_as(key: Signer, kind: bytes, message: Message) -> bytes:
     return seal(key, RECORD_DOMAIN, kind, encode(message))
 
 
