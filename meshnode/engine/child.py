@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Literal, NoReturn
 
 from meshnode.engine import TokenLogprobs, Usage, wire
-from meshnode.engine.cores import usable_cores
+from meshnode.engine.cores import IdleCores, usable_cores
 from meshnode.engine.llama import LlamaModel, Sampler, quantize_q4_0
 from meshnode.engine.pace import Rates, Threads
 from meshnode.engine.scheduler import Batch, Limits, Sampled, Scheduler
@@ -162,6 +162,7 @@ class Child:
         # Requests of a batch that holds only prefill: if one is cancelled, it is worth aborting.
         self._abortable: frozenset[int] = frozenset()
         self._threads = threads
+        self._idle_cores = IdleCores()
         self._rates = Rates()
         self._status_sent_at = 0.0
 
@@ -332,7 +333,7 @@ class Child:
         if not decoded:
             self._rewind(batch)
             return
-        threads.observe(cpu_s, wall_s)
+        threads.observe(cpu_s, wall_s, self._idle_cores.lately())
         self._rates.observe(prefill_tokens, len(decoding), wall_s)
         frames: list[wire.FromChild] = []
         for sampled in self._scheduler.commit(batch, self._draw(batch)):

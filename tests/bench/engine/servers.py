@@ -26,6 +26,8 @@ from tests.e2e.mesh import MODEL_NAME, Mesh, Models, NodeProcess
 
 SLOTS = 8
 CONTEXT_TOKENS = 8192
+FLAGS = f"""--context {CONTEXT_TOKENS} --slots {SLOTS}
+    --api 127.0.0.1:0 --listen /ip4/127.0.0.1/udp/0/quic-v1 --no-mdns""".split()
 START_S = 120.0
 NEIGHBOUR = "while True: pass"
 
@@ -65,14 +67,16 @@ class Server:
 def our_node(model: Path, setting: Setting, folder: Path) -> Iterator[Server]:
     """`meshnode serve` and its engine process."""
     with Mesh(folder, Models(model, model)) as mesh:
-        sizes = ("--context", str(CONTEXT_TOKENS), "--slots", str(SLOTS))
-        if setting.threads is None:
-            node = mesh.node("node", *sizes)
-        else:
-            command = ("-m", "tests.bench.engine.serve", str(model), str(setting.threads))
-            node = mesh.run("node", command)
+        command = (*_program(setting), "serve", *mesh.models.flags(MODEL_NAME), *FLAGS)
+        node = mesh.run("node", command)
         node.wait_ready()
         yield Server("ours", node.url, {"node": node.process.pid, "engine": _engine_of(node)})
+
+
+def _program(setting: Setting) -> tuple[str, ...]:
+    if setting.threads is None:
+        return ("-m", "meshnode")
+    return ("-m", "tests.bench.engine.serve", str(setting.threads))
 
 
 def _engine_of(node: NodeProcess) -> int:
