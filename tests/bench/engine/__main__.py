@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import signal
 import sys
 from pathlib import Path
 
@@ -32,6 +33,10 @@ def main() -> None:
     add("--neighbour", type=int, default=0, metavar="N", help="processes that want a core each")
     add("--json", type=Path, metavar="FILE", help="where all runs go as well")
     options = parser.parse_args()
+    # What has been measured by then is reported, and both servers end with us. (Shells let what
+    # they start in the background ignore the first of the two.)
+    for ending in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(ending, signal.default_int_handler)
     plan = Plan(
         options.pairs,
         tuple(options.sessions),

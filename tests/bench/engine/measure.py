@@ -18,7 +18,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -113,6 +113,7 @@ class Row:
     """One point: medians of both servers over pairs, and the ratios within pairs."""
 
     point: Point
+    pairs: int
     tokens_per_s: tuple[float, float]
     cpu_per_answer_s: tuple[float, float]
     first_p50_s: tuple[float, float]
@@ -130,7 +131,6 @@ class Row:
 @dataclass
 class Report:
     setting: str
-    pairs: int
     model: str
     machine: dict[str, Any]
     rows: list[Row] = field(default_factory=list)
@@ -153,7 +153,7 @@ def measure(plan: Plan, say: Callable[[str], None] = print) -> Report:
     program = llama_server()
     model = plan.model or _packaged_model()
     never = {str(token): NEVER for token in end_tokens(model)}
-    report = Report(str(plan.setting), plan.pairs, model.name, machine(PACKAGES))
+    report = Report(str(plan.setting), model.name, machine(PACKAGES))
     report.machine["load_before"] = os.getloadavg()[0]
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="engine-")))
@@ -163,6 +163,7 @@ def measure(plan: Plan, say: Callable[[str], None] = print) -> Report:
         for server in (ours, theirs):
             _ask_both_turns(server, 1, PROMPTS["short"], 0, never)  # neither is measured cold
         stack.enter_context(neighbours(setting.neighbours))
+        stack.enter_context(suppress(KeyboardInterrupt))  # there is something to report by now
         seed = 1
         for pair in range(plan.pairs):
             for sessions, prompt in itertools.product(plan.sessions, plan.prompts):
@@ -241,14 +242,18 @@ def _packaged_model() -> Path:
 
 
 def rows(runs: Sequence[Run]) -> list[Row]:
-    """A row per point, in the order in which points first came."""
-    return [_row(point, runs) for point in dict.fromkeys(run.point for run in runs)]
+    """A row per point of which there are pairs, in the order in which points first came; half a
+    pair, of a measurement that was ended early, is left out."""
+    found = []
+    for point in dict.fromkeys(run.point for run in runs):
+        ours = [run for run in runs if run.point == point and run.server == "ours"]
+        theirs = [run for run in runs if run.point == point and run.server != "ours"]
+        if pairs := min(len(ours), len(theirs)):
+            found.append(_row(point, ours[:pairs], theirs[:pairs]))
+    return found
 
 
-def _row(point: Point, runs: Sequence[Run]) -> Row:
-    ours = [run for run in runs if run.point == point and run.server == "ours"]
-    theirs = [run for run in runs if run.point == point and run.server != "ours"]
-
+def _row(point: Point, ours: Sequence[Run], theirs: Sequence[Run]) -> Row:
     def medians(figure: Callable[[Run], float]) -> tuple[float, float]:
         return statistics.median(map(figure, ours)), statistics.median(map(figure, theirs))
 
@@ -261,6 +266,7 @@ def _row(point: Point, runs: Sequence[Run]) -> Row:
         cpu_per_answer_s=medians(lambda run: run.cpu_per_answer_s),
         first_p50_s=medians(lambda run: run.first_p50_s),
         first_p95_s=medians(lambda run: run.first_p95_s),
+        pairs=len(ours),
         cached_tokens=medians(lambda run: run.cached_tokens / point.sessions),
         prompt_tokens=statistics.median(run.prompt_tokens / point.sessions for run in ours),
         node_cpu_s=statistics.median(run.cpu_s["node"] / point.sessions for run in ours),
@@ -291,7 +297,7 @@ def as_text(report: Report) -> str:
             *machine_lines(report.machine),
             f"{report.model}, {SLOTS} slots, {CONTEXT_TOKENS} tokens of context, "
             f"{ANSWER_TOKENS} tokens per answer; {report.setting}",
-            f"{report.pairs} pairs; load {report.machine['load_before']:.1f} before; others used "
+            f"load {report.machine['load_before']:.1f} before; others used "
             "so many cores meanwhile: last column",
             "ratios are ours by llama-server's, median (quartiles); CPU seconds per answer: all "
             "of ours, of these the node without its engine, llama-server",
@@ -303,7 +309,7 @@ def as_text(report: Report) -> str:
 
 
 _HEADER = (
-    f"{'N':>2} {'prompt':6} {'turn':6} {'in':>4} {'cached':>9}  {'tokens/s':>11} "
+    f"{'N':>2} {'pairs':5} {'prompt':6} {'turn':6} {'in':>4} {'cached':>9}  {'tokens/s':>11} "
     f"{'ratio':>17}  {'CPU s: all, node, theirs':>24} {'ratio':>17}  "
     f"{'first s p50':>11} {'ratio':>17}  {'p95':>11} {'ratio':>17}  others"
 )
@@ -315,7 +321,7 @@ def _line(row: Row) -> str:
 
     ours_s, theirs_s = row.cpu_per_answer_s
     return (
-        f"{row.point.sessions:2} {row.point.prompt:6} {row.point.turn:6} {row.prompt_tokens:4.0f} "
+        f"{row.point.sessions:2} {row.pairs:5} {row.point.prompt:6} {row.point.turn:6} {row.prompt_tokens:4.0f} "
         f"{both(row.cached_tokens, 0):>9}  {both(row.tokens_per_s, 1):>11} {row.speed!s:>17}  "
         f"{f'{ours_s:.2f} {row.node_cpu_s:.3f} {theirs_s:.2f}':>24} {row.cpu!s:>17}  "
         f"{both(row.first_p50_s, 2):>11} {row.first_p50!s:>17}  "
