@@ -58,7 +58,7 @@ class MeshFigures:
             self._powered += 1
             self._killed_s.pop(machine.peer_id, None)
             self._joining[machine.index] = _Joining(self._run.now_s)
-        else:
+        elif power in ("killed", "stopped"):
             self._joining.pop(machine.index, None)
             if power == "killed":
                 self._killed_s[machine.peer_id] = self._run.now_s

@@ -64,8 +64,15 @@ class Simulation:
         self.check = check
         self.schedule = schedule
 
-    def run(self, on_progress: Callable[[Progress], None] | None = None) -> Result:
-        """Let all its time pass. `on_progress` is called once for each interval."""
+    def run(
+        self,
+        on_progress: Callable[[Progress], None] | None = None,
+        *,
+        until_broken: str | None = None,
+    ) -> Result:
+        """Let all its time pass. `on_progress` is called once for each interval; the run ends
+        with the interval in which the promise `until_broken` breaks.
+        """
         run = self.prepare()
         loop, about = run.world.loop, self.scenario.scenario
         started_s = time.process_time()
@@ -80,6 +87,8 @@ class Simulation:
             if on_progress is not None:
                 spent_s = time.process_time() - started_s
                 on_progress(Progress(loop.now_s, about.duration_s, spent_s, loop.events))
+            if any(broken.promise == until_broken for broken in run.recorder.violations):
+                break
         for close in run.closers:
             close()
         return Result(
@@ -94,6 +103,12 @@ class Simulation:
             figures=run.figures,
             violations=tuple(run.recorder.violations),
         )
+
+    def faults(self) -> tuple[Fault, ...]:
+        """What will go wrong: what was given, or what the scenario lists and its chaos draws."""
+        if self.schedule is not None:
+            return self.schedule
+        return (*self.scenario.faults, *drawn(self.scenario, self.seed))
 
     def prepare(self) -> Run:
         """The world at time 0, with everything scheduled that is to happen in it."""
@@ -114,10 +129,7 @@ class Simulation:
                 run.recorder.violate(promise, run.now_s, what)
 
             Epochs(run, Safety(world, broken))
-        schedule = self.schedule
-        if schedule is None:
-            schedule = (*scenario.faults, *drawn(scenario, seed))
-        Faults(run, schedule)
+        Faults(run, self.faults())
         if scenario.chaos.heal_at_s:
             Healing(run, scenario.chaos.heal_at_s)
         _switch_on_all(run, machines)

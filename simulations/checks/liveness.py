@@ -53,7 +53,7 @@ class Service:
         return sum(machine.loads for machine in self._run.world.machines)
 
     def _on_power(self, machine: Machine, power: Power) -> None:
-        if power == "on":
+        if power not in ("killed", "stopped"):
             return
         for digest in machine.loaded:
             others = (m for m in self._run.world.machines if m is not machine and m.is_awake)

@@ -66,8 +66,8 @@ class Safety:
     """Told when a machine learns of an epoch: which group and epoch, how long after the first."""
 
     def __post_init__(self) -> None:
-        self.world.watch = self._on_effect
-        self.world.loop.after_each = self._check
+        self.world.on_effect.append(self._on_effect)
+        self.world.loop.after_each.append(self._check)
 
     def _on_effect(self, machine: Machine, effect: Effect) -> None:
         if not isinstance(effect, Send) or machine.index in self.liars:
@@ -85,7 +85,7 @@ class Safety:
             self.broken("S10", f"{machine.name} contradicts itself: {vote}")
 
     def _check(self) -> None:
-        machine, self.world.acted = self.world.acted, None
+        machine = self.world.acted
         if machine is not None and machine.stack is not None:
             for register in machine.stack.agreement.registers():
                 self._check_head(machine, register)

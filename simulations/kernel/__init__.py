@@ -6,6 +6,7 @@
 * `trace.py`    what happened, as a digest that is equal for equal runs
 * `network.py`  how long a message takes, and who can reach whom
 * `machine.py`  one computer: a `Stack`, a disk, a clock, the models it has
+* `narrator.py` what happens, in words
 * `world.py`    performs what the stacks decide; everything that can be done to them
 
 Nothing here reads a clock, a file or global randomness.

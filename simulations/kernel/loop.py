@@ -21,7 +21,7 @@ class Loop:
     def __init__(self) -> None:
         self.now_ns = 0
         self.events = 0
-        self.after_each: Callable[[], None] | None = None
+        self.after_each: list[Callable[[], None]] = []
         """Called after every event: where invariants are checked."""
         self._heap: list[tuple[int, int, Action, tuple[Any, ...]]] = []
         self._scheduled = 0
@@ -48,8 +48,8 @@ class Loop:
             self.now_ns, _, action, arguments = pop(heap)
             self.events += 1
             action(*arguments)
-            if self.after_each is not None:
-                self.after_each()
+            for check in self.after_each:
+                check()
         self.now_ns = until_ns
 
     def run_until(self, holds: Callable[[], bool], until_ns: int) -> bool:
@@ -61,6 +61,6 @@ class Loop:
             self.now_ns, _, action, arguments = pop(heap)
             self.events += 1
             action(*arguments)
-            if self.after_each is not None:
-                self.after_each()
+            for check in self.after_each:
+                check()
         return True

@@ -75,7 +75,7 @@ class Dht(Protocol):
     def publish(self, machine: Machine, record: bytes, models: tuple[str, ...]) -> None: ...
 
 
-Power = Literal["on", "killed", "stopped"]
+Power = Literal["on", "killed", "stopped", "asleep", "awake"]
 
 Loading = Callable[[Machine, Holding], int]
 """How many nanoseconds a machine takes to load a model."""
@@ -90,7 +90,6 @@ class World:
         network: Network | None = None,
         *,
         scheme: Scheme = KEYED_HASH,
-        mesh_name: str = "lab",
         open_mesh: bool = False,
         strict: bool = False,
     ) -> None:
@@ -106,7 +105,7 @@ class World:
         self.scheme = scheme
         self.root = scheme.key_of("root")
         self.mesh = MeshDescriptor(
-            name=mesh_name,
+            name="lab",
             root=self.root.public.hex(),
             admission="open" if open_mesh else "invite",
         )
@@ -122,12 +121,14 @@ class World:
         """What a machine offers of a model that it has loaded."""
         self.may_dial: Callable[[Machine, Machine], bool] = lambda dialer, other: True
         """Whether a way leads from one to the other at all: NATs and firewalls say no."""
-        self.watch: Callable[[Machine, Effect], None] | None = None
-        """Called with every effect of every machine, before it is performed."""
+        self.on_effect: list[Callable[[Machine, Effect], None]] = []
+        """Told of every effect of every machine, before it is performed."""
         self.on_event: list[Callable[[Machine, Event], None]] = []
         """Told of everything that a stack tells the rest of its node."""
         self.on_power: list[Callable[[Machine, Power], None]] = []
-        """Told when a machine is switched on or off."""
+        """Told when a machine is switched on or off, falls asleep or wakes."""
+        self.on_running: list[Callable[[Machine], None]] = []
+        """Told when a machine is to run other models than before."""
         self.on_models: list[Callable[[Machine], None]] = []
         """Told when a machine has loaded a model or let go of one."""
         self.acted: Machine | None = None
@@ -270,7 +271,7 @@ class World:
 
     def sleep(self, machine: Machine) -> None:
         """Suspend a machine: nothing runs there until it wakes, but its clock goes on."""
-        self._note("sleep", machine)
+        self._tell_power(machine, "asleep")
         machine.is_asleep = True
         run = machine.starts
         links = tuple(machine.links.values())
@@ -283,7 +284,7 @@ class World:
         self.loop.after(SILENCE_NS, missed)
 
     def wake(self, machine: Machine) -> None:
-        self._note("wake", machine)
+        self._tell_power(machine, "awake")
         machine.is_asleep = False
         missed, machine.missed = machine.missed, []
         for action in missed:
@@ -387,8 +388,8 @@ class World:
                     self.kill(machine)
                     return
                 machine.effects_left -= 1
-            if self.watch is not None:
-                self.watch(machine, effect)
+            for watch in self.on_effect:
+                watch(machine, effect)
             match effect:
                 case Send(peer, message):
                     self._send(machine, self.by_peer[peer], message)
@@ -558,6 +559,8 @@ class World:
         if wanted == machine.running:
             return
         machine.running = wanted
+        for listen in self.on_running:
+            listen(machine)
         for model in wanted:
             if model not in machine.loaded:
                 machine.loads += 1

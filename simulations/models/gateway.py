@@ -219,7 +219,7 @@ class Gateways:
                     self._try(ask)
 
     def _on_power(self, machine: Machine, power: Power) -> None:
-        if power == "on":
+        if power not in ("killed", "stopped"):
             return
         for ask in self._of(lambda ask: ask.gateway is machine):
             self._stop(ask)  # with the gateway its clients are gone too

@@ -128,6 +128,8 @@ class Hosting:
         )
 
     def _on_power(self, machine: Machine, power: Power) -> None:
+        if power in ("asleep", "awake"):
+            return
         for key in [key for key in self._engines if key[0] == machine.index]:
             self._engines.pop(key).die()
         self._telling.pop(machine.index, None)

@@ -76,11 +76,20 @@ def ask(fields: Mapping[str, Any], writer: Callable[[Call], Callable[[str, int],
     Raises `RequestError`, which names a field of that API: dialects check theirs before.
     """
     given = {name: value for name, value in fields.items() if value is not None}
+    given["messages"] = [_plain(message) for message in given["messages"]]
     if given.get("stream"):
         given["stream_options"] = {"include_usage": True}
     body = msgspec.json.encode(given)
     call = decode_chat(body)
     return Asked(call, body, writer(call))
+
+
+def _plain(message: dict[str, Any]) -> dict[str, Any]:
+    """With a single text as a string: servers behind nodes may know no parts."""
+    match message.get("content"):
+        case [{"type": "text", "text": str(text), **more}] if not more:
+            return {**message, "content": text}
+    return message
 
 
 def stop_of(sequences: list[str] | None, param: str) -> list[str] | None:

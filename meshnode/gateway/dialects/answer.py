@@ -10,6 +10,7 @@ or gone, is felt by the engine as it is without a translation.
 
 from __future__ import annotations
 
+import re
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator
 from typing import Literal
 
@@ -24,6 +25,7 @@ __all__ = ["EventReader", "told_as_stream", "told_whole"]
 _UNREADABLE = "The replica's answer cannot be read. Ask again."
 _CUT = "The answer ended before it was complete. Ask again."
 
+_EVENT_END = re.compile(rb"\n\n|\r\n\r\n|\r\r")
 _Reason = Literal["stop", "length"]
 
 
@@ -34,7 +36,7 @@ class _Details(msgspec.Struct):
 class _Usage(msgspec.Struct):
     prompt_tokens: int
     completion_tokens: int
-    prompt_tokens_details: _Details = msgspec.field(default_factory=_Details)
+    prompt_tokens_details: _Details | None = None  # vLLM's is null
 
 
 class _Text(msgspec.Struct):
@@ -67,10 +69,10 @@ class EventReader:
 
     def feed(self, events: bytes) -> Iterator[str | Finish | OpenAIError]:
         """Whole events, as `gateway.answer` passes them on."""
-        for event in events.split(b"\n\n"):
-            if not event.startswith(b"data: "):
+        for event in _EVENT_END.split(events):
+            data = _data(event)
+            if not data:
                 continue  # a comment, or nothing
-            data = event[6:]
             if data == b"[DONE]":
                 yield _finish(self._reason, self._usage) or OpenAIError(_UNREADABLE)
                 return
@@ -87,6 +89,12 @@ class EventReader:
                 self._reason = choice.finish_reason or self._reason
                 if choice.delta is not None and choice.delta.content:
                     yield choice.delta.content
+
+
+def _data(event: bytes) -> bytes:
+    """What servers of other kinds send has any legal form, not only ours."""
+    lines = (line for line in event.splitlines() if line.startswith(b"data:"))
+    return b"\n".join(line[5:].removeprefix(b" ") for line in lines)
 
 
 async def told_as_stream(
@@ -131,5 +139,5 @@ def _finish(reason: _Reason | None, usage: _Usage | None) -> Finish | None:
     """None if an answer that ended did not say how, or what it cost."""
     if usage is None or reason is None:
         return None
-    cached = usage.prompt_tokens_details.cached_tokens
+    cached = usage.prompt_tokens_details.cached_tokens if usage.prompt_tokens_details else 0
     return Finish(reason, Usage(usage.prompt_tokens, cached, usage.completion_tokens))
