@@ -321,7 +321,8 @@ def _line(row: Row) -> str:
 
     ours_s, theirs_s = row.cpu_per_answer_s
     return (
-        f"{row.point.sessions:2} {row.pairs:5} {row.point.prompt:6} {row.point.turn:6} {row.prompt_tokens:4.0f} "
+        f"{row.point.sessions:2} {row.pairs:5} {row.point.prompt:6} "
+        f"{row.point.turn:6} {row.prompt_tokens:4.0f} "
         f"{both(row.cached_tokens, 0):>9}  {both(row.tokens_per_s, 1):>11} {row.speed!s:>17}  "
         f"{f'{ours_s:.2f} {row.node_cpu_s:.3f} {theirs_s:.2f}':>24} {row.cpu!s:>17}  "
         f"{both(row.first_p50_s, 2):>11} {row.first_p50!s:>17}  "
