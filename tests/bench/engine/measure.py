@@ -167,12 +167,12 @@ def measure(plan: Plan, say: Callable[[str], None] = print) -> Report:
         seed = 1
         for pair in range(plan.pairs):
             for sessions, prompt in itertools.product(plan.sessions, plan.prompts):
-                seed += 2 * sessions
                 say(f"pair {pair + 1} of {plan.pairs}: {sessions} sessions, {prompt} prompts")
                 for server in (ours, theirs) if pair % 2 == 0 else (theirs, ours):
                     turns = _ask_both_turns(server, sessions, PROMPTS[prompt], seed, never)
                     for turn, taken in zip(TURNS, turns, strict=True):
                         report.runs.append(_run(Point(sessions, prompt, turn), server, taken))
+                seed += 2 * sessions  # no two loads have a chat in common
     report.rows = rows(report.runs)
     return report
 
