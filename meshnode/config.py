@@ -19,6 +19,7 @@ from urllib.parse import urlsplit
 from meshnode.errors import ConfigError
 
 Role = Literal["node", "gateway", "bootstrap"]
+KvType = Literal["f16", "q8_0"]
 LogFormat = Literal["pretty", "json"]
 LogLevel = Literal["debug", "info", "warning", "error"]
 Speculate = Literal["off", "lookup", "draft", "auto"]
@@ -32,8 +33,8 @@ P2P_PORT = 9338
 LISTEN_DEFAULT = (f"/ip4/0.0.0.0/udp/{P2P_PORT}/quic-v1", f"/ip4/0.0.0.0/tcp/{P2P_PORT}")
 """QUIC first; TCP for networks that drop UDP."""
 SLOTS_DEFAULT = 8
-"""Conversations whose KV cache is kept at once. They share one cache: 4 slots or 32 cost the same
-memory (181 and 187 MB measured), and 8 keep a two-core machine saturated."""
+"""Requests that are answered at once. They share one cache, so 4 or 32 cost the same memory (181
+and 187 MB measured), and 8 keep a two-core machine saturated."""
 SLOTS_MAX = 256
 CONTEXT_TOKENS_MIN = 64
 """Below this not even a system prompt fits."""
@@ -67,15 +68,20 @@ class Config:
     mdns: bool = True  # peers on a LAN should need no set-up at all
 
     # Engines: each PATH_OR_NAME[=ALIAS]. `models` are served here; `standbys` are kept on disk,
-    # verified, and loaded when the mesh asks. `context_tokens` None: as the model was trained, or
-    # what fits in memory. `memory_bytes` is what the mesh may fill with models; None: a share.
+    # verified, and loaded when the mesh asks. `projectors`, each FILE or NAME=FILE, let models see;
+    # none is looked for, because a folder may hold another model's. `context_tokens` None: as the
+    # model was trained, or what fits in memory. `memory_bytes` is what the mesh may fill with
+    # models; None: a share.
     models: tuple[str, ...] = ("default",)
     standbys: tuple[str, ...] = ()
+    projectors: tuple[str, ...] = ()
     # Servers of other kinds that this node fronts: URL[=NAME[@DIGEST]] each, and their keys.
     upstreams: tuple[str, ...] = ()
     upstream_key_file: Path | None = None
     context_tokens: int | None = None
     slots: int = SLOTS_DEFAULT
+    kv_type: KvType = "f16"  # q8_0 takes half the memory, and twice the CPU at prefill
+    kv_spill_bytes: int = 0  # on disk, for each model; not without being asked for
     memory_bytes: int | None = None
     # Who guesses tokens ahead; `draft` is a PATH_OR_NAME, like a model.
     speculate: Speculate = "off"
@@ -199,6 +205,10 @@ def _is_api(text: str) -> bool:
     return True
 
 
+def _is_size(text: str) -> bool:
+    return text == "0" or _is_memory(text)
+
+
 def _is_upstream(text: str) -> bool:
     try:
         split_upstream(text)
@@ -221,6 +231,7 @@ def _within(low: int, high: int) -> Callable[[str], bool]:
 SETTINGS: Mapping[str, _Setting] = {
     "model": _Setting(str, "PATH_OR_NAME[=ALIAS]", many=True),
     "standby": _Setting(str, "PATH_OR_NAME[=ALIAS]", many=True),
+    "mmproj": _Setting(str, "FILE, or NAME=FILE if there are several models", many=True),
     "upstream": _Setting(
         str, "URL[=NAME[@DIGEST]], such as http://127.0.0.1:8000", _is_upstream, many=True
     ),
@@ -254,6 +265,8 @@ SETTINGS: Mapping[str, _Setting] = {
         _within(CONTEXT_TOKENS_MIN, CONTEXT_TOKENS_MAX),
     ),
     "slots": _Setting(int, f"a number from 1 to {SLOTS_MAX}", _within(1, SLOTS_MAX)),
+    "kv-type": _Setting(str, " or ".join(get_args(KvType)), lambda text: text in get_args(KvType)),
+    "kv-spill": _Setting(str, "0 for none, or a size from 128MiB, with its unit: 2GiB", _is_size),
     "memory": _Setting(str, "a size from 128MiB, with its unit: 8GiB, 512MiB, 16GB", _is_memory),
     "speculate": _Setting(
         str, ", ".join(get_args(Speculate)), lambda text: text in get_args(Speculate)
@@ -314,6 +327,7 @@ def _config(role: Role, values: Mapping[str, object]) -> Config:
         ("join", "join"),
         ("context", "context_tokens"),
         ("slots", "slots"),
+        ("kv-type", "kv_type"),
         ("speculate", "speculate"),
         ("draft", "draft"),
         ("log-format", "log_format"),
@@ -331,6 +345,10 @@ def _config(role: Role, values: Mapping[str, object]) -> Config:
         fields["models"] = values.get("model", ())
         fields["standbys"] = values.get("standby", ())
         fields["upstreams"] = values.get("upstream", ())
+    if role == "node":
+        fields["projectors"] = values.get("mmproj", ())
+    if (spill := values.get("kv-spill", "0")) != "0":
+        fields["kv_spill_bytes"] = size_bytes(str(spill))
     if "upstream-key-file" in values:
         fields["upstream_key_file"] = _path(values["upstream-key-file"])
     if "memory" in values:

@@ -38,6 +38,7 @@ PRECEDENCE = [
     ("api", "h:1", "h:2", '"h:3"', "api", ("h:1", "h:2", "h:3", API_DEFAULT)),
     ("model", ("a",), "b, c", '["d"]', "models", (("a",), ("b", "c"), ("d",), ("default",))),
     ("standby", ("a=x",), "b, c", '["d"]', "standbys", (("a=x",), ("b", "c"), ("d",), ())),
+    ("mmproj", ("x=a",), "b, c", '["d"]', "projectors", (("x=a",), ("b", "c"), ("d",), ())),
     (
         "upstream",
         ("http://a:1=x",),
@@ -73,6 +74,15 @@ PRECEDENCE = [
     ("no-mdns", True, "yes", "true", "mdns", (False, False, False, True)),
     ("context", 1024, "2048", "4096", "context_tokens", (1024, 2048, 4096, None)),
     ("slots", 1, "2", "3", "slots", (1, 2, 3, 8)),
+    ("kv-type", "q8_0", "f16", '"q8_0"', "kv_type", ("q8_0", "f16", "q8_0", "f16")),
+    (
+        "kv-spill",
+        "2GiB",
+        "512 mib",
+        '"0"',
+        "kv_spill_bytes",
+        (2 * 2**30, 512 * 2**20, 0, 0),
+    ),
     (
         "memory",
         "8GiB",
@@ -169,7 +179,7 @@ def test_an_explicit_file_replaces_the_one_in_the_data_dir(data_dir: Path, tmp_p
 @pytest.mark.parametrize(
     ("toml", "complaint"),
     [
-        ("slotz = 3", "unknown key 'slotz'. Allowed: model, standby, upstream"),
+        ("slotz = 3", "unknown key 'slotz'. Allowed: model, standby, mmproj, upstream"),
         ("slots = true", "slots must be a number from 1 to 256, not True"),
         ("slots = 0", "slots must be a number"),
         ('context = "4096"', "context must be a number of tokens"),

@@ -20,7 +20,9 @@ from typing import Literal, Self
 
 import trio
 
+from meshnode.config import KvType
 from meshnode.engine import (
+    IMAGES_BYTES_MAX,
     Delta,
     Embedded,
     EmbedRequest,
@@ -29,9 +31,11 @@ from meshnode.engine import (
     ModelCard,
     Request,
     Speculate,
+    images_of,
     wire,
 )
 from meshnode.engine.memory import (
+    MemoryNeed,
     available_bytes,
     check_fits,
     context_for,
@@ -45,13 +49,16 @@ from meshnode.errors import (
     EngineError,
     LocalProtocolError,
     ModelLoadError,
+    NoVisionError,
     RequestError,
 )
-from meshnode.models.gguf import GgufHeader, read_header
+from meshnode.models.gguf import GgufHeader, ProjectorHeader, read_header, read_projector
 
 SLOTS_DEFAULT = 8
 # At this depth a request waits about as long as a client's patience; others may be free.
 WAITING_MAX_DEFAULT = 32
+# What waits in an engine keeps its images: those of a few requests at their largest.
+IMAGES_IN_FLIGHT_BYTES_MAX = 4 * IMAGES_BYTES_MAX
 # First pause before a restart, doubled up to the bound; forgotten after a healthy while.
 RESTART_AFTER_S = 0.25
 RESTART_AFTER_MAX_S = 30.0
@@ -65,10 +72,12 @@ READ_BYTES = 64 * 1024
 LOG_LINES_MAX = 20
 LOG_LINE_CHARS_MAX = 300
 
-# libgomp's threads spin at barriers by default; on a busy machine that is three times slower
-# than sleeping. ggml would start a debugger for a backtrace when it aborts.
+# libgomp's threads spin at barriers for milliseconds by default, which burns a core between steps
+# and stalls a busy machine. About 0.2 ms outlasts the barriers inside a step, where sleeping would
+# cost a third of the speed; that nobody spins for a thread that cannot run is up to `pace.py`.
+# ggml would start a debugger for a backtrace when it aborts.
 CHILD_ENVIRONMENT = {
-    "GOMP_SPINCOUNT": "0",
+    "GOMP_SPINCOUNT": "10000",
     "GGML_NO_BACKTRACE": "1",
     "OPENBLAS_NUM_THREADS": "1",
     "PYTHONUNBUFFERED": "1",
@@ -78,21 +87,27 @@ CHILD_ENVIRONMENT = {
 @dataclass(frozen=True, slots=True)
 class EngineOptions:
     """How to run a model. None: the smaller of the trained context and the default; threads as
-    many as pays. `draft` is the file of the model that guesses, if one does."""
+    many as pays; no directory, so no KV is spilled to disk. `draft` is the file of the model that
+    guesses, if one does, `projector` the mmproj file of a model that can see."""
 
     context_tokens: int | None = None
     slots: int = SLOTS_DEFAULT
     waiting_max: int = WAITING_MAX_DEFAULT
     threads: int | None = None
+    kv_type: KvType = "f16"
+    kv_spill_bytes: int = 0
+    kv_spill_dir: Path | None = None
     speculate: Speculate = "off"
     draft: Path | None = None
+    projector: Path | None = None
 
 
 class _Pending:
     """What has arrived for one request and was not taken yet."""
 
-    def __init__(self, choices: int) -> None:
+    def __init__(self, choices: int, images_bytes: int = 0) -> None:
         self.choices = choices
+        self.images_bytes = images_bytes
         self.choices_left = choices
         self.prompt_tokens: int | None = None
         self._error: EngineError | None = None
@@ -155,8 +170,8 @@ class _Answer(_Pending):
     most as long as the context can hold.
     """
 
-    def __init__(self, choices: int) -> None:
-        super().__init__(choices)
+    def __init__(self, choices: int, images_bytes: int) -> None:
+        super().__init__(choices, images_bytes)
         self._texts: dict[int, list[wire.Text]] = {}
         self._finishes: deque[Finish] = deque()
 
@@ -264,6 +279,7 @@ class EngineProcess:
             decode_tokens_per_s=status.decode_tokens_per_s,
             memory_bytes=status.memory_bytes,
             sessions=status.sessions,
+            saved_tokens=status.saved_tokens,
             speculation=status.speculation,
         )
 
@@ -276,7 +292,11 @@ class EngineProcess:
                 param="n",
                 code="invalid_value",
             )
-        answer = _Answer(request.n)
+        images = images_of(request.prompt)
+        images_bytes = sum(len(image.data) for image in images)
+        if images and self._options.projector is None:
+            raise NoVisionError(self._card.name)
+        answer = _Answer(request.n, images_bytes)
         async with self._asking(answer, lambda number: wire.Generate.of(number, request)):
             try:
                 await answer.wait_accepted()
@@ -298,10 +318,10 @@ class EngineProcess:
         self, answer: _Pending, frame: Callable[[int], wire.ToChild]
     ) -> AsyncIterator[None]:
         """Have the child work on a request under a number of its own, until this is left."""
-        outbox = self._require_ready(answer.choices)
+        outbox = self._require_ready(answer.choices, answer.images_bytes)
         self._numbers += 1
         number = self._numbers
-        outbox.send_nowait(_encode_request(frame(number)))
+        outbox.send_nowait(_encode_request(frame(number), answer.images_bytes))
         self._answers[number] = answer
         try:
             yield
@@ -322,13 +342,14 @@ class EngineProcess:
         while self._answers:
             await self._changed.wait()
 
-    def _require_ready(self, choices: int) -> trio.MemorySendChannel[bytes]:
+    def _require_ready(self, choices: int, images_bytes: int) -> trio.MemorySendChannel[bytes]:
         if self._state != "ready" or self._outbox is None:
             why = f": {self._error}" if self._error else f" ({self._progress:.0%} loaded)."
             raise EngineError(f"The engine of {self._card.name} is {self._state}{why}")
         in_flight_max = self._options.slots + self._options.waiting_max
         in_flight = sum(answer.choices_left for answer in self._answers.values())
-        if in_flight + choices > in_flight_max:
+        images_bytes += sum(answer.images_bytes for answer in self._answers.values())
+        if in_flight + choices > in_flight_max or images_bytes > IMAGES_IN_FLIGHT_BYTES_MAX:
             raise EngineBusyError(
                 f"{self._card.name} has {len(self._answers)} requests already; try again soon.",
                 BUSY_RETRY_AFTER_S,
@@ -350,8 +371,7 @@ class EngineProcess:
                 self._set_state("loading")
                 started_at = trio.current_time()
                 try:
-                    await self._check_file()
-                    await self._run_child()
+                    await self._run_child(await self._check_file())
                 except ModelLoadError as error:
                     self._set_state("failed", str(error))
                     return
@@ -381,19 +401,22 @@ class EngineProcess:
         self._changed.set()
         self._changed = trio.Event()
 
-    async def _check_file(self) -> None:
-        """Raises `ModelLoadError` for what can be known without loading."""
+    async def _check_file(self) -> MemoryNeed:
+        """What loading takes. Raises `ModelLoadError` for what can be known without it."""
         self._progress = 0.0
         header = await trio.to_thread.run_sync(read_header, self._card.path)
         context_tokens = context_for(self._card.path, header, self._options.context_tokens)
         draft = await read_draft_header(self._options)
-        check_fits(self._card.path, memory_need(header, context_tokens, draft), available_bytes())
+        eyes = await read_eyes(self._options)
+        need = memory_need(header, context_tokens, draft, eyes, kv_type=self._options.kv_type)
+        check_fits(self._card.path, need, available_bytes())
         self._context_tokens = context_tokens
         if draft is not None:
             draft_tokens = draft_context(draft, context_tokens)
             self._draft = wire.Draft(str(self._options.draft), draft_tokens)
+        return need
 
-    async def _run_child(self) -> None:
+    async def _run_child(self, need: MemoryNeed) -> None:
         """Start a child and serve it to its end. Raises `ModelLoadError` or `_ChildDiedError`."""
         process = await trio.lowlevel.open_process(
             [sys.executable, "-P", "-m", "meshnode.engine.child"],
@@ -412,7 +435,7 @@ class EngineProcess:
             # the request before may still be there, having crossed with its Done.
             queued_max = 3 * (self._options.slots + self._options.waiting_max) + 1
             self._outbox, outgoing = trio.open_memory_channel[bytes](queued_max)
-            self._outbox.send_nowait(wire.encode(self._load_frame()))
+            self._outbox.send_nowait(wire.encode(self._load_frame(need)))
             assert process.stdin is not None
             assert process.stdout is not None
             assert process.stderr is not None
@@ -437,13 +460,20 @@ class EngineProcess:
             raise ModelLoadError(load_error)
         raise _ChildDiedError(why, was_ready)
 
-    def _load_frame(self) -> wire.Load:
+    def _load_frame(self, need: MemoryNeed) -> wire.Load:
+        spill_dir = self._options.kv_spill_dir
         return wire.Load(
             path=self._card.path,
             context_tokens=self._context_tokens,
             slots=self._options.slots,
             waiting_max=self._options.waiting_max,
             threads=self._options.threads,
+            projector=None if self._options.projector is None else str(self._options.projector),
+            kv_type=self._options.kv_type,
+            kv_bytes_per_token=need.kv_bytes_per_token,
+            saved_bytes=need.saved_bytes,
+            spilled_bytes=self._options.kv_spill_bytes if spill_dir is not None else 0,
+            spill_dir=None if spill_dir is None else str(spill_dir),
             speculate=self._options.speculate,
             draft=self._draft,
         )
@@ -546,9 +576,19 @@ async def read_draft_header(options: EngineOptions) -> GgufHeader | None:
     return await trio.to_thread.run_sync(read_header, options.draft)
 
 
-def _encode_request(frame: wire.ToChild) -> bytes:
+async def read_eyes(options: EngineOptions) -> ProjectorHeader | None:
+    """The header of the projector, if there is one. Raises `ModelLoadError`."""
+    if options.projector is None:
+        return None
+    return await trio.to_thread.run_sync(read_projector, options.projector)
+
+
+def _encode_request(frame: wire.ToChild, images_bytes: int) -> bytes:
     try:
-        return wire.encode(frame)
+        encoded = wire.encode(frame)
+        if len(encoded) - images_bytes > wire.PROMPT_BYTES_MAX:
+            raise LocalProtocolError(f"it has over {wire.PROMPT_BYTES_MAX} bytes of text")
+        return encoded
     except LocalProtocolError as error:
         raise RequestError(f"The request is too large: {error}.") from error
 

@@ -12,7 +12,9 @@ from typing import Literal, TypeVar
 
 import msgspec
 
+from meshnode.config import KvType
 from meshnode.engine import (
+    IMAGES_BYTES_MAX,
     ChatMessage,
     Continuation,
     EmbedRequest,
@@ -27,7 +29,8 @@ from meshnode.engine import (
 from meshnode.errors import LocalProtocolError
 
 # A prompt is at most a context: 1 Mi tokens of 6 bytes is more than any model here takes.
-FRAME_BYTES_MAX = 8 * 1024 * 1024
+PROMPT_BYTES_MAX = 8 * 1024 * 1024
+FRAME_BYTES_MAX = PROMPT_BYTES_MAX + IMAGES_BYTES_MAX
 Frame = TypeVar("Frame")
 _LENGTH = struct.Struct(">I")
 
@@ -40,7 +43,11 @@ class Draft(msgspec.Struct, frozen=True):
 
 
 class Load(msgspec.Struct, frozen=True, tag="load"):
-    """First frame to the child. `threads` None: adapt to the cores that are really free."""
+    """First frame to the child. `threads` None: adapt to the cores that are really free.
+
+    KV of `saved_bytes` may be in memory outside of the cache, and of `spilled_bytes` in files.
+    `projector`: the path of an mmproj file, for a model that can see.
+    """
 
     path: str
     context_tokens: int
@@ -49,6 +56,12 @@ class Load(msgspec.Struct, frozen=True, tag="load"):
     threads: int | None
     speculate: Speculate = "off"
     draft: Draft | None = None
+    projector: str | None = None
+    kv_type: KvType = "f16"
+    kv_bytes_per_token: int = 0
+    saved_bytes: int = 0
+    spilled_bytes: int = 0
+    spill_dir: str | None = None
 
 
 class Generate(msgspec.Struct, frozen=True, tag="generate"):
@@ -207,6 +220,7 @@ class Status(msgspec.Struct, frozen=True, tag="status"):
     prefill_tokens_per_s: float
     decode_tokens_per_s: float
     memory_bytes: int
+    saved_tokens: int
     sessions: tuple[bytes, ...]
     speculation: SpeculationStats | None = None
 

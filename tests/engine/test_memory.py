@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from meshnode.config import KvType
 from meshnode.engine import memory
 from meshnode.engine.memory import (
     available_bytes,
@@ -19,7 +21,7 @@ from meshnode.engine.memory import (
 )
 from meshnode.errors import ConfigError, ModelLoadError
 from meshnode.models.catalog import DEFAULT_ALIAS, resolve
-from meshnode.models.gguf import GgufHeader, read_header
+from meshnode.models.gguf import GgufHeader, ProjectorHeader, read_header
 
 GIB = 1024**3
 
@@ -61,6 +63,32 @@ def test_what_is_available(machine: Path) -> None:
     assert available_bytes() == 3 * GIB
     limit_to(machine, str(4 * GIB), 5 * GIB)
     assert available_bytes() == 0
+
+
+def test_eyes_count(tmp_path: Path) -> None:
+    header = read_header(resolve("default", tmp_path).path)
+    blind = memory_need(header, 1000)
+    seeing = memory_need(header, 1000, projector=ProjectorHeader(GIB, 100))
+    assert seeing.total_bytes - blind.total_bytes == GIB + 100 + memory.PICTURE_BYTES
+    check_fits("model", blind, GIB)
+    with pytest.raises(ModelLoadError, match="1153 MiB vision"):
+        check_fits("model", seeing, GIB)
+
+
+@pytest.mark.parametrize(
+    ("kv_type", "context_tokens", "kv_mib", "saved_mib"),
+    [("f16", 1024, 64, 64), ("q8_0", 1024, 34, 34), ("f16", 32768, 2048, 256)],
+)
+def test_the_cache_and_what_is_saved_of_it_are_reckoned(
+    kv_type: KvType, context_tokens: int, kv_mib: float, saved_mib: float
+) -> None:
+    need = memory_need(
+        replace(header(), kv_bytes_per_token=64 * 1024), context_tokens, kv_type=kv_type
+    )
+    assert (need.kv_bytes / 2**20, need.saved_bytes / 2**20) == (kv_mib, saved_mib)
+    rest = need.weights_bytes + need.compute_bytes + memory.RUNTIME_BYTES
+    assert need.total_bytes == rest + need.kv_bytes + need.saved_bytes
+    assert f"{math.ceil(saved_mib)} MiB saved KV" in str(need)
 
 
 def header(*, embeds: bool = False) -> GgufHeader:
