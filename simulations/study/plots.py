@@ -34,7 +34,7 @@ LINES_MAX = len(COLOURS)
 """More lines in one plot than this cannot be told apart."""
 POINTS_MAX = 400
 """Of one line: more than there are pixels across only makes the file larger."""
-LOG_FROM = 20.0
+LOG_FROM = 10.0
 """An axis is logarithmic when its largest value is this many times its smallest."""
 STYLE = {
     "axes.spines.top": False,

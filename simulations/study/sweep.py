@@ -16,8 +16,10 @@ from concurrent.futures import CancelledError, Future, ProcessPoolExecutor, as_c
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass
-from multiprocessing import active_children, get_context
+from multiprocessing import active_children, get_context, parent_process
+from multiprocessing.process import BaseProcess
 from pathlib import Path
+from threading import Thread
 from typing import Any, Protocol
 
 from meshnode.errors import ConfigError, MeshnodeError
@@ -117,6 +119,7 @@ def _processes(workers: int) -> Iterator[Pool]:
     executor = ProcessPoolExecutor(
         workers,
         mp_context=get_context("spawn"),  # a fork would inherit threads of pyarrow
+        initializer=_end_with_parent,
     )
 
     class Processes:
@@ -150,6 +153,18 @@ def _processes(workers: int) -> Iterator[Pool]:
         raise
     finally:
         executor.shutdown()
+
+
+def _end_with_parent() -> None:
+    """In a worker: whoever wanted its runs may be killed, and can then not tell it."""
+
+    def watch(parent: BaseProcess) -> None:
+        parent.join()
+        os._exit(1)
+
+    parent = parent_process()
+    if parent is not None:
+        Thread(target=watch, args=(parent,), daemon=True).start()
 
 
 @contextmanager
