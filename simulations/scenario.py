@@ -67,6 +67,8 @@ class Mesh(_Table, frozen=True):
     join_over_s: Seconds = 1.0
     """The nodes are switched on evenly over so long."""
     admission: Literal["invite", "open"] = "invite"
+    sponsored: NodeCount = 1
+    """In an open mesh: the first so many have a certificate of its root, and may vote."""
 
 
 class Net(_Table, frozen=True):
@@ -169,7 +171,11 @@ class Chaos(_Table, frozen=True):
 
 
 class Adversaries(_Table, frozen=True):
+    """Who lies: `faults/adversaries.py` says how."""
+
     kind: str = "none"
+    target: str = ""
+    """Which nodes, as of faults; empty: `count`, or `share` of all, drawn."""
     share: Share = 0.0
     count: Annotated[int, Meta(ge=0, le=100_000)] = 0
     start_s: Seconds = 0.0

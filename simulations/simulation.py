@@ -15,6 +15,7 @@ from pathlib import Path
 
 from meshnode_simulations.checks.liveness import Epochs, Healing, Service
 from meshnode_simulations.checks.safety import Safety
+from meshnode_simulations.faults.adversaries import Adversaries
 from meshnode_simulations.faults.draw import drawn
 from meshnode_simulations.faults.schedule import Faults
 from meshnode_simulations.figures import MeshFigures
@@ -119,16 +120,21 @@ class Simulation:
         hosting = Hosting(run)
         machines = _machines(run)
         hosting.place(machines)
+
+        def broken(promise: str, what: str) -> None:
+            run.recorder.violate(promise, run.now_s, what)
+
+        safety = None
+        if self.check:
+            safety = Safety(world, broken)
+            Epochs(run, safety)
+        gateways = None
         if scenario.demand.kind != "none":
-            Clients(run, Gateways(run, hosting))
+            gateways = Gateways(run, hosting, broken if self.check else None)
+            Clients(run, gateways)
         if scenario.models:
             Service(run)
-        if self.check:
-
-            def broken(promise: str, what: str) -> None:
-                run.recorder.violate(promise, run.now_s, what)
-
-            Epochs(run, Safety(world, broken))
+        Adversaries(run, safety, gateways)
         Faults(run, self.faults())
         if scenario.chaos.heal_at_s:
             Healing(run, scenario.chaos.heal_at_s)
@@ -147,9 +153,15 @@ def _latency(scenario: Scenario) -> Latency:
 
 def _machines(run: Run) -> list[Machine]:
     memory_bytes = int(run.scenario.hosts.memory_gib * 2**30)
+    mesh, world = run.scenario.mesh, run.world
     return [
-        run.world.add(f"n{index}", is_root=index == 0, memory_bytes=memory_bytes)
-        for index in range(run.scenario.mesh.nodes)
+        world.add(
+            f"n{index}",
+            is_root=index == 0,
+            memory_bytes=memory_bytes,
+            is_sponsored=index < mesh.sponsored,
+        )
+        for index in range(mesh.nodes)
     ]
 
 

@@ -84,20 +84,27 @@ class Service:
 
 
 class Epochs:
-    """How new epochs spread: one row of `epochs` for each node and epoch."""
+    """How new epochs spread: one row of `epochs` for each node and epoch. What a node learns that
+    was decided while it was off counts for no figure."""
 
     def __init__(self, run: Run, safety: Safety) -> None:
         self._run = run
         self._behind_s: list[float] = []
         safety.on_epoch.append(self._on_epoch)
         self._safety = safety
+        self._awake_since_s: dict[int, float] = {}
+        run.world.on_power.append(self._on_power)
         run.closers.append(self._close)
+
+    def _on_power(self, machine: Machine, power: Power) -> None:
+        self._awake_since_s[machine.index] = self._run.now_s
 
     def _on_epoch(self, machine: Machine, group: str, epoch: int, behind_s: float) -> None:
         self._run.recorder.row(
             "epochs", time_s=self._run.now_s, node=machine.name, epoch=epoch, behind_s=behind_s
         )
-        if self._run.is_warm:
+        decided_s = self._run.now_s - behind_s
+        if self._run.is_warm and self._awake_since_s[machine.index] <= decided_s:
             self._behind_s.append(behind_s)
 
     def _close(self) -> None:

@@ -2,4 +2,5 @@
 
 * `schedule.py`     faults at given times, as scenarios list them, and how each is put right again
 * `draw.py`         a schedule drawn from the seed
+* `adversaries.py`  who lies, and how
 """

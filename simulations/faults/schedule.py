@@ -32,6 +32,7 @@ from meshnode.errors import ConfigError
 from meshnode.identity import PeerId
 from meshnode.messages import Item
 from meshnode.protocol.agreement import Action
+from meshnode.protocol.consensus import Head
 from meshnode.protocol.stack import GiveOrder
 from meshnode_simulations.kernel.loop import NS_PER_S
 from meshnode_simulations.kernel.machine import Machine
@@ -214,30 +215,27 @@ def _by_peers(run: Run, peers: list[str]) -> list[Machine]:
     return [run.world.by_peer[PeerId(peer)] for peer in peers]
 
 
-def _newest(running: list[Machine]) -> list[Machine]:
-    """Who knows the newest epoch, first."""
-    known = [machine for machine in running if machine.live.agreement.registers()]
-    known.sort(key=lambda machine: -machine.live.agreement.registers()[0].head.epoch)
-    return known
+def newest_head(machines: list[Machine]) -> Head | None:
+    """The newest decision that any of these running machines knows."""
+    registers = [
+        register for machine in machines for register in machine.live.agreement.registers()[:1]
+    ]
+    return max(registers, key=lambda register: register.head.epoch).head if registers else None
 
 
 def _leader(running: list[Machine]) -> str | None:
-    for machine in _newest(running):
-        return machine.live.agreement.registers()[0].head.header.proposer or None
-    return None
+    head = newest_head(running)
+    return None if head is None else head.header.proposer or None
 
 
 def _voters(running: list[Machine]) -> list[str]:
-    for machine in _newest(running):
-        return list(machine.live.agreement.registers()[0].voters)
-    return []
+    head = newest_head(running)
+    return [] if head is None else list(head.header.voters)
 
 
 def _items(running: list[Machine], model: str) -> list[Item]:
-    for machine in _newest(running):
-        head = machine.live.agreement.registers()[0].head
-        return [item for item in head.body.items if item.name == model]
-    return []
+    head = newest_head(running)
+    return [] if head is None else [item for item in head.body.items if item.name == model]
 
 
 def _is_share(text: str) -> bool:

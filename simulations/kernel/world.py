@@ -15,7 +15,7 @@ from typing import Literal, Protocol, cast
 
 from meshnode.credentials import MeshDescriptor, issue_certificate
 from meshnode.identity import PeerId
-from meshnode.messages import Control, Offer, Role, decode, encode
+from meshnode.messages import Control, Decided, Offer, Role, decode, encode
 from meshnode.protocol import (
     Connect,
     Disconnect,
@@ -147,13 +147,17 @@ class World:
         roles: tuple[Role, ...] = ("node",),
         memory_bytes: int = 2**33,
         is_root: bool = False,
+        is_sponsored: bool = False,
         chain: tuple[bytes, ...] | None = None,
     ) -> Machine:
-        """A machine that is switched off. `is_root`: it made the mesh and has the root's key."""
+        """A machine that is switched off. `is_root`: it made the mesh and has the root's key;
+        `is_sponsored`: in an open mesh too, its certificate is the root's and not its own.
+        """
         index = len(self.machines)
         key = self.scheme.key_of(name)
         if chain is None:
-            issuer = key if self.mesh.admission == "open" and not is_root else self.root
+            is_own = self.mesh.admission == "open" and not (is_root or is_sponsored)
+            issuer = key if is_own else self.root
             chain = (issue_certificate(issuer, self.mesh, key.peer_id, roles, EPOCH_S),)
         high, low = divmod(index + 1, 250)
         address = f"/ip4/10.{high // 250}.{high % 250}.{low + 1}/udp/9338/quic-v1"
@@ -215,6 +219,16 @@ class World:
         """Give a stack one input now, from itself unless said otherwise."""
         sender = machine.peer_id if sender is None else sender
         self._perform(machine, machine.live.receive(sender, message, self.now_of(machine)))
+
+    def say(self, machine: Machine, other: Machine, message: Control) -> None:
+        """Send what the machine's stack has not decided to send: liars do."""
+        link = machine.links.get(other.index)
+        if link is not None:
+            self._transmit(link, machine, other, message)
+
+    def learn(self, machine: Machine, peer: Machine, proof: Decided) -> None:
+        """Give a stack a decision that a peer has sent beside its control stream."""
+        self._perform(machine, machine.live.learn(peer.peer_id, proof, self.now_of(machine)))
 
     def hear(self, machine: Machine, advert: bytes) -> bool:
         """Give a stack an advert; returns whether it may spread further."""
