@@ -168,6 +168,8 @@ class Chaos(_Table, frozen=True):
     start_s: Seconds = 20.0
     heal_at_s: Seconds = 0.0
     """From then on nothing goes wrong any more, and what must come true has to; 0: no end."""
+    buggify: Annotated[float, Meta(ge=0.0, le=0.9)] = 0.0
+    """For this share of all occasions what is legal but rare happens (`faults/buggify.py`)."""
 
 
 class Adversaries(_Table, frozen=True):

@@ -16,8 +16,9 @@ from pathlib import Path
 from meshnode_simulations.checks.liveness import Epochs, Healing, Service
 from meshnode_simulations.checks.safety import Safety
 from meshnode_simulations.faults.adversaries import Adversaries
+from meshnode_simulations.faults.buggify import buggify
 from meshnode_simulations.faults.draw import drawn
-from meshnode_simulations.faults.schedule import Faults
+from meshnode_simulations.faults.schedule import RIGHTS, Faults
 from meshnode_simulations.figures import MeshFigures
 from meshnode_simulations.kernel.loop import NS_PER_S
 from meshnode_simulations.kernel.machine import Machine
@@ -111,10 +112,16 @@ class Simulation:
             return self.schedule
         return (*self.scenario.faults, *drawn(self.scenario, self.seed))
 
+    def _claims(self) -> bool:
+        """Whether anybody will ask for a right."""
+        return any(fault.kind == "claim" for fault in self.faults())
+
     def prepare(self) -> Run:
         """The world at time 0, with everything scheduled that is to happen in it."""
         scenario, seed = self.scenario, self.seed
         world = World(seed, _network(scenario, seed), open_mesh=scenario.mesh.admission == "open")
+        if scenario.chaos.buggify:
+            buggify(world, scenario.chaos.buggify)
         run = Run(scenario, seed, world, Recorder())
         MeshFigures(run)
         hosting = Hosting(run)
@@ -126,7 +133,7 @@ class Simulation:
 
         safety = None
         if self.check:
-            safety = Safety(world, broken)
+            safety = Safety(world, broken, rights=RIGHTS if self._claims() else ())
             Epochs(run, safety)
         gateways = None
         if scenario.demand.kind != "none":

@@ -9,6 +9,7 @@
 * S8  committed bytes are at most those advertised
 * S9  the voters of the next epoch are certified by those of this one
 * S10 no honest node contradicts itself, crash and restart included
+* `spin` no stack wants to be ticked again at the instant it was ticked
 
 (S6, that nobody takes work under an older epoch than it knows, is checked where work is taken:
 `models/gateway.py`.) A block is judged once, when the first node holds it; votes when they are
@@ -67,6 +68,7 @@ class Safety:
 
     def __post_init__(self) -> None:
         self.world.on_effect.append(self._on_effect)
+        self.world.on_spin.append(lambda machine: self.broken("spin", f"{machine.name} would spin"))
         self.world.loop.after_each.append(self._check)
 
     def _on_effect(self, machine: Machine, effect: Effect) -> None:

@@ -16,6 +16,7 @@
 | `rate` | the targets' clocks run at `value` seconds a second | at 1 |
 | `jump` | the targets' wall clocks are wrong by `value` seconds | right again |
 | `drain` | the operator of the target drains it | undone |
+| `claim` | the targets ask for an exclusive right | given back |
 
 A target is `n7` (a node by name), `random`, `random:3`, `share:0.2`, `leader` (of the newest
 block), `voter`, `owner:MODEL`, `standby:MODEL`, `bootstrap`; the set is worked out when the fault
@@ -44,8 +45,11 @@ Undo = Callable[[], None]
 
 KINDS = (
     "kill", "stop", "crash", "freeze", "cut", "sever", "block", "part", "clog", "lose", "slow",
-    "rate", "jump", "drain",
+    "rate", "jump", "drain", "claim",
 )  # fmt: skip
+
+RIGHTS = ("the-pen",)
+"""What is claimed."""
 
 
 class Faults:
@@ -132,6 +136,10 @@ class Faults:
             case "drain":
                 self._order(up, "drain")
                 return partial(self._order, up, "undrain")
+            case "claim":
+                for machine in up:
+                    self._ask(machine, "claim")
+                return partial(self._release, up)
         return None
 
     def _switch_on(self, machines: list[Machine]) -> None:
@@ -168,8 +176,18 @@ class Faults:
 
     def _order(self, machines: list[Machine], action: Action) -> None:
         for machine in machines:
-            if machine.stack is not None and machine.stack.agreement.registers():
+            if machine.is_awake and machine.live.agreement.registers():
                 self._world.tell(machine, GiveOrder(action, "", machine.peer_id))
+
+    def _ask(self, machine: Machine, action: Action) -> None:
+        if machine.is_awake and machine.live.agreement.registers():
+            self._world.tell(machine, GiveOrder(action, RIGHTS[0], ""))
+
+    def _release(self, machines: list[Machine]) -> None:
+        for machine in machines:
+            now_s = self._world.now_of(machine)
+            if machine.is_awake and machine.live.agreement.holds_right(RIGHTS[0], now_s):
+                self._ask(machine, "release")
 
 
 def check_target(target: str) -> None:

@@ -8,6 +8,7 @@ its seed.
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from functools import partial
@@ -57,6 +58,8 @@ LOAD_S = 0.7
 """A warm standby has a small model in memory after this long (measured: 0.4 to 0.6 s)."""
 SEQUENCES_PER_START = 1_000_000
 """Numbers that a node may use between two starts; in production its clock keeps them apart."""
+SPIN_NS = NS_PER_S // 1000
+"""A stack that spins gets on this slowly, instead of not at all."""
 SILENCE_NS = int(SILENCE_S * NS_PER_S)
 DIAL_TIMEOUT_NS = int(DIAL_TIMEOUT_S * NS_PER_S)
 
@@ -135,6 +138,16 @@ class World:
         """Who did something in the event that is happening, or happened last."""
         self.tamper: Callable[[Machine, Machine, Control], Iterable[Control]] | None = None
         """What becomes of a message on its way out: adversaries change what their own node says."""
+        self.rng_of: Callable[[Machine], random.Random] = lambda machine: stream(
+            seed, "stack", machine.name, machine.starts
+        )
+        """What a stack that is started draws from."""
+        self.tick_late_ns: Callable[[Machine], int] | None = None
+        """For how long after a tick a machine is too busy for the next."""
+        self.write_ns: Callable[[Machine], int] | None = None
+        """How long its disk takes for one write."""
+        self.on_spin: list[Callable[[Machine], None]] = []
+        """Told of a stack that wants to be ticked again at the instant it was ticked."""
         self._strict = strict
         self._weighed: tuple[Control | None, int] = (None, 0)
 
@@ -200,7 +213,7 @@ class World:
             machine.roles,
             Node(memory_bytes=machine.memory_bytes, cores=2, accelerator="cpu"),
             unix_of=machine.unix_s,
-            rng=stream(self.seed, "stack", machine.name, machine.starts),
+            rng=self.rng_of(machine),
             first_sequence=machine.starts * SEQUENCES_PER_START,
             root=self.root if machine.is_root else None,
             journals=machine.disk,
@@ -371,6 +384,9 @@ class World:
         if deadline > machine.clock.now_s(now_ns):
             due_ns = machine.clock.when_ns(deadline)
         due_ns += machine.lag_ns
+        if machine.spins:
+            due_ns += SPIN_NS
+        due_ns = max(due_ns, machine.busy_until_ns)
         if machine.armed_ns is None or due_ns < machine.armed_ns:
             machine.armed_ns = due_ns
             self.loop.at(due_ns, self._ring, machine, machine.starts)
@@ -386,15 +402,22 @@ class World:
         deadline = machine.stack.deadline()
         now_s = machine.clock.now_s(now_ns)
         if deadline is not None and deadline <= now_s:
-            self._perform(machine, machine.stack.tick(now_s))
-            if self._strict and machine.stack is not None:
-                again = machine.stack.deadline()
-                assert again is None or again > now_s, f"{machine.name} would spin"
+            if self.tick_late_ns is not None:
+                machine.busy_until_ns = now_ns + self.tick_late_ns(machine)
+            effects = machine.stack.tick(now_s)
+            again = machine.stack.deadline()
+            machine.spins = again is not None and again <= now_s
+            if machine.spins:
+                assert not self._strict, f"{machine.name} would spin"
+                for listen in self.on_spin:
+                    listen(machine)
+            self._perform(machine, effects)
             return
         self._arm(machine)
 
     def _perform(self, machine: Machine, effects: list[Effect]) -> None:
         self.acted = machine
+        written_ns = 0
         for effect in effects:
             if machine.effects_left is not None:
                 if machine.effects_left == 0:
@@ -406,7 +429,7 @@ class World:
                 watch(machine, effect)
             match effect:
                 case Send(peer, message):
-                    self._send(machine, self.by_peer[peer], message)
+                    self._send(machine, self.by_peer[peer], message, written_ns)
                 case Connect(peer, addrs):
                     self._dial(machine, peer, addrs)
                 case Disconnect(peer, _):
@@ -419,6 +442,8 @@ class World:
                     self.dht.publish(machine, record, models)
                 case Persist(file, data):
                     machine.disk[file] = data
+                    if self.write_ns is not None:
+                        written_ns += self.write_ns(machine)
                 case Emit(event):
                     self._note(type(event).__name__, machine)
                     machine.events.append(event)
@@ -429,7 +454,7 @@ class World:
         if machine.stack is not None:
             self._arm(machine)
 
-    def _send(self, machine: Machine, other: Machine, message: Control) -> None:
+    def _send(self, machine: Machine, other: Machine, message: Control, written_ns: int) -> None:
         link = machine.links.get(other.index)
         if link is None:
             return
@@ -438,6 +463,8 @@ class World:
             held = link.held.get(other.index)
             if held is not None:
                 held.append((link, machine, other, said))
+            elif written_ns:
+                self.loop.after(written_ns, self._transmit, link, machine, other, said)
             else:
                 self._transmit(link, machine, other, said)
 
