@@ -32,6 +32,9 @@ from meshnode_simulations.record import Recorder, Result
 from meshnode_simulations.run import Run
 from meshnode_simulations.scenario import Fault, Scenario, load
 
+ANY = "any"
+"""Promise: whichever breaks first."""
+
 
 @dataclass(frozen=True, slots=True)
 class Progress:
@@ -73,7 +76,7 @@ class Simulation:
         until_broken: str | None = None,
     ) -> Result:
         """Let all its time pass. `on_progress` is called once for each interval; the run ends
-        with the interval in which the promise `until_broken` breaks.
+        with the interval in which the promise `until_broken`, or `ANY`, breaks.
         """
         run = self.prepare()
         loop, about = run.world.loop, self.scenario.scenario
@@ -89,7 +92,8 @@ class Simulation:
             if on_progress is not None:
                 spent_s = time.process_time() - started_s
                 on_progress(Progress(loop.now_s, about.duration_s, spent_s, loop.events))
-            if any(broken.promise == until_broken for broken in run.recorder.violations):
+            broken = {violation.promise for violation in run.recorder.violations}
+            if until_broken in broken or (until_broken == ANY and broken):
                 break
         for close in run.closers:
             close()

@@ -21,15 +21,14 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
 
 import msgspec
 
 from meshnode.identity import Verify, open_envelope, verify_by
-from meshnode.messages import Body, Consent, Header, Order, Proposal, Vote
+from meshnode.messages import Body, Consent, Header, Order, Proposal, QuorumCertificate, Vote
 from meshnode.protocol import Effect, Send
 from meshnode.protocol.consensus import Head, Register
-from meshnode.protocol.quorum import certificate_is_valid, header_hash, may_follow
+from meshnode.protocol.quorum import Faults, header_hash, may_follow, vote_bytes
 from meshnode.protocol.stack import RECORD_DOMAIN
 from meshnode.protocol.words import CONSENT_TYPE, ORDER_TYPE
 from meshnode_simulations.kernel.machine import Machine
@@ -154,15 +153,40 @@ class Safety:
                 self.broken("S9", f"the voters of epoch {head.epoch} are not those named before")
         if not may_follow(voters, head.header.voters, faults):
             self.broken("S9", f"epoch {head.epoch} replaces too many voters at once")
-        judge = partial(verify_by, genuine=self.world.scheme.genuine)
         certificate = proof.certificate
-        if certificate is None or not certificate_is_valid(certificate, voters, faults, judge):
+        genuine = self.world.scheme.genuine
+        if certificate is None or not _is_decided(certificate, voters, faults, genuine):
             self.broken("S2", f"the certificate of epoch {head.epoch} is void")
         elif certificate.block != header_hash(head.header):
             self.broken("S2", f"the certificate of epoch {head.epoch} is another block's")
 
     def _check_body(self, body: Body, group: str) -> None:
         check_body(body, group, self.world.scheme.genuine, self.broken)
+
+
+def _is_decided(
+    certificate: QuorumCertificate, voters: tuple[str, ...], faults: Faults, genuine: Verify
+) -> bool:
+    """Whether enough distinct voters of the epoch have signed that this block is final."""
+    places = {ballot.voter for ballot in certificate.ballots}
+    count, of = len(places), len(voters)
+    are_enough = 2 * count > of if faults == "crash" else 3 * count > 2 * of
+    signed = vote_bytes(
+        certificate.group,
+        certificate.epoch,
+        certificate.view,
+        certificate.kind,
+        certificate.block,
+    )
+    return (
+        certificate.kind == "finalize"
+        and are_enough
+        and max(places) < of
+        and all(
+            verify_by(voters[ballot.voter], ballot.signature, signed, genuine=genuine)
+            for ballot in certificate.ballots
+        )
+    )
 
 
 def check_body(body: Body, group: str, genuine: Verify, broken: Broken = stop) -> None:
