@@ -2,7 +2,7 @@
 
 * S1  one finalized block per group and epoch
 * S2  every applied block has a quorum of distinct valid voters of that epoch
-* S3  a node's applied epoch never falls, restarts included
+* S3  a node's applied epoch never falls, restarts included, unless its disk is lost
 * S4  one owner per group, epoch, shard and replica
 * S5  no instant of true time with two holders of an exclusive right
 * S7  an assignment covers all layers of every replica
@@ -67,8 +67,13 @@ class Safety:
 
     def __post_init__(self) -> None:
         self.world.on_effect.append(self._on_effect)
+        self.world.on_disk_lost.append(self._on_disk_lost)
         self.world.on_spin.append(lambda machine: self.broken("spin", f"{machine.name} would spin"))
         self.world.loop.after_each.append(self._check)
+
+    def _on_disk_lost(self, machine: Machine) -> None:
+        for key in [key for key in self.epochs if key[0] == machine.index]:
+            del self.epochs[key]
 
     def _on_effect(self, machine: Machine, effect: Effect) -> None:
         if not isinstance(effect, Send) or machine.index in self.liars:

@@ -2,7 +2,8 @@
 
 | kind | what the liars do |
 |---|---|
-| `equivocate` | as voters: half of the others hear of one block, the rest of another, each signed |
+| `equivocate` | as voters: sign two blocks; which one comes first depends on who hears it |
+| `forge` | as voters: votes in others' names, certificates of one ballot, blocks that may not be |
 | `withhold` | stay connected and tell of models, but say nothing more and answer no request |
 | `replay` | after half of their messages, send an old one again, theirs or told to them |
 | `stale-certificate` | answer with the oldest decision they know, and tell it unasked |
@@ -11,8 +12,8 @@
 | `eclipse` | many new members besiege one node and tell it of nobody but themselves |
 | `sybil` | so many new identities at once, each certified by nobody but itself |
 
-`count` (or `share` of all nodes) of them begin at `start_s`. Those of the first six kinds are
-nodes of the mesh: `target` says which, as of faults, or they are drawn from all but the
+`count` (or `share` of all nodes) of them begin at `start_s`. Those of all kinds but the last two
+are nodes of the mesh: `target` says which, as of faults, or they are drawn from all but the
 bootstraps. Those of the last two come on top. Their own stacks are the real ones; what is
 tampered with is what these say. A liar signs with its own key only.
 
@@ -34,6 +35,7 @@ from meshnode.errors import ConfigError, RemoteProtocolError
 from meshnode.identity import PeerId, Signer, open_envelope, seal
 from meshnode.messages import (
     Alive,
+    Ballot,
     Control,
     Decided,
     Heartbeat,
@@ -72,7 +74,7 @@ LOOK_S = 1.0
 """How often it is looked at who votes and owns."""
 
 KINDS = (
-    "equivocate", "withhold", "replay", "stale-certificate", "false-capacity",
+    "equivocate", "forge", "withhold", "replay", "stale-certificate", "false-capacity",
     "false-accusation", "eclipse", "sybil",
 )  # fmt: skip
 OUTSIDERS = ("eclipse", "sybil")
@@ -99,8 +101,8 @@ class Adversaries:
         if self._about.target:
             check_target(self._about.target)
         self._count = self._about.count or round(self._about.share * run.scenario.mesh.nodes)
-        self._lie = self._lie_of(kind)
         self._nodes = tuple(run.world.machines)
+        self._lie = self._lie_of(kind)
         newcomers = [self._newcomer(n) for n in range(self._count)] if kind in OUTSIDERS else []
         if self._lie is not None:
             run.world.tamper = self._tamper
@@ -165,6 +167,8 @@ class Adversaries:
         match kind:
             case "equivocate":
                 return _Equivocation()
+            case "forge":
+                return _Forgery(self._nodes)
             case "withhold":
                 return _Withholding()
             case "replay":
@@ -253,29 +257,64 @@ class _Lie:
 
 
 class _Equivocation(_Lie):
-    """Machines with odd indices hear of another block than those with even ones."""
+    """Machines with odd indices hear of the other block first."""
 
     def __init__(self) -> None:
         self._twins: dict[bytes, bytes] = {}
-        """The block that the even ones hear of -> that of the odd ones."""
+        """A block -> the other one of that view."""
 
     def say(self, liar: Machine, other: Machine, message: Control) -> list[Control]:
-        if other.index % 2 == 0:
-            return [message]
+        said: list[Control] = [message]
         match message:
             case Proposal(vote=vote) if vote.voter == liar.peer_id:
                 header = message.header
-                voters = (*header.voters[1:], *header.voters[:1])
-                twin = replace(header, voters=voters)
+                twin = replace(header, voters=(*header.voters[1:], *header.voters[:1]))
                 self._twins[vote.block] = header_hash(twin)
-                said = _signed(replace(vote, block=header_hash(twin)), liar.key)
-                return [replace(message, header=twin, vote=said)]
+                vote = _signed(replace(vote, block=header_hash(twin)), liar.key)
+                said.append(replace(message, header=twin, vote=vote))
             case Vote(voter=voter, kind="notarize" | "finalize") if voter == liar.peer_id:
-                other_block = self._twins.get(message.block, message.block[::-1])
-                said = _signed(replace(message, block=other_block), liar.key)
-                against = _signed(replace(message, kind="nullify", block=NO_BLOCK), liar.key)
-                return [said, against]
+                twin_block = self._twins.get(message.block, message.block[::-1])
+                said.append(_signed(replace(message, block=twin_block), liar.key))
+                against = replace(message, kind="nullify", block=NO_BLOCK)
+                said.append(_signed(against, liar.key))
+        return said[::-1] if other.index % 2 else said
+
+
+class _Forgery(_Lie):
+    def __init__(self, nodes: tuple[Machine, ...]) -> None:
+        self._nodes = nodes
+
+    def say(self, liar: Machine, other: Machine, message: Control) -> list[Control]:
+        """A block of its own choice with voters of its own choice, and everybody's consent."""
+        registers = liar.live.agreement.registers()
+        if not isinstance(message, Vote | Proposal) or not registers:
+            return [message]
+        voters = registers[0].voters
+        match message:
+            case Proposal(vote=vote) if vote.voter == liar.peer_id:
+                strangers = [m.peer_id for m in self._nodes if m.peer_id not in voters][:2]
+                named = (*message.header.voters[: len(voters) - len(strangers)], *strangers)
+                header = replace(message.header, voters=named)
+                vote = _signed(replace(vote, block=header_hash(header)), liar.key)
+                forged = replace(message, header=header, vote=vote, parent_view=0, justification=())
+                return [forged, *self._consent(vote, liar, voters), message]
+            case Vote(voter=voter, kind="notarize") if voter == liar.peer_id:
+                twin = _signed(replace(message, block=message.block[::-1]), liar.key)
+                return [*self._consent(twin, liar, voters), message]
         return [message]
+
+    def _consent(self, vote: Vote, liar: Machine, voters: tuple[str, ...]) -> list[Control]:
+        """Everybody's votes for it, signed by the liar, and its own vote counted for all."""
+        forged: list[Control] = []
+        for kind in ("notarize", "finalize"):
+            own = _signed(replace(vote, kind=kind), liar.key)
+            forged += [replace(own, voter=voter) for voter in voters]
+            place = voters.index(liar.peer_id) if liar.peer_id in voters else 0
+            ballots = (Ballot(place, own.signature),) * len(voters)
+            forged.append(
+                QuorumCertificate(vote.group, vote.epoch, vote.view, kind, vote.block, ballots)
+            )
+        return forged
 
 
 def _signed(vote: Vote, key: Signer) -> Vote:

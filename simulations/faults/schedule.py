@@ -5,6 +5,7 @@
 | `kill` | power off, without a word | switched on again |
 | `stop` | shut down in good order | switched on again |
 | `crash` | power off in the middle of a step, `value` effects later | switched on again |
+| `wipe` | power off, and its disk is lost with all that it had voted | switched on again |
 | `freeze` | nothing runs, the clock goes on: SIGSTOP, suspend, a stalled host | goes on |
 | `cut` | the connection to `other` breaks; they may dial again | |
 | `sever` | no way between the targets and `other` | healed |
@@ -44,8 +45,8 @@ from meshnode_simulations.scenario import Fault
 Undo = Callable[[], None]
 
 KINDS = (
-    "kill", "stop", "crash", "freeze", "cut", "sever", "block", "part", "clog", "lose", "slow",
-    "rate", "jump", "drain", "claim",
+    "kill", "stop", "crash", "wipe", "freeze", "cut", "sever", "block", "part", "clog", "lose",
+    "slow", "rate", "jump", "drain", "claim",
 )  # fmt: skip
 
 RIGHTS = ("the-pen",)
@@ -92,6 +93,11 @@ class Faults:
                 end = world.kill if fault.kind == "kill" else world.stop
                 for machine in up:
                     end(machine)
+                return partial(self._switch_on, up)
+            case "wipe":
+                for machine in up:
+                    world.kill(machine)
+                    world.lose_disk(machine)
                 return partial(self._switch_on, up)
             case "crash":
                 for machine in up:

@@ -146,6 +146,8 @@ class World:
         """For how long after a tick a machine is too busy for the next."""
         self.write_ns: Callable[[Machine], int] | None = None
         """How long its disk takes for one write."""
+        self.on_disk_lost: list[Callable[[Machine], None]] = []
+        """Told when a machine has lost what it had stored."""
         self.on_spin: list[Callable[[Machine], None]] = []
         """Told of a stack that wants to be ticked again at the instant it was ticked."""
         self._strict = strict
@@ -270,6 +272,14 @@ class World:
         self._tell_power(machine, "stopped")
         self.tell(machine, Stop())
         self._switch_off(machine, 2 * self.network.rtt_ns(machine.index, machine.index))
+
+    def lose_disk(self, machine: Machine) -> None:
+        """Everything that a machine which is switched off was asked to persist is gone."""
+        assert machine.stack is None, f"{machine.name} is running"
+        self._note("wipe", machine)
+        machine.disk.clear()
+        for listen in self.on_disk_lost:
+            listen(machine)
 
     def _tell_power(self, machine: Machine, power: Power) -> None:
         self._note(power, machine)

@@ -29,11 +29,14 @@ _STORM: dict[str, Any] = {
     "chaos.heal_at_s": 60.0,
     "chaos.per_min": 60.0,
     "demand.per_s": 1.0,
+    "hosts.memory_gib": 1.8,
+    "faults": [{"at_s": 30.0, "kind": "wipe", "target": "voter", "for_s": 1.0}],
 }
 _LIARS: dict[str, Any] = {
     **_STORM,
+    "mesh.nodes": 6,
     "mesh.admission": "open",
-    "mesh.sponsored": 5,
+    "mesh.sponsored": 6,
     "adversaries.kind": "equivocate",
     "adversaries.target": "leader",
     "adversaries.start_s": 8.0,
@@ -48,6 +51,11 @@ def storm() -> Scenario:
 def liars() -> Scenario:
     """The same in an open mesh with a voter that says two things."""
     return load("chaos", _LIARS)
+
+
+def forgers() -> Scenario:
+    """The same with a voter that forges what others sign."""
+    return load("chaos", {**_LIARS, "adversaries.kind": "forge"})
 
 
 @contextmanager
