@@ -67,6 +67,8 @@ class Mesh(_Table, frozen=True):
     join_over_s: Seconds = 1.0
     """The nodes are switched on evenly over so long."""
     admission: Literal["invite", "open"] = "invite"
+    sponsored: NodeCount = 1
+    """In an open mesh: the first so many have a certificate of its root, and may vote."""
 
 
 class Net(_Table, frozen=True):
@@ -166,10 +168,16 @@ class Chaos(_Table, frozen=True):
     start_s: Seconds = 20.0
     heal_at_s: Seconds = 0.0
     """From then on nothing goes wrong any more, and what must come true has to; 0: no end."""
+    buggify: Annotated[float, Meta(ge=0.0, le=0.9)] = 0.0
+    """For this share of all occasions what is legal but rare happens (`faults/buggify.py`)."""
 
 
 class Adversaries(_Table, frozen=True):
+    """Who lies: `faults/adversaries.py` says how."""
+
     kind: str = "none"
+    target: str = ""
+    """Which nodes, as of faults; empty: `count`, or `share` of all, drawn."""
     share: Share = 0.0
     count: Annotated[int, Meta(ge=0, le=100_000)] = 0
     start_s: Seconds = 0.0

@@ -74,6 +74,10 @@ class Engine:
     _orders: int = 0
     _version: int = 0
     _is_dead: bool = False
+    since_ns: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.since_ns = self.loop.now_ns
 
     # --- what a gateway asks --------------------------------------------------------------------
 
