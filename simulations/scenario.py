@@ -139,7 +139,7 @@ class Routing(_Table, frozen=True):
 
 
 class Churn(_Table, frozen=True):
-    kind: Literal["none", "ipfs", "lab", "trace", "region", "replace"] = "none"
+    kind: Literal["none", "ipfs", "lab", "trace", "replace"] = "none"
     start_s: Seconds = 30.0
     trace: str = ""
     """A CSV file of node,up_s,down_s."""

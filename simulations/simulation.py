@@ -22,8 +22,6 @@ from meshnode_simulations.faults.schedule import RIGHTS, Faults
 from meshnode_simulations.figures import MeshFigures
 from meshnode_simulations.kernel.loop import NS_PER_S
 from meshnode_simulations.kernel.machine import Machine
-from meshnode_simulations.kernel.network import Constant, Latency, Network
-from meshnode_simulations.kernel.streams import stream
 from meshnode_simulations.kernel.world import World
 from meshnode_simulations.models.demand import Clients
 from meshnode_simulations.models.gateway import Gateways
@@ -31,6 +29,7 @@ from meshnode_simulations.models.hosting import Hosting
 from meshnode_simulations.record import Recorder, Result
 from meshnode_simulations.run import Run
 from meshnode_simulations.scenario import Fault, Scenario, load
+from meshnode_simulations.surroundings import let_come_and_go, network, surround
 
 ANY = "any"
 """Promise: whichever breaks first."""
@@ -127,7 +126,7 @@ class Simulation:
     def prepare(self) -> Run:
         """The world at time 0, with everything scheduled that is to happen in it."""
         scenario, seed = self.scenario, self.seed
-        world = World(seed, _network(scenario, seed), open_mesh=scenario.mesh.admission == "open")
+        world = World(seed, network(scenario, seed), open_mesh=scenario.mesh.admission == "open")
         if scenario.chaos.buggify:
             buggify(world, scenario.chaos.buggify)
         run = Run(scenario, seed, world, Recorder())
@@ -135,6 +134,7 @@ class Simulation:
         hosting = Hosting(run)
         machines = _machines(run)
         hosting.place(machines)
+        surround(world, scenario, machines)
 
         def broken(promise: str, what: str) -> None:
             run.recorder.violate(promise, run.now_s, what)
@@ -154,16 +154,8 @@ class Simulation:
         if scenario.chaos.heal_at_s:
             Healing(run, scenario.chaos.heal_at_s)
         _switch_on_all(run, machines)
+        let_come_and_go(run, machines)
         return run
-
-
-def _network(scenario: Scenario, seed: int) -> Network:
-    net = scenario.network
-    return Network(_latency(scenario), stream(seed, "network"), jitter=net.jitter, loss=net.loss)
-
-
-def _latency(scenario: Scenario) -> Latency:
-    return Constant(int(scenario.network.one_way_ms * 1e6))
 
 
 def _machines(run: Run) -> list[Machine]:
