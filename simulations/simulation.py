@@ -74,11 +74,14 @@ class Simulation:
         on_progress: Callable[[Progress], None] | None = None,
         *,
         until_broken: str | None = None,
+        on_ready: Callable[[Run], None] = lambda run: None,
     ) -> Result:
-        """Let all its time pass. `on_progress` is called once for each interval; the run ends
-        with the interval in which the promise `until_broken`, or `ANY`, breaks.
+        """Let all its time pass. `on_ready` is given the run before anything has happened, and
+        `on_progress` is called once for each interval; the run ends with the interval in which
+        the promise `until_broken`, or `ANY`, breaks.
         """
         run = self.prepare()
+        on_ready(run)
         loop, about = run.world.loop, self.scenario.scenario
         started_s = time.process_time()
         interval_ns = int(about.interval_s * NS_PER_S)
@@ -100,6 +103,7 @@ class Simulation:
         return Result(
             scenario=self.scenario,
             seed=self.seed,
+            checked=self.check,
             digest=run.world.trace.digest(),
             virtual_s=loop.now_s,
             cpu_s=time.process_time() - started_s,

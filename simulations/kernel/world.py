@@ -77,6 +77,8 @@ class Dht(Protocol):
 
     def publish(self, machine: Machine, record: bytes, models: tuple[str, ...]) -> None: ...
 
+    def switched_on(self, machine: Machine) -> None: ...
+
 
 Power = Literal["on", "killed", "stopped", "asleep", "awake"]
 
@@ -222,6 +224,7 @@ class World:
             genuine=self.scheme.genuine,
         )
         self.pubsub.switched_on(machine)
+        self.dht.switched_on(machine)
         self._do_duties(machine, DutiesChanged((), is_drained=False))
         self.tell(machine, SetAddrs((machine.address,)))
         self.tell(machine, SetOffers(offers))
@@ -692,6 +695,9 @@ class _Shelf:
 
     def __init__(self) -> None:
         self.records: dict[int, bytes] = {}
+
+    def switched_on(self, machine: Machine) -> None:
+        pass
 
     def publish(self, machine: Machine, record: bytes, models: tuple[str, ...]) -> None:
         self.records[machine.index] = record
