@@ -21,8 +21,8 @@
 
 A target is `n7` (a node by name), `random`, `random:3`, `share:0.2`, `leader` (of the newest
 block), `voter`, `owner:MODEL`, `standby:MODEL`, `bootstrap`; the set is worked out when the fault
-strikes. The mesh's
-root is never wiped: its key is on that disk. Nodes that are switched off are struck by nothing but `jump` and `rate`.
+strikes. Nodes that are switched off are struck by nothing but `jump` and `rate`; the mesh's root is
+never wiped, since its key is on that disk.
 """
 
 from __future__ import annotations

@@ -186,5 +186,5 @@ def test_extreme_draws_are_legal() -> None:
     drawn = [rng.uniform(0.75, 1.25) for _ in range(1000)]
     assert all(0.75 <= each <= 1.25 for each in drawn)
     assert sum(each in (0.75, max(drawn)) for each in drawn) > 800
-    assert set(rng.choice("abc") for _ in range(500)) == set("abc")
+    assert {rng.choice("abc") for _ in range(500)} == set("abc")
     assert sorted(rng.sample(range(10), 10)) == list(range(10))
