@@ -21,7 +21,8 @@
 
 A target is `n7` (a node by name), `random`, `random:3`, `share:0.2`, `leader` (of the newest
 block), `voter`, `owner:MODEL`, `standby:MODEL`, `bootstrap`; the set is worked out when the fault
-strikes. Nodes that are switched off are struck by nothing but `jump` and `rate`.
+strikes. Nodes that are switched off are struck by nothing but `jump` and `rate`; the mesh's root is
+never wiped, since its key is on that disk.
 """
 
 from __future__ import annotations
@@ -95,10 +96,11 @@ class Faults:
                     end(machine)
                 return partial(self._switch_on, up)
             case "wipe":
-                for machine in up:
+                wiped = [machine for machine in up if not machine.is_root]
+                for machine in wiped:
                     world.kill(machine)
                     world.lose_disk(machine)
-                return partial(self._switch_on, up)
+                return partial(self._switch_on, wiped)
             case "crash":
                 for machine in up:
                     world.crash_within(machine, int(fault.value))

@@ -34,7 +34,6 @@ _STORM: dict[str, Any] = {
 }
 _LIARS: dict[str, Any] = {
     **_STORM,
-    "mesh.nodes": 6,
     "mesh.admission": "open",
     "mesh.sponsored": 6,
     "adversaries.kind": "equivocate",
@@ -56,6 +55,11 @@ def liars() -> Scenario:
 def forgers() -> Scenario:
     """The same with a voter that forges what others sign."""
     return load("chaos", {**_LIARS, "adversaries.kind": "forge"})
+
+
+def usurpers() -> Scenario:
+    """The same with one more node, so that a forged block can name two strangers."""
+    return load("chaos", {**_LIARS, "adversaries.kind": "forge", "mesh.nodes": 6})
 
 
 @contextmanager
