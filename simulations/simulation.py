@@ -89,15 +89,19 @@ class Simulation:
                 on_progress(Progress(loop.now_s, about.duration_s, spent_s, loop.events))
             if any(broken.promise == until_broken for broken in run.recorder.violations):
                 break
+        return self.finish(run, time.process_time() - started_s)
+
+    def finish(self, run: Run, cpu_s: float) -> Result:
+        """What a run, now over, has come to."""
         for close in run.closers:
             close()
         return Result(
             scenario=self.scenario,
             seed=self.seed,
             digest=run.world.trace.digest(),
-            virtual_s=loop.now_s,
-            cpu_s=time.process_time() - started_s,
-            events=loop.events,
+            virtual_s=run.now_s,
+            cpu_s=cpu_s,
+            events=run.world.loop.events,
             series=run.recorder.series(),
             tables=dict(run.recorder.tables),
             figures=run.figures,
@@ -110,10 +114,13 @@ class Simulation:
             return self.schedule
         return (*self.scenario.faults, *drawn(self.scenario, self.seed))
 
-    def prepare(self) -> Run:
-        """The world at time 0, with everything scheduled that is to happen in it."""
+    def prepare(self, make_world: Callable[..., World] = World) -> Run:
+        """The world at time 0, with everything scheduled that is to happen in it. `make_world`
+        takes what `World` does.
+        """
         scenario, seed = self.scenario, self.seed
-        world = World(seed, _network(scenario, seed), open_mesh=scenario.mesh.admission == "open")
+        is_open = scenario.mesh.admission == "open"
+        world = make_world(seed, _network(scenario, seed), open_mesh=is_open)
         run = Run(scenario, seed, world, Recorder())
         MeshFigures(run)
         hosting = Hosting(run)
