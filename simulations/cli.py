@@ -23,6 +23,7 @@ from meshnode_simulations.study import results
 from meshnode_simulations.study.shrink import shrink as shrink_schedule
 from meshnode_simulations.study.sweep import plan, pool_on
 from meshnode_simulations.study.sweep import sweep as run_sweep
+from meshnode_simulations.tiers.command import tiers
 
 OUT_DEFAULT = "simulation-results"
 EXIT_BROKEN = 1
@@ -240,6 +241,9 @@ def shrink(
                f"{found.violation.what}")  # fmt: skip
     for fault in found.schedule:
         click.echo(_as_toml(fault))
+
+
+main.add_command(tiers)
 
 
 # --- arguments -----------------------------------------------------------------------------------
