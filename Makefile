@@ -81,7 +81,7 @@ $(PACKAGES_DONE): pyproject.toml setup.py requirements.lock | $(VENV_DONE)
 	@mkdir -p .cache/packages && ln -sfn ../../simulations .cache/packages/meshnode_simulations
 	@touch $@
 
-$(ENGINE_DONE): $(FLAGS_FILE) requirements.lock scripts/build_llama_wheel.py scripts/llama_without_common.cmake | $(PACKAGES_DONE)
+$(ENGINE_DONE): $(FLAGS_FILE) requirements.lock scripts/build_llama_wheel.py scripts/llama_trimmed.cmake | $(PACKAGES_DONE)
 	@wheels=$$($(BIN)/python scripts/build_llama_wheel.py) && \
 	echo "Installing the engine from $$wheels" && \
 	$(INSTALL) --force-reinstall --no-deps "$$wheels"/*.whl && \

@@ -67,10 +67,13 @@ class Config:
     mdns: bool = True  # peers on a LAN should need no set-up at all
 
     # Engines: each PATH_OR_NAME[=ALIAS]. `models` are served here; `standbys` are kept on disk,
-    # verified, and loaded when the mesh asks. `context_tokens` None: as the model was trained, or
-    # what fits in memory. `memory_bytes` is what the mesh may fill with models; None: a share.
+    # verified, and loaded when the mesh asks. `projectors`, each FILE or NAME=FILE, let models see;
+    # none is looked for, because a folder may hold another model's. `context_tokens` None: as the
+    # model was trained, or what fits in memory. `memory_bytes` is what the mesh may fill with
+    # models; None: a share.
     models: tuple[str, ...] = ("default",)
     standbys: tuple[str, ...] = ()
+    projectors: tuple[str, ...] = ()
     # Servers of other kinds that this node fronts: URL[=NAME[@DIGEST]] each, and their keys.
     upstreams: tuple[str, ...] = ()
     upstream_key_file: Path | None = None
@@ -221,6 +224,7 @@ def _within(low: int, high: int) -> Callable[[str], bool]:
 SETTINGS: Mapping[str, _Setting] = {
     "model": _Setting(str, "PATH_OR_NAME[=ALIAS]", many=True),
     "standby": _Setting(str, "PATH_OR_NAME[=ALIAS]", many=True),
+    "mmproj": _Setting(str, "FILE, or NAME=FILE if there are several models", many=True),
     "upstream": _Setting(
         str, "URL[=NAME[@DIGEST]], such as http://127.0.0.1:8000", _is_upstream, many=True
     ),
@@ -331,6 +335,8 @@ def _config(role: Role, values: Mapping[str, object]) -> Config:
         fields["models"] = values.get("model", ())
         fields["standbys"] = values.get("standby", ())
         fields["upstreams"] = values.get("upstream", ())
+    if role == "node":
+        fields["projectors"] = values.get("mmproj", ())
     if "upstream-key-file" in values:
         fields["upstream_key_file"] = _path(values["upstream-key-file"])
     if "memory" in values:

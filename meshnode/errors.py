@@ -61,6 +61,20 @@ class RequestError(EngineError):
         self.code = code
 
 
+class NoVisionError(RequestError):
+    """The replica that was asked cannot see images; another of the same model may."""
+
+    CODE = "no_vision"
+    retry_elsewhere = True
+
+    def __init__(self, model: str) -> None:
+        super().__init__(
+            f"The model `{model}` cannot see images here; its node needs an --mmproj file for it.",
+            param="messages",
+            code=self.CODE,
+        )
+
+
 class ContextLengthError(RequestError):
     """Prompt plus requested tokens exceed the model's context."""
 

@@ -11,8 +11,8 @@ from __future__ import annotations
 import dataclasses
 import logging
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -23,7 +23,7 @@ from meshnode.console.snapshot import ModelSnapshot, SpeculationSnapshot
 from meshnode.engine import Engine, EngineStats, ModelCard
 from meshnode.engine.card import load_card
 from meshnode.engine.memory import MemoryNeed, context_for, memory_need
-from meshnode.engine.process import EngineOptions, EngineProcess, read_draft_header
+from meshnode.engine.process import EngineOptions, EngineProcess, read_draft_header, read_eyes
 from meshnode.errors import ConfigError, ModelLoadError
 from meshnode.messages import SESSIONS_MAX, Offer
 from meshnode.models.catalog import ModelSource, resolve
@@ -141,7 +141,8 @@ class HostedModel:
         header = await trio.to_thread.run_sync(read_header, card.path)
         context_tokens = context_for(card.path, header, self._options.context_tokens)
         draft = await read_draft_header(self._options)
-        return _Identity(card, header, memory_need(header, context_tokens, draft))
+        eyes = await read_eyes(self._options)
+        return _Identity(card, header, memory_need(header, context_tokens, draft, eyes))
 
     async def _prepare(self) -> ModelCard:
         first = 0.1 if self._source.packaged else PREPARED
@@ -326,10 +327,37 @@ def find_models(config: Config) -> tuple[HostedModel, ...]:
                 f"the standby {source.name} is named twice ({source.path}): "
                 "give a model once, as --model to serve it here or as --standby"
             )
-    return (
-        *(HostedModel(source, config.data_dir, options) for source in pinned),
-        *(HostedModel(source, config.data_dir, options, pinned=False) for source in standbys),
+    sources = [*((source, True) for source in pinned), *((source, False) for source in standbys)]
+    projectors = _projectors(config.projectors, [source.name for source, _ in sources])
+    return tuple(
+        HostedModel(
+            source,
+            config.data_dir,
+            replace(options, projector=projectors.get(source.name)),
+            pinned=is_pinned,
+        )
+        for source, is_pinned in sources
     )
+
+
+def _projectors(specs: tuple[str, ...], names: Sequence[str]) -> dict[str, Path]:
+    """By the names of the models that they give eyes to. Raises `ConfigError`."""
+    found: dict[str, Path] = {}
+    for spec in specs:
+        path, name = Path(spec).expanduser(), names[0] if len(names) == 1 else ""
+        if not path.is_file() and "=" in spec:
+            name, _, file = spec.partition("=")
+            path = Path(file).expanduser()
+        if not path.is_file():
+            raise ConfigError(f"--mmproj {spec}: there is no such file")
+        if name not in names or name in found:
+            known = ", ".join(names) or "none"
+            raise ConfigError(
+                f"--mmproj {spec}: say for which model, once for each: --mmproj NAME={path.name} "
+                f"(models here: {known})"
+            )
+        found[name] = path.resolve()
+    return found
 
 
 async def run_models(models: tuple[HostedModel, ...]) -> None:

@@ -31,7 +31,7 @@ from typing import NoReturn
 
 ROOT = Path(__file__).resolve().parent.parent
 LOCK = ROOT / "requirements.lock"
-HOOK = ROOT / "scripts" / "llama_without_common.cmake"
+HOOK = ROOT / "scripts" / "llama_trimmed.cmake"
 LOG = ROOT / ".cache" / "llama-build.log"
 
 REPORT_PERIOD_S = 15.0  # without a terminal: often enough to see life, few enough to read
@@ -115,7 +115,7 @@ def build(version: str, own_flags: str, target: Path) -> int:
     The full output goes to LOG. The wheel appears in `target` in one rename,
     so an interrupted build leaves nothing that looks finished.
     """
-    flags = f"-DLLAVA_BUILD=OFF -DCMAKE_PROJECT_llama_cpp_INCLUDE={shlex.quote(str(HOOK))}"
+    flags = f"-DCMAKE_PROJECT_llama_cpp_INCLUDE={shlex.quote(str(HOOK))}"
     environment = os.environ | {"CMAKE_ARGS": f"{flags} {own_flags}".strip()}
     LOG.parent.mkdir(parents=True, exist_ok=True)
     target.parent.mkdir(parents=True, exist_ok=True)

@@ -38,6 +38,7 @@ PRECEDENCE = [
     ("api", "h:1", "h:2", '"h:3"', "api", ("h:1", "h:2", "h:3", API_DEFAULT)),
     ("model", ("a",), "b, c", '["d"]', "models", (("a",), ("b", "c"), ("d",), ("default",))),
     ("standby", ("a=x",), "b, c", '["d"]', "standbys", (("a=x",), ("b", "c"), ("d",), ())),
+    ("mmproj", ("x=a",), "b, c", '["d"]', "projectors", (("x=a",), ("b", "c"), ("d",), ())),
     (
         "upstream",
         ("http://a:1=x",),
@@ -169,7 +170,7 @@ def test_an_explicit_file_replaces_the_one_in_the_data_dir(data_dir: Path, tmp_p
 @pytest.mark.parametrize(
     ("toml", "complaint"),
     [
-        ("slotz = 3", "unknown key 'slotz'. Allowed: model, standby, upstream"),
+        ("slotz = 3", "unknown key 'slotz'. Allowed: model, standby, mmproj, upstream"),
         ("slots = true", "slots must be a number from 1 to 256, not True"),
         ("slots = 0", "slots must be a number"),
         ('context = "4096"', "context must be a number of tokens"),

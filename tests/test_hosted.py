@@ -287,3 +287,41 @@ def test_what_is_named_twice_is_refused(tmp_path: Path) -> None:
     ):
         with pytest.raises(ConfigError, match=r"named twice.*--model .* or as --standby"):
             find_models(config)
+
+
+def a_projector(folder: Path) -> str:
+    path = folder / "mmproj-x=y.gguf"
+    path.write_bytes(b"GGUF")
+    return str(path)
+
+
+def test_a_projector_belongs_to_the_only_model_or_to_the_one_it_names(
+    standby: Config, tmp_path: Path
+) -> None:
+    file = a_projector(tmp_path)
+    alone = replace(standby, standbys=("default=a",))
+    for spec in (file, f"a={file}"):
+        (model,) = find_models(replace(alone, projectors=(spec,)))
+        assert model._options.projector == Path(file)
+    other = tmp_path / "other.gguf"
+    other.write_bytes(b"GGUF")
+    both = replace(alone, models=(f"{other}=b",), projectors=(f"a={file}",))
+    assert [model._options.projector for model in find_models(both)] == [None, Path(file)]
+
+
+@pytest.mark.parametrize(
+    ("specs", "why"),
+    [
+        (("no-such-file",), "no such file"),
+        (("a=no-such-file",), "no such file"),
+        (("c={file}",), r"--mmproj NAME=mmproj-x=y.gguf \(models here: a\)"),
+        (("{file}", "a={file}"), "once for each"),
+    ],
+)
+def test_a_projector_that_belongs_to_no_model_is_refused(
+    specs: tuple[str, ...], why: str, standby: Config, tmp_path: Path
+) -> None:
+    file = a_projector(tmp_path)
+    projectors = tuple(spec.format(file=file) for spec in specs)
+    with pytest.raises(ConfigError, match=why):
+        find_models(replace(standby, standbys=("default=a",), projectors=projectors))

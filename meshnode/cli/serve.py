@@ -94,6 +94,12 @@ def node_options(command: F) -> F:
     "last node died, or has too much to do; repeatable.",
 )
 @click.option(
+    "--mmproj",
+    multiple=True,
+    metavar="[NAME=]FILE",
+    help="Let the model see images by this projector; with several models, say which; repeatable.",
+)
+@click.option(
     "--upstream",
     multiple=True,
     metavar="URL[=NAME[@DIGEST]]",

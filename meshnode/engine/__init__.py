@@ -4,8 +4,11 @@ An engine runs one model. It knows tokens, sequences and KV caches; it knows not
 routing or HTTP. The parts, in data-flow order:
 
 * `scheduler.py`  sans-IO policy: waiting and running sequences in, the next batch out
-* `llama.py`      mechanism: a loaded model, inside the child process; only it, `embedder.py` and
-                  `native.py`, which both need, import llama_cpp
+* `cells.py`      what stands for a picture among tokens
+* `llama.py`      mechanism: a loaded model, inside the child process; only it, `embedder.py`,
+                  `vision.py` and `native.py`, which all need, import llama_cpp
+* `vision.py`     mechanism: libmtmd, which makes embeddings of pictures
+* `pictures.py`   decodes pictures, within bounds
 * `speculate.py`  sans-IO: guesses at the next tokens, and which of them stand
 * `payoff.py`     sans-IO: whether guessing pays, by what it did
 * `draft.py`      a small model that guesses for a large one
@@ -39,12 +42,20 @@ EMBED_INPUTS_MAX = 2048
 EMBED_TOKENS_MAX = 300_000
 # 8 MiB of them, so that an answer in base64 fits into what a gateway takes from a peer.
 EMBED_FLOATS_MAX = 2 * 1024 * 1024
+# Each takes some hundred tokens: more would leave a default context no room for an answer.
+IMAGES_MAX = 16
+# Larger than a telephone's photo; all of a request together fit into one body as base64.
+IMAGE_BYTES_MAX = 8 * 1024 * 1024
+IMAGES_BYTES_MAX = 16 * 1024 * 1024
 
 __all__ = [
     "EMBED_FLOATS_MAX",
     "EMBED_INPUTS_MAX",
     "EMBED_TOKENS_MAX",
     "GRAMMAR_BYTES_MAX",
+    "IMAGES_BYTES_MAX",
+    "IMAGES_MAX",
+    "IMAGE_BYTES_MAX",
     "PENALTY_TOKENS_MAX",
     "TOP_LOGPROBS_MAX",
     "ChatMessage",
@@ -56,6 +67,7 @@ __all__ = [
     "EngineStats",
     "Finish",
     "Grammar",
+    "Image",
     "Logprob",
     "ModelCard",
     "Request",
@@ -64,6 +76,7 @@ __all__ = [
     "SpeculationStats",
     "TokenLogprobs",
     "Usage",
+    "images_of",
 ]
 
 
@@ -86,11 +99,25 @@ class ModelCard:
 
 
 @dataclass(frozen=True, slots=True)
+class Image:
+    """A picture in a message: the bytes of a file, and before which character of the text it
+    stands. `low_detail`: a glance at it is enough."""
+
+    data: bytes
+    at: int
+    low_detail: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class ChatMessage:
-    """One turn. `content` is plain text; it can never become a control token."""
+    """One turn. `content` is plain text; it can never become a control token.
+
+    `images` are in the order in which they stand.
+    """
 
     role: str
     content: str
+    images: tuple[Image, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,6 +199,12 @@ class Request:
     logprobs: int | None = None
     grammar: Grammar | None = None
     n: int = 1
+
+
+def images_of(prompt: tuple[ChatMessage, ...] | str | tuple[int, ...]) -> tuple[Image, ...]:
+    """All that its messages show, in order."""
+    messages = (item for item in prompt if isinstance(item, ChatMessage))
+    return tuple(image for message in messages for image in message.images)
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,8 +3,9 @@
 Decides which parts of a rendered chat template are trusted. A template is a program that mixes
 its own control words (`<|im_start|>`) with people's text; once mixed, a message that contains
 `<|im_end|>` could end its own turn and forge the next. So the template is rendered with an
-unguessable placeholder for every content, and the result is cut at the placeholders. Does not
-know tokens: the caller turns only trusted segments into control tokens.
+unguessable placeholder for every content, and the result is cut at the placeholders. A picture is
+a segment of its own, so that no text can pass for one. Does not know tokens: the caller turns only
+trusted segments into control tokens.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from __future__ import annotations
 import json
 import re
 import secrets
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, NoReturn
@@ -21,7 +22,7 @@ import jinja2
 import jinja2.ext
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from meshnode.engine import ChatMessage
+from meshnode.engine import ChatMessage, Image
 from meshnode.errors import ModelLoadError, RequestError
 
 # The role goes into the prompt as the template's own text, so it must be one of these words.
@@ -34,6 +35,13 @@ class Segment:
 
     text: str
     trusted: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Picture:
+    """Where a picture stands in the prompt."""
+
+    image: Image
 
 
 class _GenerationTag(jinja2.ext.Extension):
@@ -68,7 +76,7 @@ class ChatTemplate:
             raise ModelLoadError(f"the model's chat template is not valid: {error}") from error
         self._words = {"bos_token": bos, "eos_token": eos}
 
-    def render(self, messages: Sequence[ChatMessage]) -> list[Segment]:
+    def render(self, messages: Sequence[ChatMessage]) -> list[Segment | Picture]:
         """The prompt up to where the assistant speaks next.
 
         Raises `RequestError` if a role is unknown or the template refuses the conversation.
@@ -78,11 +86,33 @@ class ChatTemplate:
                 known = ", ".join(sorted(ROLES))
                 raise RequestError(f"A message's role must be one of {known}.", param="messages")
         marks = [f"content-{secrets.token_hex(16)}-end" for _ in messages]
+        contents = {
+            mark: message
+            for message, mark in zip(messages, marks, strict=True)
+            if message.content or message.images
+        }
+        roles = [message.role for message in messages]
+        texts = [mark if mark in contents else "" for mark in marks]
+        rendered = self._render(roles, texts)
+        if not all(mark in rendered for mark in contents):
+            # The templates of some models that can see take contents in parts, and only so.
+            parts = [[{"type": "text", "text": text}] if text else [] for text in texts]
+            rendered = self._render(roles, parts)
+        # A quoted mark is a list of parts that was written out as it is.
+        if not all(mark in rendered and f"'{mark}'" not in rendered for mark in contents):
+            raise RequestError(
+                "The model's chat template drops one of these messages; "
+                "try without the system message.",
+                param="messages",
+            )
+        return _cut(rendered, contents)
+
+    def _render(self, roles: Sequence[str], contents: Sequence[object]) -> str:
         try:
-            rendered = self._template.render(
+            return self._template.render(
                 messages=[
-                    {"role": message.role, "content": mark if message.content else ""}
-                    for message, mark in zip(messages, marks, strict=True)
+                    {"role": role, "content": content}
+                    for role, content in zip(roles, contents, strict=True)
                 ],
                 add_generation_prompt=True,
                 **self._words,
@@ -91,29 +121,30 @@ class ChatTemplate:
             raise RequestError(
                 f"The model's chat template refuses these messages: {error}", param="messages"
             ) from error
-        contents = {
-            mark: message.content
-            for message, mark in zip(messages, marks, strict=True)
-            if message.content
-        }
-        segments = _cut(rendered, contents)
-        untrusted = sum(not segment.trusted for segment in segments)
-        if untrusted < len(contents):
-            raise RequestError(
-                "The model's chat template drops one of these messages; "
-                "try without the system message.",
-                param="messages",
-            )
-        return segments
 
 
-def _cut(rendered: str, contents: dict[str, str]) -> list[Segment]:
+def _cut(rendered: str, contents: dict[str, ChatMessage]) -> list[Segment | Picture]:
     if not contents:
         return [Segment(rendered, trusted=True)] if rendered else []
-    parts = re.split(f"({'|'.join(map(re.escape, contents))})", rendered)
-    return [
-        Segment(contents.get(part, part), trusted=part not in contents) for part in parts if part
-    ]
+    segments: list[Segment | Picture] = []
+    for part in re.split(f"({'|'.join(map(re.escape, contents))})", rendered):
+        if part in contents:
+            segments += _said(contents[part])
+        elif part:
+            segments.append(Segment(part, trusted=True))
+    return segments
+
+
+def _said(message: ChatMessage) -> Iterator[Segment | Picture]:
+    """A message's text, cut where its pictures stand."""
+    start = 0
+    for image in message.images:
+        if start < image.at:
+            yield Segment(message.content[start : image.at], trusted=False)
+        yield Picture(image)
+        start = image.at
+    if message.content[start:]:
+        yield Segment(message.content[start:], trusted=False)
 
 
 def _raise_exception(message: str) -> NoReturn:

@@ -32,6 +32,7 @@ from meshnode.engine.reading import Reading, Readings, refuse_unsuitable
 from meshnode.engine.scheduler import Batch, Limits, Sampled, Scheduler
 from meshnode.engine.speculate import PromptLookup, verify
 from meshnode.engine.text import AnswerText
+from meshnode.engine.vision import View
 from meshnode.errors import MeshnodeError, ModelLoadError, RequestError
 
 # The parent keeps far fewer requests in flight; if it did not, the reader would wait here.
@@ -75,6 +76,7 @@ class _Start:
     texts: tuple[AnswerText, ...]
     resumed: _Resumed
     logprobs: int | None
+    views: dict[int, View]
 
 
 class _Answer:
@@ -82,7 +84,7 @@ class _Answer:
 
     __slots__ = ("bytes_fed", "bytes_released", "chars_beyond", "ids_unsent", "index",
                  "logprobs", "logprobs_unsent", "number", "resumed", "sampler",
-                 "text")  # fmt: skip
+                 "text", "views")  # fmt: skip
 
     def __init__(self, start: _Start, index: int) -> None:
         self.number = start.number
@@ -96,6 +98,8 @@ class _Answer:
         # Each with the place in the answer's bytes where its token begins.
         self.logprobs_unsent: list[tuple[int, TokenLogprobs]] = []
         self.bytes_fed = start.resumed.bytes_held
+        # Of the prompt's pictures: a preempted sequence computes them again.
+        self.views = start.views
         self.bytes_released = 0
 
     def feed(self, token: int, piece: bytes) -> str:
@@ -202,7 +206,8 @@ class Child:
     def _receive(self, frame: wire.Generate) -> None:
         try:
             refuse_unsuitable(self._model.embedder, "generate")
-            prompt = self._model.prompt_tokens(frame.prompt)
+            views: dict[int, View] = {}
+            prompt = self._model.prompt_tokens(frame.prompt, views)
             if not self._limits.fits(len(prompt), frame.max_tokens):
                 self._pipe.send(wire.TooLong(frame.number, len(prompt)))
                 return
@@ -224,6 +229,7 @@ class Child:
             (text, *(AnswerText(frame.stop) for _ in samplers[1:])),
             resumed,
             frame.logprobs,
+            views,
         )
         full = not self._limits.fits(len(prompt), max_tokens)
         if start.texts[0].stopped or full or (max_tokens is not None and max_tokens <= 0):
@@ -368,18 +374,19 @@ class Child:
                 self._answers[chunk.sequence].number for chunk in batch.chunks
             )
         wall_s, cpu_s = time.perf_counter(), time.process_time()
-        decoded = self._model.decode(batch)
+        decoded = self._compute(batch)
         wall_s, cpu_s = time.perf_counter() - wall_s, time.process_time() - cpu_s
         self._abortable = frozenset()
         if not decoded:
             self._rewind(batch)
             return
-        threads.observe(cpu_s, wall_s)
         draws, logprobs = self._draw(batch)
         pass_s = time.perf_counter() - started_at
-        self._rates.observe(prefill_tokens, len(draws) if decoding else 0, pass_s)
-        if self._speculation is not None:
-            self._speculation.observe(batch, draws, pass_s)
+        if batch.view is None:  # what a picture takes says nothing about tokens
+            threads.observe(cpu_s, wall_s)
+            self._rates.observe(prefill_tokens, len(draws) if decoding else 0, pass_s)
+            if self._speculation is not None:
+                self._speculation.observe(batch, draws, pass_s)
         frames: list[wire.FromChild] = []
         results = self._scheduler.commit(batch, draws)
         for trim in batch.rejected(draws):
@@ -389,6 +396,13 @@ class Child:
             frames += self._deliver(sampled, thought)
         if frames:
             self._pipe.send(*frames)
+
+    def _compute(self, batch: Batch) -> bool:
+        """False if it was aborted."""
+        if batch.view is None:
+            return self._model.decode(batch)
+        (chunk,) = batch.chunks
+        return self._model.decode_view(chunk, self._answers[chunk.sequence].views[batch.view])
 
     def _prepare(self, batch: Batch) -> bool:
         """False if some slot lost all its KV, so that the batch must be planned anew."""
@@ -489,6 +503,7 @@ def serve() -> None:
             slots=load.slots,
             threads=threads_max,
             on_progress=_Progress(pipe),
+            projector=load.projector,
         )
         speculation = speculation_for(load, model, threads)
     except MeshnodeError as error:

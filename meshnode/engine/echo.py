@@ -28,10 +28,17 @@ from meshnode.engine import (
     ModelCard,
     Request,
     Usage,
+    images_of,
 )
 from meshnode.engine.scheduler import common_prefix
 from meshnode.engine.text import AnswerText
-from meshnode.errors import ContextLengthError, EngineBusyError, EngineError, RequestError
+from meshnode.errors import (
+    ContextLengthError,
+    EngineBusyError,
+    EngineError,
+    NoVisionError,
+    RequestError,
+)
 
 CONTEXT_TOKENS = 4096
 BUSY_RETRY_AFTER_S = 1.0
@@ -100,6 +107,8 @@ class EchoEngine:
             raise RequestError("An echo keeps to no grammar.", param=request.grammar.param)
         if request.n != 1:
             raise RequestError("There is only one echo.", param="n")
+        if images_of(request.prompt):
+            raise NoVisionError(self._card.name)
         prompt, answer = _words(request)
         if not prompt:
             raise RequestError("The prompt is empty.", param="messages")

@@ -16,6 +16,7 @@ import dataclasses
 import hashlib
 import math
 import os
+import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -34,11 +35,13 @@ from meshnode.engine import (
     Sampling,
     TokenLogprobs,
 )
-from meshnode.engine.chat import ChatTemplate, Segment
+from meshnode.engine.cells import cells
+from meshnode.engine.chat import ChatTemplate, Picture, Segment
 from meshnode.engine.embedder import Embedder
 from meshnode.engine.native import pointer, tokenise
-from meshnode.engine.scheduler import PREFILL_TOKENS_MAX, Batch, Copy, Trim
+from meshnode.engine.scheduler import PREFILL_TOKENS_MAX, Batch, Chunk, Copy, Trim
 from meshnode.engine.trial import survives
+from meshnode.engine.vision import Positions, Projector, View
 from meshnode.errors import ModelLoadError, RequestError
 
 # Below it the likeliest token is drawn anyway, and dividing by it would soon overflow.
@@ -58,7 +61,10 @@ _PIECE_BYTES = 64
 # Levels of ggml: 1 debug, 2 info, 3 warn, 4 error, 5 continuation of the previous message.
 _LOG_LEVEL_WARN = 3
 _LOG_LEVEL_CONTINUED = 5
-_LOG_ERROR = "error loading model: "
+_LOG_ERROR = re.compile(
+    r"error loading model: |clip_init: failed to load model '.*?': "
+    r"|mtmd_init_from_file: error: (?!Failed to load CLIP)"
+)
 # llama_ftype of Q4_0, the only 4-bit type that is repacked for fast matrix products on x86.
 _FTYPE_Q4_0 = 2
 # What llama_decode returns.
@@ -87,8 +93,8 @@ class _Log:
         line = text.decode("utf-8", "replace")
         sys.stderr.write(line)
         # "error loading model: ..." says why; "failed to load model" after it says nothing more.
-        if _LOG_ERROR in line:
-            self.error = line.partition(_LOG_ERROR)[2].strip()
+        if found := _LOG_ERROR.search(line):
+            self.error = line[found.end() :].partition("\n")[0].strip()
 
 
 _log = _Log()
@@ -283,11 +289,17 @@ class LlamaModel:
         slots: int,
         threads: int,
         on_progress: Callable[[float], None],
+        projector: str | None = None,
     ) -> None:
-        """Load; blocks. Raises `ModelLoadError`."""
+        """Load; blocks. `projector`: the mmproj file of a model that can see.
+
+        Raises `ModelLoadError`.
+        """
         _llama.llama_log_set(_log.callback, ctypes.c_void_p(0))
         _llama.llama_backend_init()
         self._context = None
+        self._projector: Projector | None = None
+        self._positions = Positions()
         self._model = self._load_model(path, on_progress)
         self._embedder: Embedder | None = None
         self.end_tokens: frozenset[int] = frozenset()
@@ -318,6 +330,8 @@ class LlamaModel:
             self._bos = int(_llama.llama_vocab_bos(self._vocabulary))
             self._add_bos = bool(_llama.llama_vocab_get_add_bos(self._vocabulary))
             self._template = self._load_template()
+            if projector is not None:
+                self._projector = self._load_projector(projector, threads)
         except BaseException:
             self.close()
             raise
@@ -358,6 +372,11 @@ class LlamaModel:
             _llama.llama_free(context)
             raise ModelLoadError(f"{path}: llama.cpp gave a smaller context than asked for")
         return context
+
+    def _load_projector(self, path: str, threads: int) -> Projector:
+        _log.error = ""
+        width = int(_llama.llama_model_n_embd_inp(self._model))
+        return Projector(path, self._model, width, threads, _log.callback, lambda: _log.error)
 
     def _load_template(self) -> ChatTemplate | None:
         source = _llama.llama_model_chat_template(self._model, None)
@@ -408,6 +427,8 @@ class LlamaModel:
         _llama.llama_set_abort_callback(self._context, callback, data)
 
     def close(self) -> None:
+        if self._projector is not None:
+            self._projector.close()
         if self._embedder is not None:
             self._embedder.close()
         if self._context:
@@ -455,13 +476,20 @@ class LlamaModel:
 
     # -- text and tokens -----------------------------------------------------------------------
 
-    def prompt_tokens(self, prompt: Sequence[ChatMessage] | str | tuple[int, ...]) -> list[int]:
-        """A prompt as tokens; people's text never becomes a control token.
+    def prompt_tokens(
+        self,
+        prompt: Sequence[ChatMessage] | str | tuple[int, ...],
+        views: dict[int, View] | None = None,
+    ) -> list[int]:
+        """A prompt as tokens, with cells where it shows pictures; their views go into `views`.
 
-        Segments are tokenised apart. That is what makes them safe, and it puts the same token
-        boundaries into a conversation's next prompt as generation put into its KV cache.
-        Raises `RequestError` if it is empty, has unknown tokens, or the template refuses it.
+        People's text never becomes a control token. Segments are tokenised apart. That is what
+        makes them safe, and it puts the same token boundaries into a conversation's next prompt as
+        generation put into its KV cache.
+        Raises `RequestError` if it is empty, has unknown tokens or a picture that is none, or the
+        template refuses it.
         """
+        views = {} if views is None else views
         if isinstance(prompt, str):
             tokens = self._tokenise(Segment(prompt, trusted=False))
         elif prompt and isinstance(prompt[0], ChatMessage):
@@ -470,8 +498,12 @@ class LlamaModel:
                     "This model has no chat template; ask /v1/completions with a plain prompt.",
                     param="messages",
                 )
-            segments = self._template.render([m for m in prompt if isinstance(m, ChatMessage)])
-            tokens = [token for segment in segments for token in self._tokenise(segment)]
+            tokens = []
+            for segment in self._template.render([m for m in prompt if isinstance(m, ChatMessage)]):
+                if isinstance(segment, Picture):
+                    tokens += self._look(segment, views)
+                else:
+                    tokens += self._tokenise(segment)
         else:
             tokens = [token for token in prompt if isinstance(token, int)]
             self._check_tokens(tokens, "prompt")
@@ -479,6 +511,24 @@ class LlamaModel:
             tokens.insert(0, self._bos)
         if not tokens:
             raise RequestError("The prompt is empty.", param="prompt")
+        if tokens[-1] < 0:
+            raise RequestError(
+                "The model's chat template ends in an image; say something after it.",
+                param="messages",
+            )
+        return tokens
+
+    def _look(self, picture: Picture, views: dict[int, View]) -> list[int]:
+        """Tokens and cells of a picture, whose views are added to `views`."""
+        if self._projector is None:
+            raise RequestError("This model cannot see images.", param="messages")
+        tokens: list[int] = []
+        for item in self._projector.look(picture.image):
+            if isinstance(item, View):
+                views[item.digest] = item
+                tokens += cells(item.digest, item.cells)
+            else:
+                tokens.append(item)
         return tokens
 
     def _tokenise(self, segment: Segment) -> list[int]:
@@ -574,10 +624,13 @@ class LlamaModel:
 
         Recurrent models keep a state and no history, so they cannot go back to a prefix.
         """
-        if _llama.llama_memory_seq_rm(self._memory, trim.slot, trim.keep, -1):
+        keep = self._positions.of(trim.slot, trim.keep)
+        if _llama.llama_memory_seq_rm(self._memory, trim.slot, keep, -1):
+            self._positions.trim(trim.slot, trim.keep)
             return True
         if not _llama.llama_memory_seq_rm(self._memory, trim.slot, -1, -1):
             raise DecodeError(f"the KV cache of slot {trim.slot} cannot be cleared")
+        self._positions.trim(trim.slot, 0)
         return False
 
     def copy(self, copy: Copy) -> bool:
@@ -587,24 +640,58 @@ class LlamaModel:
         """
         if self._is_recurrent:
             return False
-        _llama.llama_memory_seq_cp(self._memory, copy.source, copy.slot, 0, copy.tokens)
+        end = self._positions.of(copy.source, copy.tokens)
+        _llama.llama_memory_seq_cp(self._memory, copy.source, copy.slot, 0, end)
+        self._positions.copy(copy.source, copy.slot, copy.tokens)
         return True
 
     def decode(self, batch: Batch) -> bool:
-        """Compute a batch; False if `abort` stopped it, then trim its slots to where they were."""
+        """Compute a batch of tokens; False if `abort` stopped it, then trim its slots to where
+        they were."""
         filled = 0
         for chunk in batch.chunks:
             end = filled + len(chunk.tokens)
             self._batch_tokens[filled:end] = chunk.tokens
-            self._batch_positions[filled:end] = np.arange(
-                chunk.start, chunk.start + len(chunk.tokens)
-            )
+            first = self._positions.of(chunk.slot, chunk.start)
+            self._batch_positions[filled:end] = np.arange(first, first + len(chunk.tokens))
             self._batch_slots[filled:end] = chunk.slot
             self._batch_logits[filled:end] = 0
             self._batch_logits[end - chunk.outputs : end] = 1
             filled = end
         self._batch.n_tokens = filled
-        code = _llama.llama_decode(self._context, self._batch)
+        return self._compute(self._batch)
+
+    def decode_view(self, chunk: Chunk, view: View) -> bool:
+        """Compute a view that `prompt_tokens` has given, in place of its cells; as `decode`."""
+        assert self._projector is not None
+        first = self._positions.of(chunk.slot, chunk.start)
+        seen = self._projector.embed(view, first)
+        _llama.llama_set_causal_attn(self._context, seen.causal)
+        try:
+            for start in range(0, view.cells, len(self._batch_tokens)):
+                part = slice(start, start + len(self._batch_tokens))
+                vectors = np.ascontiguousarray(seen.vectors[part])
+                if seen.places is None:
+                    places = np.arange(first + start, first + start + len(vectors), dtype=np.int32)
+                else:
+                    places = np.ascontiguousarray(seen.places[:, part])
+                batch = _llama.llama_batch()
+                batch.n_tokens = len(vectors)
+                batch.embd = pointer(vectors, ctypes.c_float)
+                batch.pos = pointer(places, ctypes.c_int32)
+                batch.n_seq_id, batch.seq_id = self._batch.n_seq_id, self._batch.seq_id
+                batch.logits = self._batch.logits
+                self._batch_slots[: len(vectors)] = chunk.slot
+                self._batch_logits[: len(vectors)] = 0
+                if not self._compute(batch):
+                    return False
+        finally:
+            _llama.llama_set_causal_attn(self._context, True)
+        self._positions.add(chunk.slot, chunk.start, view)
+        return True
+
+    def _compute(self, batch: Any) -> bool:
+        code = _llama.llama_decode(self._context, batch)
         if code not in (_DECODED, _ABORTED):
             # 1 would be a full KV cache, which the scheduler's arithmetic rules out.
             raise DecodeError(f"llama_decode returned {code}")

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from meshnode.errors import ConfigError, ModelLoadError
-from meshnode.models.gguf import GgufHeader
+from meshnode.models.gguf import GgufHeader, ProjectorHeader
 
 # Python, numpy, llama.cpp's libraries and the vocabulary: 120 MB measured with a small model.
 RUNTIME_BYTES = 128 * 1024**2
@@ -18,6 +18,8 @@ RUNTIME_BYTES = 128 * 1024**2
 COMPUTE_STEP_TOKENS = 512
 COMPUTE_BYTES_PER_EMBEDDING = COMPUTE_STEP_TOKENS * 16 * 4
 LOGIT_BYTES = 4
+# The largest picture while it is decoded, scaled and cut: about 16 million pixels, 4 bytes, twice.
+PICTURE_BYTES = 128 * 1024**2
 # Beyond this a default context costs more memory than most conversations use.
 CONTEXT_TOKENS_DEFAULT = 8192
 # The default budget is three quarters: a desktop's own programs and the page cache need the rest.
@@ -36,18 +38,20 @@ class MemoryNeed:
     compute_bytes: int
     context_tokens: int
     draft_bytes: int = 0
+    vision_bytes: int = 0
 
     @property
     def total_bytes(self) -> int:
         own_bytes = self.weights_bytes + self.kv_bytes + self.compute_bytes
-        return own_bytes + self.draft_bytes + RUNTIME_BYTES
+        return own_bytes + self.draft_bytes + self.vision_bytes + RUNTIME_BYTES
 
     def __str__(self) -> str:
         draft = f"{_mib(self.draft_bytes)} draft model + " if self.draft_bytes else ""
+        vision = f"{_mib(self.vision_bytes)} vision + " if self.vision_bytes else ""
         return (
             f"{_mib(self.weights_bytes)} weights + {_mib(self.kv_bytes)} KV cache for "
             f"{self.context_tokens} tokens + {_mib(self.compute_bytes)} compute buffers + "
-            f"{draft}{_mib(RUNTIME_BYTES)} runtime = {_mib(self.total_bytes)}"
+            f"{draft}{vision}{_mib(RUNTIME_BYTES)} runtime = {_mib(self.total_bytes)}"
         )
 
 
@@ -75,9 +79,16 @@ def draft_context(draft: GgufHeader, context_tokens: int) -> int:
 
 
 def memory_need(
-    header: GgufHeader, context_tokens: int, draft: GgufHeader | None = None
+    header: GgufHeader,
+    context_tokens: int,
+    draft: GgufHeader | None = None,
+    projector: ProjectorHeader | None = None,
 ) -> MemoryNeed:
-    """What an engine for this file, and its draft model, would use; rounded up rather than down."""
+    """What an engine for this file would use, with its draft model and its projector; rounded up
+    rather than down."""
+    vision_bytes = 0
+    if projector is not None:
+        vision_bytes = projector.weights_bytes + projector.compute_bytes + PICTURE_BYTES
     draft_bytes = 0
     if draft is not None:
         beside = memory_need(draft, draft_context(draft, context_tokens))
@@ -88,6 +99,7 @@ def memory_need(
         compute_bytes=header.embedding_length * COMPUTE_BYTES_PER_EMBEDDING,
         context_tokens=context_tokens,
         draft_bytes=draft_bytes,
+        vision_bytes=vision_bytes,
     )
 
 

@@ -21,6 +21,7 @@ from typing import Literal, Self
 import trio
 
 from meshnode.engine import (
+    IMAGES_BYTES_MAX,
     Delta,
     Embedded,
     EmbedRequest,
@@ -29,6 +30,7 @@ from meshnode.engine import (
     ModelCard,
     Request,
     Speculate,
+    images_of,
     wire,
 )
 from meshnode.engine.memory import (
@@ -45,13 +47,16 @@ from meshnode.errors import (
     EngineError,
     LocalProtocolError,
     ModelLoadError,
+    NoVisionError,
     RequestError,
 )
-from meshnode.models.gguf import GgufHeader, read_header
+from meshnode.models.gguf import GgufHeader, ProjectorHeader, read_header, read_projector
 
 SLOTS_DEFAULT = 8
 # At this depth a request waits about as long as a client's patience; others may be free.
 WAITING_MAX_DEFAULT = 32
+# What waits in an engine keeps its images: those of a few requests at their largest.
+IMAGES_IN_FLIGHT_BYTES_MAX = 4 * IMAGES_BYTES_MAX
 # First pause before a restart, doubled up to the bound; forgotten after a healthy while.
 RESTART_AFTER_S = 0.25
 RESTART_AFTER_MAX_S = 30.0
@@ -78,7 +83,8 @@ CHILD_ENVIRONMENT = {
 @dataclass(frozen=True, slots=True)
 class EngineOptions:
     """How to run a model. None: the smaller of the trained context and the default; threads as
-    many as pays. `draft` is the file of the model that guesses, if one does."""
+    many as pays. `draft` is the file of the model that guesses, if one does, `projector` the mmproj
+    file of a model that can see."""
 
     context_tokens: int | None = None
     slots: int = SLOTS_DEFAULT
@@ -86,13 +92,15 @@ class EngineOptions:
     threads: int | None = None
     speculate: Speculate = "off"
     draft: Path | None = None
+    projector: Path | None = None
 
 
 class _Pending:
     """What has arrived for one request and was not taken yet."""
 
-    def __init__(self, choices: int) -> None:
+    def __init__(self, choices: int, images_bytes: int = 0) -> None:
         self.choices = choices
+        self.images_bytes = images_bytes
         self.choices_left = choices
         self.prompt_tokens: int | None = None
         self._error: EngineError | None = None
@@ -155,8 +163,8 @@ class _Answer(_Pending):
     most as long as the context can hold.
     """
 
-    def __init__(self, choices: int) -> None:
-        super().__init__(choices)
+    def __init__(self, choices: int, images_bytes: int) -> None:
+        super().__init__(choices, images_bytes)
         self._texts: dict[int, list[wire.Text]] = {}
         self._finishes: deque[Finish] = deque()
 
@@ -276,7 +284,11 @@ class EngineProcess:
                 param="n",
                 code="invalid_value",
             )
-        answer = _Answer(request.n)
+        images = images_of(request.prompt)
+        images_bytes = sum(len(image.data) for image in images)
+        if images and self._options.projector is None:
+            raise NoVisionError(self._card.name)
+        answer = _Answer(request.n, images_bytes)
         async with self._asking(answer, lambda number: wire.Generate.of(number, request)):
             try:
                 await answer.wait_accepted()
@@ -298,10 +310,10 @@ class EngineProcess:
         self, answer: _Pending, frame: Callable[[int], wire.ToChild]
     ) -> AsyncIterator[None]:
         """Have the child work on a request under a number of its own, until this is left."""
-        outbox = self._require_ready(answer.choices)
+        outbox = self._require_ready(answer.choices, answer.images_bytes)
         self._numbers += 1
         number = self._numbers
-        outbox.send_nowait(_encode_request(frame(number)))
+        outbox.send_nowait(_encode_request(frame(number), answer.images_bytes))
         self._answers[number] = answer
         try:
             yield
@@ -322,13 +334,14 @@ class EngineProcess:
         while self._answers:
             await self._changed.wait()
 
-    def _require_ready(self, choices: int) -> trio.MemorySendChannel[bytes]:
+    def _require_ready(self, choices: int, images_bytes: int) -> trio.MemorySendChannel[bytes]:
         if self._state != "ready" or self._outbox is None:
             why = f": {self._error}" if self._error else f" ({self._progress:.0%} loaded)."
             raise EngineError(f"The engine of {self._card.name} is {self._state}{why}")
         in_flight_max = self._options.slots + self._options.waiting_max
         in_flight = sum(answer.choices_left for answer in self._answers.values())
-        if in_flight + choices > in_flight_max:
+        images_bytes += sum(answer.images_bytes for answer in self._answers.values())
+        if in_flight + choices > in_flight_max or images_bytes > IMAGES_IN_FLIGHT_BYTES_MAX:
             raise EngineBusyError(
                 f"{self._card.name} has {len(self._answers)} requests already; try again soon.",
                 BUSY_RETRY_AFTER_S,
@@ -387,7 +400,9 @@ class EngineProcess:
         header = await trio.to_thread.run_sync(read_header, self._card.path)
         context_tokens = context_for(self._card.path, header, self._options.context_tokens)
         draft = await read_draft_header(self._options)
-        check_fits(self._card.path, memory_need(header, context_tokens, draft), available_bytes())
+        eyes = await read_eyes(self._options)
+        need = memory_need(header, context_tokens, draft, eyes)
+        check_fits(self._card.path, need, available_bytes())
         self._context_tokens = context_tokens
         if draft is not None:
             draft_tokens = draft_context(draft, context_tokens)
@@ -444,6 +459,7 @@ class EngineProcess:
             slots=self._options.slots,
             waiting_max=self._options.waiting_max,
             threads=self._options.threads,
+            projector=None if self._options.projector is None else str(self._options.projector),
             speculate=self._options.speculate,
             draft=self._draft,
         )
@@ -546,9 +562,19 @@ async def read_draft_header(options: EngineOptions) -> GgufHeader | None:
     return await trio.to_thread.run_sync(read_header, options.draft)
 
 
-def _encode_request(frame: wire.ToChild) -> bytes:
+async def read_eyes(options: EngineOptions) -> ProjectorHeader | None:
+    """The header of the projector, if there is one. Raises `ModelLoadError`."""
+    if options.projector is None:
+        return None
+    return await trio.to_thread.run_sync(read_projector, options.projector)
+
+
+def _encode_request(frame: wire.ToChild, images_bytes: int) -> bytes:
     try:
-        return wire.encode(frame)
+        encoded = wire.encode(frame)
+        if len(encoded) - images_bytes > wire.PROMPT_BYTES_MAX:
+            raise LocalProtocolError(f"it has over {wire.PROMPT_BYTES_MAX} bytes of text")
+        return encoded
     except LocalProtocolError as error:
         raise RequestError(f"The request is too large: {error}.") from error
 

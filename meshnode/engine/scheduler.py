@@ -14,6 +14,9 @@ conversation computes only what is new.
 All slots share one pool of `kv_tokens` cells. The oldest sequence can always get room by evicting
 idle slots and preempting others, and any sequence fits the pool alone, so every request ends.
 
+Where a sequence shows a picture, it has cells instead of tokens (`cells.py`). A view is computed
+whole and alone, so it is a batch of its own; what others have to compute comes between two views.
+
 A sequence may *follow* another that has the same prompt. It waits until its leader has computed
 that, others passing it meanwhile, and begins with a copy of the leader's slot. The copy shares its
 cells with the original; they are counted twice here, which errs on the safe side.
@@ -32,6 +35,7 @@ from itertools import takewhile
 from typing import Literal
 
 from meshnode.engine import Usage
+from meshnode.engine.cells import stretch, view_at
 from meshnode.engine.speculate import PROPOSED_TOKENS_MAX, Ask, judge
 from meshnode.errors import ContextLengthError, EngineBusyError
 
@@ -92,7 +96,8 @@ class Copy:
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """Tokens of one sequence for positions `start`, `start + 1`, ... of one slot.
+    """Tokens, or the cells of a view, of one sequence for places `start`, `start + 1`, ... of one
+    slot.
 
     The last `proposed` are guesses. With `wants_logits`, there are logits after each of them and
     after the token before them, which is the last that is known.
@@ -179,6 +184,11 @@ class Batch:
             raise ValueError(f"{len(draws)} draws for a batch that leads to {start}")
         return parts
 
+    @property
+    def view(self) -> int | None:
+        """The digest of the view that this batch consists of; None if it is of tokens."""
+        return view_at(self.chunks[0].tokens, 0) if self.chunks else None
+
 
 @dataclass(frozen=True, slots=True)
 class Sampled:
@@ -207,7 +217,7 @@ class _Sequence:
     """A request on its way: `tokens` is the prompt, then the answer so far."""
 
     __slots__ = ("arrival", "cached_tokens", "follows", "id", "is_prefilled", "length_max",
-                 "prompt_tokens", "session", "slot", "tokens")  # fmt: skip
+                 "prompt_tokens", "session", "shows_pictures", "slot", "tokens")  # fmt: skip
 
     def __init__(
         self, number: int, session: bytes, prompt: Sequence[int], length_max: int, arrival: int
@@ -216,6 +226,7 @@ class _Sequence:
         self.session = session
         self.tokens = list(prompt)
         self.prompt_tokens = len(self.tokens)
+        self.shows_pictures = min(self.tokens) < 0
         self.length_max = length_max
         self.arrival = arrival
         self.cached_tokens: int | None = None
@@ -260,6 +271,7 @@ class Scheduler:
         self._sequences: dict[int, _Sequence] = {}
         self._arrivals = 0
         self._uses = 0
+        self._viewed = False  # the latest batch was a view
 
     # -- what a driver calls -------------------------------------------------------------------
 
@@ -272,14 +284,14 @@ class Scheduler:
         *,
         follows: int | None = None,
     ) -> None:
-        """Queue a prompt of at least one token under a number that is not in use.
+        """Queue a prompt under a number that is not in use. It ends in a token, not in a picture.
 
         `follows` is the number of a sequence with the same prompt.
         Raises `ContextLengthError` if it can never fit, `EngineBusyError` if the queue is full.
         """
         if sequence in self._sequences:
             raise ValueError(f"sequence {sequence} is already scheduled")
-        if not prompt or (max_tokens is not None and max_tokens < 1):
+        if not prompt or prompt[-1] < 0 or (max_tokens is not None and max_tokens < 1):
             raise ValueError("a sequence needs a prompt token and room for one answer token")
         length_max = self.limits.context_tokens
         if not self.limits.fits(len(prompt), max_tokens):
@@ -311,6 +323,7 @@ class Scheduler:
         return [
             Ask(entry.id, entry.session, entry.tokens, _proposed_max(entry, len(decoding)))
             for entry in decoding
+            if not entry.shows_pictures  # who guesses cannot see them
         ]
 
     def plan(self, proposals: Mapping[int, Sequence[int]] | None = None) -> Batch | None:
@@ -325,6 +338,14 @@ class Scheduler:
             return Batch(tuple(trims), (), tuple(copies))
         planned: dict[int, Chunk] = {}
         running = self._running()
+        viewing = [entry for entry in running if _is_at_view(entry)]
+        if viewing and not (self._viewed and len(viewing) < len(running)):
+            for entry in viewing:
+                if self._plan_chunk(entry, _pending(entry), planned, trims):
+                    self._viewed = True
+                    return Batch(tuple(trims), tuple(planned.values()))
+        self._viewed = False
+        running = [entry for entry in self._running() if not _is_at_view(entry)]
         decoding = [entry for entry in running if _pending(entry) == 1]
         prefilling = [entry for entry in running if _pending(entry) > 1]
         for entry in decoding:
@@ -422,14 +443,15 @@ class Scheduler:
     def _plan_chunk(
         self, entry: _Sequence, tokens_max: int, planned: dict[int, Chunk], trims: list[Trim]
     ) -> int:
-        """Plan up to `tokens_max` tokens of a sequence; returns how many found room."""
+        """Plan up to `tokens_max` tokens of a sequence, or a whole view; returns how many found
+        room."""
         slot = entry.slot
         if slot is None or tokens_max < 1:  # preempted a moment ago, or the budget is spent
             return 0
         start = len(slot.tokens)
-        count = min(_pending(entry), tokens_max)
-        count = min(count, self._make_room(count, entry, planned, trims))
-        if count < 1:
+        wanted = stretch(entry.tokens, start, tokens_max)
+        count = min(wanted, self._make_room(wanted, entry, planned, trims))
+        if count < 1 or (_is_at_view(entry) and count < wanted):
             return 0
         planned[entry.id] = Chunk(
             sequence=entry.id,
@@ -471,6 +493,8 @@ class Scheduler:
             others = [
                 other for other in self._running() if other is not entry and other.id not in planned
             ]
+            if _is_at_view(entry):  # it comes before those that are older
+                others = [other for other in others if other.arrival > entry.arrival]
             if not others:
                 break
             self._preempt(max(others, key=lambda other: other.arrival))
@@ -524,6 +548,12 @@ def _pending(entry: _Sequence) -> int:
     """Tokens still to compute before the next one can be sampled; at least 1 while running."""
     computed = len(entry.slot.tokens) if entry.slot is not None else 0
     return len(entry.tokens) - computed
+
+
+def _is_at_view(entry: _Sequence) -> bool:
+    """Whether a running sequence goes on with a view."""
+    assert entry.slot is not None
+    return view_at(entry.tokens, len(entry.slot.tokens)) is not None
 
 
 def _proposed_max(entry: _Sequence, decoding: int) -> int:

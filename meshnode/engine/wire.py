@@ -13,6 +13,7 @@ from typing import Literal, TypeVar
 import msgspec
 
 from meshnode.engine import (
+    IMAGES_BYTES_MAX,
     ChatMessage,
     Continuation,
     EmbedRequest,
@@ -27,7 +28,8 @@ from meshnode.engine import (
 from meshnode.errors import LocalProtocolError
 
 # A prompt is at most a context: 1 Mi tokens of 6 bytes is more than any model here takes.
-FRAME_BYTES_MAX = 8 * 1024 * 1024
+PROMPT_BYTES_MAX = 8 * 1024 * 1024
+FRAME_BYTES_MAX = PROMPT_BYTES_MAX + IMAGES_BYTES_MAX
 Frame = TypeVar("Frame")
 _LENGTH = struct.Struct(">I")
 
@@ -40,7 +42,10 @@ class Draft(msgspec.Struct, frozen=True):
 
 
 class Load(msgspec.Struct, frozen=True, tag="load"):
-    """First frame to the child. `threads` None: adapt to the cores that are really free."""
+    """First frame to the child. `threads` None: adapt to the cores that are really free.
+
+    `projector`: the path of an mmproj file, for a model that can see.
+    """
 
     path: str
     context_tokens: int
@@ -49,6 +54,7 @@ class Load(msgspec.Struct, frozen=True, tag="load"):
     threads: int | None
     speculate: Speculate = "off"
     draft: Draft | None = None
+    projector: str | None = None
 
 
 class Generate(msgspec.Struct, frozen=True, tag="generate"):

@@ -34,6 +34,7 @@ from meshnode.errors import (
     EngineError,
     MeshnodeError,
     NoReplicaError,
+    NoVisionError,
     PeerUnreachableError,
     RemoteProtocolError,
     UnknownModelError,
@@ -90,6 +91,8 @@ DECIDED_TYPE = "application/vnd.meshnode.decided"
 # A peer accepts after tokenising and queueing, not after prefill: ten seconds is an overloaded or
 # half-dead peer, and the next one is probably idle.
 ACCEPT_TIMEOUT_S = 10.0
+# And its images arrive before that: the slowest link on which anybody sends some.
+UPLOAD_BYTES_PER_S_MIN = 500_000
 # Some servers send no head before all of their answer is computed; the peer in front of one gives
 # up on it after ten minutes (upstream/caller.py), and says so. A peer that dies is noticed anyway.
 UPSTREAM_ACCEPT_TIMEOUT_S = 630.0
@@ -131,6 +134,12 @@ class Ask:
     created: int = field(default_factory=lambda: int(time.time()))
     continuation: Continuation | None = None
     via: tuple[str, ...] = ()
+
+    @property
+    def prompt_bytes(self) -> int:
+        """About how much of it is text."""
+        images_bytes = self.call.images_bytes if isinstance(self.call, Call) else 0
+        return max(0, len(self.body) - images_bytes)
 
 
 @dataclass(frozen=True, slots=True)
@@ -292,7 +301,7 @@ class _Search:
         self._pool = pool
         self._ask = ask
         self._again = again
-        self._route = mesh.route(ask.call.model, ask.session, len(ask.body), again=again)
+        self._route = mesh.route(ask.call.model, ask.session, ask.prompt_bytes, again=again)
         self._candidates = deque(self._route.candidates)
         self._attempts: list[Attempt] = []
         self._reroutes_left = REROUTES_MAX
@@ -304,6 +313,7 @@ class _Search:
 
         Raises what `answer` raises.
         """
+        blind: NoVisionError | None = None
         while self._candidates:
             candidate = self._candidates.popleft()
             try:
@@ -319,8 +329,12 @@ class _Search:
                 if isinstance(error, _FencedError) and self._reroutes_left:
                     self._reroutes_left -= 1
                     self._route_again()
+                elif isinstance(error, NoVisionError):  # it has not failed: others may see
+                    blind = error
                 else:
                     self._lose(candidate, error)
+        if blind is not None and not self._attempts:
+            raise blind
         if not self._again and any(attempt.reason == "busy" for attempt in self._attempts):
             self._mesh.refused(self._route)
         if self._said is not None:
@@ -330,7 +344,7 @@ class _Search:
     def _route_again(self) -> None:
         """By what the node has learned meanwhile, without those that have failed this request."""
         ask, tried = self._ask, {attempt.peer_id for attempt in self._attempts}
-        self._route = self._mesh.route(ask.call.model, ask.session, len(ask.body), again=True)
+        self._route = self._mesh.route(ask.call.model, ask.session, ask.prompt_bytes, again=True)
         self._candidates = deque(c for c in self._route.candidates if c.peer_id not in tried)
 
     def _lose(self, candidate: Candidate, error: MeshnodeError) -> None:
@@ -459,6 +473,7 @@ async def _answer_remotely(
         (CREATED_HEADER.encode(), b"%d" % ask.created),
     ]
     accept_s = UPSTREAM_ACCEPT_TIMEOUT_S if candidate.upstream else ACCEPT_TIMEOUT_S
+    accept_s += len(ask.body) / UPLOAD_BYTES_PER_S_MIN
     body = ask.body
     if ask.continuation is not None:
         come, body = join_continuation(ask.continuation, body)
@@ -479,8 +494,10 @@ async def _answer_remotely(
             if not is_passed and response.status == 409 and content_type == DECIDED_TYPE:
                 mesh.learn(peer_id, await response.read(MESSAGE_BYTES_MAX))
                 raise _FencedError(f"Peer {peer_id} follows a newer decision.")
-            if response.status == 503 and response.header(RETRY_HEADER.encode()) == b"elsewhere":
-                raise _refused(response, await response.read(REFUSAL_BYTES_MAX), peer_id)
+            elsewhere = response.header(RETRY_HEADER.encode()) == b"elsewhere"
+            if elsewhere and response.status in (400, 503):
+                refusal = await response.read(REFUSAL_BYTES_MAX)
+                raise _refused(response, refusal, peer_id, ask.call.model)
     except trio.TooSlowError:
         raise PeerUnreachableError(
             f"Peer {peer_id} did not accept the request within {accept_s:.0f} s."
@@ -510,14 +527,16 @@ class _Refusal(msgspec.Struct):
     error: _RefusalError
 
 
-def _refused(response: HttpResponse, body: bytes, peer_id: str) -> EngineError:
-    """Full, or unable: only the first says that the mesh needs more replicas."""
+def _refused(response: HttpResponse, body: bytes, peer_id: str, model: str) -> EngineError:
+    """Full, unable or blind: only the first says that the mesh needs more replicas."""
     try:
         refusal = msgspec.json.decode(body, type=_Refusal)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         return EngineError(f"Peer {peer_id} refused without a reason.")
     if refusal.error.code == "busy":
         return EngineBusyError(f"Peer {peer_id} is busy.", _retry_after_s(response))
+    if refusal.error.code == NoVisionError.CODE:
+        return NoVisionError(model)
     return EngineError(f"Peer {peer_id} cannot answer for the model now.")
 
 

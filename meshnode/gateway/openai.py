@@ -22,10 +22,12 @@ from meshnode.engine import (
     Delta,
     Finish,
     Grammar,
+    Image,
     Logprob,
     Request,
     Sampling,
     TokenLogprobs,
+    images_of,
 )
 from meshnode.errors import RequestError
 from meshnode.gateway import ServedModel
@@ -36,6 +38,7 @@ from meshnode.gateway.fields import (
     refuse_unsupported,
     unsupported,
 )
+from meshnode.gateway.images import check_images, image_part
 from meshnode.gateway.schema import JSON_OBJECT, SchemaGrammar
 from meshnode.gateway.tools import (
     CALL_END,
@@ -113,6 +116,11 @@ class Call:
         was said, so that nobody could tell how far the client has read.
         """
         return not self.sampling.mirostat and self.n == 1 and self.tools is None
+
+    @property
+    def images_bytes(self) -> int:
+        """What the images take in a body, as base64."""
+        return sum(len(image.data) for image in images_of(self.prompt)) * 4 // 3
 
     def request(self, id: str, session: bytes) -> Request:
         """The same in the engine's words; `session` is 16 bytes."""
@@ -319,6 +327,7 @@ def decode_chat(body: bytes) -> Call:
     messages = join_responses(
         [_chat_message(message, index) for index, message in enumerate(chat.messages)]
     )
+    check_images(messages)
     tools = _tools(chat)
     if tools is not None:
         messages = tools.introduce(messages)
@@ -459,9 +468,9 @@ def _chat_message(message: _ChatMessage, index: int) -> ChatMessage:
         raise RequestError(
             f"`{path}.content` must be text.", param=f"{path}.content", code="invalid_value"
         )
+    images: tuple[Image, ...] = ()
     if isinstance(content, list):
-        parts = (_text_part(part, f"{path}.content[{i}]") for i, part in enumerate(content))
-        content = "\n".join(parts)
+        content, images = _content(content, f"{path}.content", sees=message.role == "user")
     if message.role == "tool":
         content = response_text(content)
     if message.tool_calls:
@@ -470,7 +479,26 @@ def _chat_message(message: _ChatMessage, index: int) -> ChatMessage:
             for index, each in enumerate(message.tool_calls)
         ]
         content = "\n".join([content, *calls] if content else calls)
-    return ChatMessage(_ROLES[message.role], content)
+    return ChatMessage(_ROLES[message.role], content, images)
+
+
+def _content(
+    parts: list[dict[str, Any]], path: str, *, sees: bool
+) -> tuple[str, tuple[Image, ...]]:
+    """Text, its parts on lines of their own, and the images where they stand in it.
+
+    `sees`: whether there may be images.
+    """
+    content, follows_text = "", False
+    images: list[Image] = []
+    for index, part in enumerate(parts):
+        if sees and part.get("type") == "image_url":
+            images.append(image_part(part, f"{path}[{index}]", len(content)))
+            follows_text = False
+        else:
+            content += "\n" * follows_text + _text_part(part, f"{path}[{index}]")
+            follows_text = True
+    return content, tuple(images)
 
 
 def _arguments(call: _ToolCall, path: str) -> str:

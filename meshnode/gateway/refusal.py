@@ -39,7 +39,8 @@ def refusal_of(error: MeshnodeError) -> Refusal | None:
     text = str(error)
     match error:
         case RequestError(param=param, code=code):
-            return Refusal(400, encode_error(text, "invalid_request_error", param=param, code=code))
+            body = encode_error(text, "invalid_request_error", param=param, code=code)
+            return Refusal(400, body, {RETRY_HEADER: "elsewhere"} if error.retry_elsewhere else {})
         case UnknownModelError(known=known):
             body = encode_error(
                 text,

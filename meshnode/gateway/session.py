@@ -26,7 +26,7 @@ def session_key(call: Call | Passed, *, header: str | None, tenant: bytes) -> by
     """The key of a request: as its caller named it, else by how its conversation opened.
 
     In order: `prompt_cache_key`, `header` (X-Session-Id), `user`, else model, system text and
-    first user message. `tenant` is the name of the caller's API key, b"" without one.
+    first user message with its images. `tenant` is the name of the caller's API key, b"" without.
     """
     parts: tuple[str, ...]
     if call.prompt_cache_key:
@@ -62,6 +62,7 @@ def _opening(prompt: tuple[ChatMessage, ...] | str | tuple[int, ...]) -> tuple[s
             tokens.append(item)
         elif item.role == "system" or item.role == "user":
             messages += (item.role, item.content)
+            messages += (hashlib.sha256(image.data).hexdigest() for image in item.images)
             if item.role == "user":
                 break
     if tokens:

@@ -13,6 +13,8 @@ from __future__ import annotations
 import math
 import os
 import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -34,6 +36,8 @@ DIMENSIONS_MAX = 4
 WEIGHTS_MAX = 2**47
 DEFAULT_ALIGNMENT = 32
 ALIGNMENT_MAX = 1024 * 1024
+# Pixels on a side of what a vision encoder looks at; the largest known take 1 536.
+IMAGE_SIDE_MAX = 16_384
 # The KV cache holds keys and values as 16-bit floats.
 KV_CELL_BYTES = 2
 
@@ -101,15 +105,37 @@ class GgufHeader:
     embeds: bool = False
 
 
+@dataclass(frozen=True, slots=True)
+class ProjectorHeader:
+    """What the header of a projector (an mmproj file) says: it gives a model eyes.
+
+    `compute_bytes` is what looking at one picture takes besides the weights.
+    """
+
+    weights_bytes: int
+    compute_bytes: int
+
+
 def read_header(path: str | Path) -> GgufHeader:
     """Read and check a file's header; blocks for a fraction of a second.
 
     Raises `ModelLoadError`, naming the file and what is wrong with it.
     """
+    with _opened(path) as reader:
+        return _describe(reader.contents())
+
+
+def read_projector(path: str | Path) -> ProjectorHeader:
+    """As `read_header`, of an mmproj file."""
+    with _opened(path) as reader:
+        return _describe_projector(reader.contents())
+
+
+@contextmanager
+def _opened(path: str | Path) -> Iterator[_Reader]:
     try:
         with open(path, "rb") as file:
-            size_bytes = os.fstat(file.fileno()).st_size
-            return _Reader(file, size_bytes).header()
+            yield _Reader(file, os.fstat(file.fileno()).st_size)
     except OSError as error:
         raise ModelLoadError(f"{path} cannot be read: {error.strerror}.") from error
     except _BadFileError as error:
@@ -120,6 +146,17 @@ class _BadFileError(Exception):
     """What is wrong with the file, without its name."""
 
 
+@dataclass(frozen=True, slots=True)
+class _Contents:
+    """A header, read and checked."""
+
+    metadata: dict[str, _Value]
+    tensors: int
+    parameters: int
+    weights_bytes: int
+    size_bytes: int
+
+
 class _Reader:
     """One pass over the header. No allocation is larger than a bound above."""
 
@@ -127,7 +164,7 @@ class _Reader:
         self._file = file
         self._size_bytes = size_bytes
 
-    def header(self) -> GgufHeader:
+    def contents(self) -> _Contents:
         if self._bytes(4) != _MAGIC:
             raise _BadFileError("it does not begin with GGUF")
         version = self._u32()
@@ -137,7 +174,7 @@ class _Reader:
         keys = self._bounded(self._u64(), KEYS_MAX, "metadata keys")
         metadata = dict(self._key_value() for _ in range(keys))
         parameters, weights_bytes = self._tensors(tensors, _alignment(metadata))
-        return _describe(metadata, tensors, parameters, weights_bytes, self._size_bytes)
+        return _Contents(metadata, tensors, parameters, weights_bytes, self._size_bytes)
 
     # -- metadata ------------------------------------------------------------------------------
 
@@ -249,13 +286,8 @@ class _Reader:
         return count
 
 
-def _describe(
-    metadata: dict[str, _Value],
-    tensors: int,
-    parameters: int,
-    weights_bytes: int,
-    size_bytes: int,
-) -> GgufHeader:
+def _describe(contents: _Contents) -> GgufHeader:
+    metadata = contents.metadata
     architecture = metadata.get("general.architecture")
     if not isinstance(architecture, str) or not architecture:
         raise _BadFileError("it does not say its architecture")
@@ -271,17 +303,34 @@ def _describe(
         architecture=architecture,
         name=name if isinstance(name, str) else "",
         quantization=_QUANTIZATIONS.get(_whole(metadata, "general.file_type", -1), "unknown"),
-        parameters=parameters,
+        parameters=contents.parameters,
         context_tokens=context_tokens,
         layers=layers,
         embedding_length=embedding_length,
         kv_bytes_per_token=_kv_bytes_per_token(metadata, architecture, layers, embedding_length),
         has_chat_template=isinstance(metadata.get("tokenizer.chat_template"), str),
-        tensors=tensors,
-        weights_bytes=weights_bytes,
-        size_bytes=size_bytes,
+        tensors=contents.tensors,
+        weights_bytes=contents.weights_bytes,
+        size_bytes=contents.size_bytes,
         embeds=_whole(metadata, f"{architecture}.pooling_type", 0) > 0,
     )
+
+
+def _describe_projector(contents: _Contents) -> ProjectorHeader:
+    metadata = contents.metadata
+    if metadata.get("general.architecture") != "clip":
+        raise _BadFileError("it is no projector (mmproj)")
+    if metadata.get("clip.has_vision_encoder") is not True:
+        raise _BadFileError("it has no eyes (no vision encoder)")
+    side = _whole(metadata, "clip.vision.image_size", 0)
+    patch = _whole(metadata, "clip.vision.patch_size", 0)
+    width = _whole(metadata, "clip.vision.embedding_length", 0)
+    wide = _whole(metadata, "clip.vision.feed_forward_length", 0)
+    if not (side and patch and width and wide) or side > IMAGE_SIDE_MAX:
+        raise _BadFileError("it lacks the sizes of a vision encoder")
+    # Of one layer at a time, in float32: a few vectors of each width, for every patch.
+    compute_bytes = (side // patch) ** 2 * (8 * width + 2 * wide) * 4
+    return ProjectorHeader(contents.weights_bytes, compute_bytes)
 
 
 def _kv_bytes_per_token(

@@ -47,8 +47,9 @@ AsgiApp = Callable[[Any, Any, Any], Awaitable[None]]
 RECEIVE_BYTES = 64 * 1024
 # node.js allows 80 KiB, nginx 32 KiB: no honest head comes near it.
 HEAD_BYTES_MAX = 64 * 1024
-# A million tokens of text is about 4 MiB; twice that leaves room for JSON escapes.
-BODY_BYTES_MAX = 8 * 1024 * 1024
+# A million tokens of text is about 4 MiB; twice that leaves room for JSON escapes. Beside it, the
+# images that a request may carry (`engine.IMAGES_BYTES_MAX`), as base64.
+BODY_BYTES_MAX = (8 + 22) * 1024 * 1024
 # Longer than the client's idle time, so that it is nearly always the client who closes.
 SERVER_IDLE_S = 60.0
 CLIENT_IDLE_S = 30.0

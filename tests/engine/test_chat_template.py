@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from meshnode.engine import ChatMessage
-from meshnode.engine.chat import ChatTemplate, Segment
+from meshnode.engine import ChatMessage, Image
+from meshnode.engine.chat import ChatTemplate, Picture, Segment
 from meshnode.errors import ModelLoadError, RequestError
 
 CHATML = (
@@ -15,7 +15,7 @@ CHATML = (
 )
 
 
-def render(source: str, *messages: tuple[str, str]) -> list[Segment]:
+def render(source: str, *messages: tuple[str, str]) -> list[Segment | Picture]:
     template = ChatTemplate(source, bos="<s>", eos="</s>")
     return template.render([ChatMessage(role, content) for role, content in messages])
 
@@ -79,3 +79,43 @@ def test_a_template_that_refuses_or_misbehaves_is_the_requests_problem(source: s
 def test_a_template_that_is_no_jinja_fails_at_load() -> None:
     with pytest.raises(ModelLoadError, match="chat template"):
         ChatTemplate("{% for %}", bos="", eos="")
+
+
+def test_pictures_stand_where_they_stood_in_the_text() -> None:
+    first, second = Image(b"1", 0), Image(b"2", 2)
+    template = ChatTemplate(CHATML, bos="", eos="")
+    seen = template.render(
+        [ChatMessage("user", "abcd", (first, second)), ChatMessage("user", "", (first,))]
+    )
+    assert seen == [
+        Segment("<|im_start|>user\n", True),
+        Picture(first),
+        Segment("ab", False),
+        Picture(second),
+        Segment("cd", False),
+        Segment("<|im_end|>\n<|im_start|>user\n", True),
+        Picture(first),
+        Segment("<|im_end|>\n<|im_start|>assistant\n", True),
+    ]
+
+
+PARTS = (
+    "{% for m in messages %}{{ m.role | capitalize }}: {% for part in m.content %}"
+    "{% if part.type == 'text' %}{{ part.text }}{% endif %}{% endfor %}.{% endfor %}"
+)
+
+
+def test_a_template_that_takes_contents_in_parts_gets_parts() -> None:
+    assert render(PARTS, ("user", "hi"), ("assistant", ""), ("user", "ho")) == [
+        Segment("User: ", True),
+        Segment("hi", False),
+        Segment(".Assistant: .User: ", True),
+        Segment("ho", False),
+        Segment(".", True),
+    ]
+
+
+def test_a_template_that_would_write_the_parts_out_is_not_given_any() -> None:
+    source = "{% for m in messages if m.content is not string %}{{ m.content }}{% endfor %}"
+    with pytest.raises(RequestError, match="drops one"):
+        render(source, ("user", "hi"))

@@ -6,15 +6,13 @@ from collections.abc import AsyncIterator, Sequence
 from dataclasses import replace
 
 import pytest
-import trio
 
 from meshnode.engine import ChatMessage, Continuation, Finish, ModelCard, Request, Sampling
 from meshnode.engine.process import EngineOptions, EngineProcess
 from meshnode.engine.scheduler import Copy, Limits, Scheduler
 from meshnode.errors import RequestError
+from tests.engine.serving import started
 
-# Generous: the machine may be busy, and all of it takes seconds on a free one.
-HANG_S = 120
 OPTIONS = EngineOptions(context_tokens=1024, slots=4, waiting_max=4, threads=1)
 QUESTION = (ChatMessage("user", "Write one sentence about the sea, please, and do it well."),)
 WILD = Sampling(temperature=1.2, seed=11)
@@ -89,13 +87,8 @@ def test_a_follower_without_room_comes_later() -> None:
 
 @pytest.fixture
 async def engine(q4_0_card: ModelCard) -> AsyncIterator[EngineProcess]:
-    with trio.fail_after(HANG_S):
-        async with trio.open_nursery() as nursery:
-            engine = EngineProcess(q4_0_card, OPTIONS)
-            await nursery.start(engine.run)
-            await engine.wait_ready()
-            yield engine
-            nursery.cancel_scope.cancel()
+    async with started(q4_0_card, OPTIONS) as engine:
+        yield engine
 
 
 async def run(engine: EngineProcess, request: Request) -> tuple[list[str], list[Finish]]:

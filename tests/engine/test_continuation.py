@@ -6,7 +6,6 @@ from collections.abc import AsyncIterator
 from dataclasses import replace
 
 import pytest
-import trio
 
 from meshnode.engine import (
     ChatMessage,
@@ -19,9 +18,8 @@ from meshnode.engine import (
 )
 from meshnode.engine.process import EngineOptions, EngineProcess
 from meshnode.errors import RequestError
+from tests.engine.serving import started
 
-# Generous: the machine may be busy, and all of it takes a few seconds on a free one.
-HANG_S = 120
 # One thread: another thread count may flip a greedy token.
 OPTIONS = EngineOptions(context_tokens=2048, slots=4, waiting_max=4, threads=1)
 QUESTION = (ChatMessage("user", "Tell me a story about a llama, a 🦙, and a café."),)
@@ -29,13 +27,8 @@ QUESTION = (ChatMessage("user", "Tell me a story about a llama, a 🦙, and a ca
 
 @pytest.fixture
 async def engine(q4_0_card: ModelCard) -> AsyncIterator[EngineProcess]:
-    with trio.fail_after(HANG_S):
-        async with trio.open_nursery() as nursery:
-            engine = EngineProcess(q4_0_card, OPTIONS)
-            await nursery.start(engine.run)
-            await engine.wait_ready()
-            yield engine
-            nursery.cancel_scope.cancel()
+    async with started(q4_0_card, OPTIONS) as engine:
+        yield engine
 
 
 def ask(max_tokens: int | None = 40, stop: tuple[str, ...] = (), **sampling: float) -> Request:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from pathlib import Path
 
 import gguf
@@ -30,22 +29,14 @@ from meshnode.engine.process import EngineOptions, EngineProcess
 from meshnode.errors import EngineBusyError, EngineError
 from meshnode.errors import RequestError as BadRequestError
 from meshnode.models.catalog import ModelSource
+from tests.engine.serving import started
 from tests.engine.tiny_models import CONTEXT_TOKENS, EMBEDDING, write_bert
 
-HANG_S = 60
 SENTENCE = "A cat sat on the mat and looked at the rain behind the window. "
 
 
-@asynccontextmanager
-async def started(card: ModelCard, context_tokens: int | None) -> AsyncIterator[EngineProcess]:
-    options = EngineOptions(context_tokens, slots=2, waiting_max=2, threads=1)
-    with trio.fail_after(HANG_S):
-        async with trio.open_nursery() as nursery:
-            engine = EngineProcess(card, options)
-            await nursery.start(engine.run)
-            await engine.wait_ready()
-            yield engine
-            nursery.cancel_scope.cancel()
+def options(context_tokens: int | None) -> EngineOptions:
+    return EngineOptions(context_tokens, slots=2, waiting_max=2, threads=1)
 
 
 async def card_of(path: Path) -> ModelCard:
@@ -54,7 +45,7 @@ async def card_of(path: Path) -> ModelCard:
 
 @pytest.fixture
 async def engine(q4_0_card: ModelCard) -> AsyncIterator[EngineProcess]:
-    async with started(q4_0_card, 1024) as engine:
+    async with started(q4_0_card, options(1024)) as engine:
         yield engine
 
 
@@ -162,7 +153,7 @@ async def test_bad_requests_are_named(engine: EngineProcess) -> None:
 
 async def test_an_embedding_model_says_what_it_is_for(tmp_path: Path) -> None:
     card = await card_of(write_bert(tmp_path / "bert.gguf", gguf.PoolingType.MEAN))
-    async with started(card, None) as engine:
+    async with started(card, options(None)) as engine:
         made, tokens = await vectors(engine, ask("the cat sat", "a dog runs fast"))
         assert [len(vector) for vector in made] == [EMBEDDING] * 2
         assert tokens == 5 + 6
@@ -178,7 +169,7 @@ async def test_an_embedding_model_says_what_it_is_for(tmp_path: Path) -> None:
 async def test_a_reranker_ranks(tmp_path: Path) -> None:
     card = await card_of(write_bert(tmp_path / "rank.gguf", gguf.PoolingType.RANK))
     documents = ("a dog runs fast", "the cat sat on the mat", "a dog runs fast")
-    async with started(card, None) as engine:
+    async with started(card, options(None)) as engine:
         scores, _ = await vectors(engine, ask(*documents, query="the cat"))
         assert [score.shape for score in scores] == [(1,)] * 3
         assert scores[0] == pytest.approx(scores[2], rel=1e-3)

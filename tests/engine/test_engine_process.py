@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -18,9 +17,8 @@ from meshnode.engine import ChatMessage, Delta, Engine, Finish, ModelCard, Reque
 from meshnode.engine.process import EngineOptions, EngineProcess
 from meshnode.errors import ContextLengthError, EngineBusyError, EngineError, ModelLoadError
 from meshnode.errors import RequestError as BadRequestError
+from tests.engine.serving import HANG_S, started
 
-# Generous: the machine may be busy, and an answer takes a second on a free one.
-HANG_S = 60
 # One thread: another thread count may flip a greedy token.
 OPTIONS = EngineOptions(context_tokens=2048, slots=4, waiting_max=4, threads=1)
 GREEDY = Sampling(temperature=0)
@@ -56,22 +54,9 @@ async def collect(engine: Engine, request: Request) -> Answer:
     raise AssertionError("the answer has no finish")
 
 
-@asynccontextmanager
-async def started(
-    card: ModelCard, options: EngineOptions = OPTIONS
-) -> AsyncIterator[EngineProcess]:
-    with trio.fail_after(HANG_S):
-        async with trio.open_nursery() as nursery:
-            engine = EngineProcess(card, options)
-            await nursery.start(engine.run)
-            await engine.wait_ready()
-            yield engine
-            nursery.cancel_scope.cancel()
-
-
 @pytest.fixture
 async def engine(q4_0_card: ModelCard) -> AsyncIterator[EngineProcess]:
-    async with started(q4_0_card) as engine:
+    async with started(q4_0_card, OPTIONS) as engine:
         yield engine
 
 

@@ -11,7 +11,6 @@ from typing import Any
 
 import jsonschema
 import pytest
-import trio
 
 from meshnode.engine import (
     ChatMessage,
@@ -25,9 +24,8 @@ from meshnode.engine import (
 from meshnode.engine.process import EngineOptions, EngineProcess
 from meshnode.errors import RequestError
 from meshnode.gateway.schema import JSON_OBJECT, SchemaGrammar
+from tests.engine.serving import started
 
-# Generous: the machine may be busy, and all of it takes seconds on a free one.
-HANG_S = 200
 OPTIONS = EngineOptions(context_tokens=1024, slots=4, waiting_max=4, threads=1)
 WILD = Sampling(temperature=1.5, top_k=0, top_p=1.0, min_p=0.0, seed=5)
 QUESTION = (ChatMessage("user", "Describe a llama as JSON."),)
@@ -35,13 +33,8 @@ QUESTION = (ChatMessage("user", "Describe a llama as JSON."),)
 
 @pytest.fixture
 async def engine(q4_0_card: ModelCard) -> AsyncIterator[EngineProcess]:
-    with trio.fail_after(HANG_S):
-        async with trio.open_nursery() as nursery:
-            engine = EngineProcess(q4_0_card, OPTIONS)
-            await nursery.start(engine.run)
-            await engine.wait_ready()
-            yield engine
-            nursery.cancel_scope.cancel()
+    async with started(q4_0_card, OPTIONS) as engine:
+        yield engine
 
 
 def ask(gbnf: str, **changes: Any) -> Request:

@@ -7,13 +7,11 @@ from collections.abc import AsyncIterator
 from dataclasses import replace
 
 import pytest
-import trio
 
 from meshnode.engine import ChatMessage, Delta, Finish, ModelCard, Request, Sampling, TokenLogprobs
 from meshnode.engine.process import EngineOptions, EngineProcess
+from tests.engine.serving import started
 
-# Generous: the machine may be busy, and all of it takes a few seconds on a free one.
-HANG_S = 120
 OPTIONS = EngineOptions(context_tokens=1024, slots=4, waiting_max=4, threads=1)
 GREEDY = Sampling(temperature=0)
 QUESTION = (ChatMessage("user", "What is the capital of France?"),)
@@ -22,13 +20,8 @@ ASK = Request("r", b"a" * 16, QUESTION, GREEDY, 8, logprobs=3)
 
 @pytest.fixture
 async def engine(q4_0_card: ModelCard) -> AsyncIterator[EngineProcess]:
-    with trio.fail_after(HANG_S):
-        async with trio.open_nursery() as nursery:
-            engine = EngineProcess(q4_0_card, OPTIONS)
-            await nursery.start(engine.run)
-            await engine.wait_ready()
-            yield engine
-            nursery.cancel_scope.cancel()
+    async with started(q4_0_card, OPTIONS) as engine:
+        yield engine
 
 
 async def run(engine: EngineProcess, request: Request) -> tuple[str, list[TokenLogprobs], Finish]:

@@ -19,7 +19,7 @@ from meshnode.engine.memory import (
 )
 from meshnode.errors import ConfigError, ModelLoadError
 from meshnode.models.catalog import DEFAULT_ALIAS, resolve
-from meshnode.models.gguf import GgufHeader, read_header
+from meshnode.models.gguf import GgufHeader, ProjectorHeader, read_header
 
 GIB = 1024**3
 
@@ -61,6 +61,16 @@ def test_what_is_available(machine: Path) -> None:
     assert available_bytes() == 3 * GIB
     limit_to(machine, str(4 * GIB), 5 * GIB)
     assert available_bytes() == 0
+
+
+def test_eyes_count(tmp_path: Path) -> None:
+    header = read_header(resolve("default", tmp_path).path)
+    blind = memory_need(header, 1000)
+    seeing = memory_need(header, 1000, projector=ProjectorHeader(GIB, 100))
+    assert seeing.total_bytes - blind.total_bytes == GIB + 100 + memory.PICTURE_BYTES
+    check_fits("model", blind, GIB)
+    with pytest.raises(ModelLoadError, match="1153 MiB vision"):
+        check_fits("model", seeing, GIB)
 
 
 def header(*, embeds: bool = False) -> GgufHeader:

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from meshnode.engine.cells import cells
 from meshnode.engine.scheduler import Batch, Chunk, Limits, Sampled, Scheduler, Trim
 from meshnode.errors import ContextLengthError, EngineBusyError
 
@@ -265,12 +266,17 @@ class Cache:
             tokens = self.slots.setdefault(chunk.slot, [])
             assert chunk.start == len(tokens), "positions must be contiguous"
             assert chunk.tokens
+            assert min(chunk.tokens) >= 0 or chunk.tokens in VIEWS, "a view is computed whole"
+            assert batch.view is None or len(batch.chunks) == 1, "and alone"
             tokens.extend(chunk.tokens)
         assert sum(map(len, self.slots.values())) <= self.kv_tokens, "the cache overflows"
 
 
+VIEWS = [tuple(cells(digest, 3 + 4 * digest)) for digest in range(4)]
+
 requests = st.tuples(
     st.integers(1, 40),  # prompt length
+    st.lists(st.sampled_from(VIEWS), max_size=2),  # pictures in its middle
     st.integers(0, 3),  # which of a few prompts, so that prefixes are shared
     st.integers(0, 3),  # session
     st.none() | st.integers(1, 30),  # max_tokens
@@ -310,7 +316,7 @@ def test_invariants_hold_and_every_request_ends(
             assert scheduler.idle
             return False
         decoding = [chunk for chunk in batch.chunks if len(chunk.tokens) == 1]
-        assert batch.tokens <= len(decoding) + prefill_tokens
+        assert batch.view is not None or batch.tokens <= len(decoding) + prefill_tokens
         cache.perform(batch)
         for chunk in batch.chunks:
             whole = prompts[chunk.sequence] + answers[chunk.sequence]
@@ -343,12 +349,14 @@ def test_invariants_hold_and_every_request_ends(
             assert known == (action in patience)
             patience.pop(action, None)
         elif isinstance(action, tuple):
-            length, kind, session, max_tokens, words = action
-            prompt = [kind + 1] * (length // 2) + list(range(10, 10 + length - length // 2))
+            length, views, kind, session, max_tokens, words = action
+            prompt = [kind + 1] * (length // 2)
+            prompt += [cell for view in views for cell in view]
+            prompt += list(range(10, 10 + length - length // 2))
             try:
                 scheduler.submit(number, bytes([session]), prompt, max_tokens)
             except ContextLengthError:
-                assert length + (max_tokens or 1) > 50
+                assert len(prompt) + (max_tokens or 1) > 50
             except EngineBusyError:
                 assert len(patience) == slots + 6
             else:

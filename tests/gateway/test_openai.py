@@ -232,7 +232,7 @@ REFUSED = [
     ({"messages": [{"role": "user", "content": "x", "zz": 1}]}, "messages[0].zz"),
     (
         {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]},
-        "messages[0].content[0].type",
+        "messages[0].content[0].image_url.url",
     ),
     (
         {"messages": [{"role": "user", "content": [{"type": "text", "text": "x", "zz": 1}]}]},

@@ -21,7 +21,7 @@ from meshnode.gateway import Candidate, server
 from meshnode.gateway.app import create_api_app
 from meshnode.gateway.server import serve_api
 from meshnode.gateway.tunnel import TunnelApp
-from meshnode.transport.http import HttpConnection
+from meshnode.transport.http import BODY_BYTES_MAX, HttpConnection
 from tests.fakes import MODEL, FakeMesh, WordEngine, local_mesh, tunnel_to
 
 HANG_S = 30.0
@@ -206,7 +206,7 @@ async def test_a_slow_reader_holds_the_engine_back(nursery, route):
 
 async def test_a_too_long_body_is_told_so():
     async with serving(local_mesh(WordEngine())) as (port, _), connection(port) as client:
-        body = b"x" * (8 * 1024 * 1024 + 1)
+        body = b"x" * (BODY_BYTES_MAX + 1)
         async with client.request("POST", "/v1/completions", JSON, body) as answer:
             assert answer.status == 413
             assert json.loads(await answer.read(1000))["error"]["code"] == "body_too_large"

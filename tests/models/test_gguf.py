@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from meshnode.errors import ModelLoadError
 from meshnode.models.catalog import resolve
-from meshnode.models.gguf import GgufHeader, read_header
+from meshnode.models.gguf import GgufHeader, ProjectorHeader, read_header, read_projector
 
 # The fixture's directory is shared by all examples of a test: each overwrites the file.
 SHARED_PATH = [HealthCheck.function_scoped_fixture]
@@ -173,3 +173,33 @@ def test_any_damage_is_read_or_refused(
 def test_any_bytes_are_refused(path: Path, data: bytes) -> None:
     with pytest.raises(ModelLoadError):
         read(path, b"GGUF\x03\0\0\0" + data)
+
+
+CLIP: dict[str, Any] = {
+    "general.architecture": "clip",
+    "clip.has_vision_encoder": True,
+    "clip.vision.image_size": 56,
+    "clip.vision.patch_size": 14,
+    "clip.vision.embedding_length": 32,
+    "clip.vision.feed_forward_length": 64,
+}
+
+
+def test_a_projector(path: Path) -> None:
+    path.write_bytes(write_gguf(CLIP))
+    assert read_projector(path) == ProjectorHeader(72 + 256, 16 * (8 * 32 + 2 * 64) * 4)
+
+
+@pytest.mark.parametrize(
+    ("changes", "why"),
+    [
+        ({"general.architecture": "llama"}, "no projector"),
+        ({"clip.has_vision_encoder": False}, "no eyes"),
+        ({"clip.vision.patch_size": 0}, "lacks the sizes"),
+        ({"clip.vision.image_size": 2**31}, "lacks the sizes"),
+    ],
+)
+def test_what_is_no_projector_says_so(path: Path, changes: dict[str, Any], why: str) -> None:
+    path.write_bytes(write_gguf(CLIP | changes))
+    with pytest.raises(ModelLoadError, match=why):
+        read_projector(path)

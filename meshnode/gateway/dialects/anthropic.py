@@ -8,7 +8,7 @@ tokens at its end.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Annotated, Any, Literal
 
@@ -17,7 +17,8 @@ import msgspec
 from meshnode.engine import Finish, Usage
 from meshnode.errors import RequestError
 from meshnode.gateway.dialects import Asked, Name, Tokens, ask, read_error, stop_of
-from meshnode.gateway.fields import Shape, decode_body, refuse_unsupported
+from meshnode.gateway.fields import Shape, decode_body, refuse_unsupported, unsupported
+from meshnode.gateway.images import bare_image
 from meshnode.gateway.openai import TOKEN_ID_MAX, Call, encode_error
 
 __all__ = ["COUNT_REFUSED", "MESSAGES_SHAPE", "decode_messages", "encode_messages_error"]
@@ -36,9 +37,22 @@ class _Text(msgspec.Struct, tag_field="type", tag="text", forbid_unknown_fields=
     citations: Any = None
 
 
+class _Source(msgspec.Struct, forbid_unknown_fields=True):
+    """Only bytes that come with the request: a node fetches no images."""
+
+    type: Literal["base64"]
+    media_type: Literal["image/png", "image/jpeg", "image/webp", "image/gif"]
+    data: str
+
+
+class _Image(msgspec.Struct, tag_field="type", tag="image", forbid_unknown_fields=True):
+    source: _Source
+    cache_control: _CacheControl | None = None
+
+
 class _Message(msgspec.Struct, forbid_unknown_fields=True):
     role: Literal["user", "assistant"]
-    content: str | list[_Text]
+    content: str | list[_Text | _Image]
 
 
 class _Metadata(msgspec.Struct, forbid_unknown_fields=True):
@@ -112,7 +126,11 @@ def _turns(asked: _Body) -> list[dict[str, Any]]:
     if asked.system:
         turns.append({"role": "system", "content": _parts(asked.system, "system")})
     for index, message in enumerate(asked.messages):
-        parts = _parts(message.content, f"messages[{index}].content")
+        path = f"messages[{index}].content"
+        parts = _parts(message.content, path)
+        for place, part in enumerate(parts):
+            if message.role == "assistant" and part["type"] != "text":
+                raise unsupported(f"{path}[{place}].type")
         if turns and turns[-1]["role"] == message.role:
             turns[-1]["content"] += parts
         else:
@@ -127,12 +145,17 @@ def _turns(asked: _Body) -> list[dict[str, Any]]:
     return turns
 
 
-def _parts(content: str | list[_Text], path: str) -> list[dict[str, str]]:
+def _parts(content: str | Sequence[_Text | _Image], path: str) -> list[dict[str, Any]]:
     if isinstance(content, str):
         return [{"type": "text", "text": content}]
+    parts: list[dict[str, Any]] = []
     for index, block in enumerate(content):
-        refuse_unsupported(block, _NEUTRAL_TEXT, f"{path}[{index}].")
-    return [{"type": "text", "text": block.text} for block in content]
+        if isinstance(block, _Image):
+            parts.append(bare_image(block.source.data, f"{path}[{index}].source.data"))
+        else:
+            refuse_unsupported(block, _NEUTRAL_TEXT, f"{path}[{index}].")
+            parts.append({"type": "text", "text": block.text})
+    return parts
 
 
 # ---------------------------------------------------------------------------------------------

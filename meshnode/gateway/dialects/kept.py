@@ -53,7 +53,8 @@ class Kept:
         # Four bytes hold any character. Turns share their beginnings; counted in full, the bound
         # holds also when only the last of them is left.
         text = sum(4 * len(message.content) for message in self.conversation)
-        return OVERHEAD_BYTES * (1 + len(self.conversation)) + len(self.wire) + text
+        images = sum(len(image.data) for message in self.conversation for image in message.images)
+        return OVERHEAD_BYTES * (1 + len(self.conversation)) + len(self.wire) + text + images
 
 
 @dataclass(slots=True)

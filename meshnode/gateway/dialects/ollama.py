@@ -21,6 +21,7 @@ from meshnode.gateway import ServedModel
 from meshnode.gateway.dialects import Asked, Name, ask, read_error, stop_of
 from meshnode.gateway.embeddings import Embed, Vectors, embed_of, floats
 from meshnode.gateway.fields import Shape, decode_body, refuse_unsupported, unsupported
+from meshnode.gateway.images import bare_image
 from meshnode.gateway.openai import TOKEN_ID_MAX, Call
 
 __all__ = [
@@ -81,7 +82,7 @@ class _Body(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
 class _Message(msgspec.Struct, forbid_unknown_fields=True):
     role: Literal["system", "user", "assistant"]
     content: str
-    images: Any = None
+    images: list[str] | None = None
     thinking: Any = None
     tool_calls: Any = None
     tool_name: Any = None
@@ -96,8 +97,8 @@ class _ChatBody(_Body, forbid_unknown_fields=True, kw_only=True):
 class _GenerateBody(_Body, forbid_unknown_fields=True, kw_only=True):
     prompt: Annotated[str, msgspec.Meta(min_length=1)]
     system: str | None = None
+    images: list[str] | None = None
     context: Any = None
-    images: Any = None
     raw: Any = None
     suffix: Any = None
     template: Any = None
@@ -141,13 +142,11 @@ _NEUTRAL_CHAT: Mapping[str, tuple[Any, ...]] = {**_NEUTRAL_BODY, "tools": ([],)}
 _NEUTRAL_GENERATE: Mapping[str, tuple[Any, ...]] = {
     **_NEUTRAL_BODY,
     "context": ([],),
-    "images": ([],),
     "raw": (False,),
     "suffix": ("",),
     "template": ("",),
 }
 _NEUTRAL_MESSAGE: Mapping[str, tuple[Any, ...]] = {
-    "images": ([],),
     "thinking": ("",),
     "tool_calls": ([],),
     "tool_name": ("",),
@@ -178,7 +177,12 @@ def decode_chat(body: bytes) -> Asked:
     refuse_unsupported(chat, _NEUTRAL_CHAT)
     for index, message in enumerate(chat.messages):
         refuse_unsupported(message, _NEUTRAL_MESSAGE, f"messages[{index}].")
-    messages = [{"role": each.role, "content": each.content} for each in chat.messages]
+    messages: list[dict[str, Any]] = []
+    for index, each in enumerate(chat.messages):
+        if each.images and each.role != "user":
+            raise unsupported(f"messages[{index}].images")
+        content = _content(each.content, each.images, f"messages[{index}].images")
+        messages.append({"role": each.role, "content": content})
     return _ask(chat, messages, _chat_text)
 
 
@@ -189,7 +193,9 @@ def decode_generate(body: bytes) -> Asked:
     """
     asked: _GenerateBody = decode_body(_generate_decoder, body)
     refuse_unsupported(asked, _NEUTRAL_GENERATE)
-    messages = [{"role": "user", "content": asked.prompt}]
+    messages: list[dict[str, Any]] = [
+        {"role": "user", "content": _content(asked.prompt, asked.images, "images")}
+    ]
     if asked.system:
         messages.insert(0, {"role": "system", "content": asked.system})
     return _ask(asked, messages, _generate_text)
@@ -224,9 +230,17 @@ def decode_show(body: bytes) -> str:
     return named
 
 
+def _content(text: str, images: list[str] | None, path: str) -> str | list[dict[str, Any]]:
+    """Images come before the text, as in Ollama's own prompts."""
+    if not images:
+        return text
+    parts = [bare_image(data, f"{path}[{index}]") for index, data in enumerate(images)]
+    return [*parts, {"type": "text", "text": text}]
+
+
 def _ask(
     body: _Body,
-    messages: list[dict[str, str]],
+    messages: list[dict[str, Any]],
     shown: Callable[[str], dict[str, Any]],
 ) -> Asked:
     options = body.options or _Options()

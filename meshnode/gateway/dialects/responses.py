@@ -16,7 +16,8 @@ import msgspec
 from meshnode.engine import ChatMessage, Finish, Usage
 from meshnode.gateway.dialects import Asked, Name, Tokens, ask
 from meshnode.gateway.dialects.kept import Kept
-from meshnode.gateway.fields import Shape, decode_body, refuse_unsupported
+from meshnode.gateway.fields import Shape, decode_body, refuse_unsupported, unsupported
+from meshnode.gateway.images import content_of, linked_image
 from meshnode.gateway.openai import Call
 
 __all__ = ["RESPONSES_SHAPE", "decode_response", "encode_deleted"]
@@ -31,6 +32,12 @@ class _InputText(msgspec.Struct, tag_field="type", tag="input_text", forbid_unkn
     text: str
 
 
+class _InputImage(msgspec.Struct, tag_field="type", tag="input_image", forbid_unknown_fields=True):
+    image_url: str | None = None
+    detail: Literal["auto", "low", "high"] | None = None
+    file_id: Any = None
+
+
 class _OutputText(msgspec.Struct, tag_field="type", tag="output_text", forbid_unknown_fields=True):
     """What we said, sent back to us."""
 
@@ -43,7 +50,7 @@ class _Item(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     """A message, of the client or one of ours."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[_InputText | _OutputText]
+    content: str | list[_InputText | _InputImage | _OutputText]
     type: Literal["message"] | None = None
     # Of our own messages; they say nothing more.
     id: str | None = None
@@ -115,9 +122,16 @@ _NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "truncation": ("disabled",),
 }
 _NEUTRAL_ITEM: Mapping[str, tuple[Any, ...]] = {"phase": ()}
+_NEUTRAL_IMAGE: Mapping[str, tuple[Any, ...]] = {"file_id": ()}
 _NEUTRAL_OUTPUT: Mapping[str, tuple[Any, ...]] = {"annotations": ([],), "logprobs": ([],)}
 RESPONSES_SHAPE = Shape(
-    _Body, {_Body: _NEUTRAL, _Item: _NEUTRAL_ITEM, _OutputText: _NEUTRAL_OUTPUT}
+    _Body,
+    {
+        _Body: _NEUTRAL,
+        _Item: _NEUTRAL_ITEM,
+        _InputImage: _NEUTRAL_IMAGE,
+        _OutputText: _NEUTRAL_OUTPUT,
+    },
 )
 _decoder = msgspec.json.Decoder(_Body)
 
@@ -137,7 +151,7 @@ def decode_response(
     messages = _messages(asked.input)
     if asked.previous_response_id is not None:
         before = recall(asked.previous_response_id)
-        messages[:0] = [{"role": each.role, "content": each.content} for each in before]
+        messages[:0] = [{"role": each.role, "content": content_of(each)} for each in before]
     if asked.instructions is not None:  # of this turn only: those of earlier ones are not kept
         messages.insert(0, {"role": "system", "content": asked.instructions})
     fields = {
@@ -162,14 +176,26 @@ def _messages(given: str | list[_Item]) -> list[dict[str, Any]]:
     ]
 
 
-def _content(item: _Item, path: str) -> str | list[dict[str, str]]:
+def _content(item: _Item, path: str) -> str | list[dict[str, Any]]:
     refuse_unsupported(item, _NEUTRAL_ITEM, path)
     if isinstance(item.content, str):
         return item.content
-    for index, part in enumerate(item.content):
-        if isinstance(part, _OutputText):
-            refuse_unsupported(part, _NEUTRAL_OUTPUT, f"{path}content[{index}].")
-    return [{"type": "text", "text": part.text} for part in item.content]
+    return [
+        _part_of(item, part, f"{path}content[{index}].") for index, part in enumerate(item.content)
+    ]
+
+
+def _part_of(
+    item: _Item, part: _InputText | _InputImage | _OutputText, path: str
+) -> dict[str, Any]:
+    if isinstance(part, _InputImage):
+        refuse_unsupported(part, _NEUTRAL_IMAGE, path)
+        if item.role != "user":
+            raise unsupported(f"{path}type")
+        return linked_image(part.image_url or "", part.detail, f"{path}image_url")
+    if isinstance(part, _OutputText):
+        refuse_unsupported(part, _NEUTRAL_OUTPUT, path)
+    return {"type": "text", "text": part.text}
 
 
 # ---------------------------------------------------------------------------------------------

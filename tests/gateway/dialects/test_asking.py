@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from meshnode.engine import ChatMessage
+from meshnode.engine import ChatMessage, Image
 from meshnode.errors import RequestError
 from meshnode.gateway.dialects import Asked, ollama
 from meshnode.gateway.dialects.anthropic import decode_messages
@@ -15,6 +15,7 @@ from meshnode.gateway.dialects.kept import UnknownResponseError
 from meshnode.gateway.dialects.responses import decode_response
 from meshnode.gateway.openai import decode_chat
 
+PNG_URL = "data:image/png;base64,aGk="
 TURN = {"role": "user", "content": "hi"}
 BEFORE = (ChatMessage("user", "a"), ChatMessage("assistant", "b"))
 
@@ -44,6 +45,13 @@ def asked(dialect: str, **fields: Any) -> Asked:
 
 def said(**fields: Any) -> dict[str, Any]:
     return {"type": "text", **fields}
+
+
+SEEN = (ChatMessage("user", "hi", (Image(b"hi", 0),)),)
+
+
+def anthropic_image(data: str = "aGk=") -> dict[str, Any]:
+    return {"type": "image", "source": {"type": "base64", "media_type": "image/png", "data": data}}
 
 
 WORKS = [
@@ -87,7 +95,31 @@ WORKS = [
         "prompt",
         (ChatMessage("system", "s"), *BEFORE, ChatMessage("user", "hi")),
     ),
+    (
+        "responses",
+        {
+            "input": [
+                {
+                    **TURN,
+                    "content": [
+                        {"type": "input_text", "text": "hi"},
+                        {"type": "input_image", "image_url": PNG_URL, "detail": "low"},
+                    ],
+                }
+            ]
+        },
+        "prompt",
+        (ChatMessage("user", "hi", (Image(b"hi", 2, True),)),),
+    ),
     ("messages", {}, "max_tokens", 5),
+    (
+        "messages",
+        {"messages": [{**TURN, "content": [anthropic_image(), said(text="hi")]}]},
+        "prompt",
+        SEEN,
+    ),
+    ("chat", {"messages": [{**TURN, "images": ["aGk="]}]}, "prompt", SEEN),
+    ("generate", {"images": ["aGk="]}, "prompt", SEEN),
     ("messages", {"stream": True}, "include_usage", True),
     ("messages", {"stop_sequences": ["a", "b"]}, "stop", ("a", "b")),
     ("messages", {"temperature": 1.0}, "sampling.temperature", 1.0),
@@ -182,8 +214,8 @@ REFUSED = [
     ("responses", {"input": [{**TURN, "role": "tool"}]}, "input[0].role"),
     (
         "responses",
-        {"input": [{**TURN, "content": [{"type": "input_image", "image_url": "x"}]}]},
-        "input[0].content[0].type",
+        {"input": [{**TURN, "content": [{"type": "input_image", "image_url": "http://x/"}]}]},
+        "input[0].content[0].image_url",
     ),
     ("responses", {"max_output_tokens": 0}, "max_output_tokens"),
     ("responses", {"temperature": 2.1}, "temperature"),
@@ -203,7 +235,18 @@ REFUSED = [
     ("messages", {"messages": []}, "messages"),
     ("messages", message(role="system"), "messages[1].role"),
     ("messages", message(role="assistant"), "messages[1].role"),
-    ("messages", message(content=[{"type": "image"}]), "messages[1].content[0].type"),
+    ("messages", message(content=[{"type": "image"}]), "messages[1].content[0].source"),
+    (
+        "messages",
+        message(content=[{"type": "image", "source": {"type": "url", "url": "http://x/"}}]),
+        "messages[1].content[0].source",
+    ),
+    ("messages", message(content=[anthropic_image("?")]), "messages[1].content[0].source.data"),
+    (
+        "messages",
+        message(role="assistant", content=[anthropic_image()]),
+        "messages[1].content[0].type",
+    ),
     ("messages", message(content=[said(text="a", citations=[1])]), "messages[1].content[0]"),
     ("messages", {"stop_sequences": ["a"] * 5}, "stop_sequences"),
     ("messages", {"stop_sequences": [""]}, "stop_sequences"),
@@ -219,14 +262,15 @@ REFUSED = [
     ("chat", {"format": "json"}, "format"),
     ("chat", {"think": True}, "think"),
     ("chat", {"tools": [{}]}, "tools"),
-    ("chat", message(images=["aGk="]), "messages[1].images"),
+    ("chat", message(images=["http://x/"]), "messages[1].images[0]"),
+    ("chat", message(role="assistant", images=["aGk="]), "messages[1].images"),
     ("chat", message(role="tool"), "messages[1].role"),
     ("chat", {"messages": []}, "messages"),
     ("generate", {"raw": True}, "raw"),
     ("generate", {"context": [1]}, "context"),
     ("generate", {"suffix": "x"}, "suffix"),
     ("generate", {"template": "x"}, "template"),
-    ("generate", {"images": ["aGk="]}, "images"),
+    ("generate", {"images": ["http://x/"]}, "images[0]"),
     ("generate", {"prompt": ""}, "prompt"),
 ]
 
