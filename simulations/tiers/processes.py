@@ -69,6 +69,7 @@ class NodeProcess:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._read, self.process.stdout, self._on_output)
             nursery.start_soon(self._read, self.process.stderr, self._on_log)
+            nursery.start_soon(self.process.wait)
         self.has_started.set()
 
     async def _read(self, pipe: trio.abc.ReceiveStream | None, take: Callable[[str], None]) -> None:

@@ -59,7 +59,7 @@ def run_virtual(main: Callable[..., Awaitable[T]], *arguments: Any, seed: int) -
 @contextmanager
 def _repeatable(seed: int) -> Iterator[None]:
     """What Trio has for Hypothesis: tasks in order of their birth, then shuffled from a seed."""
-    core: Any = trio._core._run  # type: ignore[attr-defined]
+    core: Any = trio._core._run
     before = core._ALLOW_DETERMINISTIC_SCHEDULING, core._r
     core._ALLOW_DETERMINISTIC_SCHEDULING, core._r = True, random.Random(seed)
     try:
