@@ -19,6 +19,7 @@ from urllib.parse import urlsplit
 from meshnode.errors import ConfigError
 
 Role = Literal["node", "gateway", "bootstrap"]
+KvType = Literal["f16", "q8_0"]
 LogFormat = Literal["pretty", "json"]
 LogLevel = Literal["debug", "info", "warning", "error"]
 Speculate = Literal["off", "lookup", "draft", "auto"]
@@ -32,8 +33,8 @@ P2P_PORT = 9338
 LISTEN_DEFAULT = (f"/ip4/0.0.0.0/udp/{P2P_PORT}/quic-v1", f"/ip4/0.0.0.0/tcp/{P2P_PORT}")
 """QUIC first; TCP for networks that drop UDP."""
 SLOTS_DEFAULT = 8
-"""Conversations whose KV cache is kept at once. They share one cache: 4 slots or 32 cost the same
-memory (181 and 187 MB measured), and 8 keep a two-core machine saturated."""
+"""Requests that are answered at once. They share one cache, so 4 or 32 cost the same memory (181
+and 187 MB measured), and 8 keep a two-core machine saturated."""
 SLOTS_MAX = 256
 CONTEXT_TOKENS_MIN = 64
 """Below this not even a system prompt fits."""
@@ -79,6 +80,8 @@ class Config:
     upstream_key_file: Path | None = None
     context_tokens: int | None = None
     slots: int = SLOTS_DEFAULT
+    kv_type: KvType = "f16"  # q8_0 takes half the memory, and twice the CPU at prefill
+    kv_spill_bytes: int = 0  # on disk, for each model; not without being asked for
     memory_bytes: int | None = None
     # Who guesses tokens ahead; `draft` is a PATH_OR_NAME, like a model.
     speculate: Speculate = "off"
@@ -202,6 +205,10 @@ def _is_api(text: str) -> bool:
     return True
 
 
+def _is_size(text: str) -> bool:
+    return text == "0" or _is_memory(text)
+
+
 def _is_upstream(text: str) -> bool:
     try:
         split_upstream(text)
@@ -258,6 +265,8 @@ SETTINGS: Mapping[str, _Setting] = {
         _within(CONTEXT_TOKENS_MIN, CONTEXT_TOKENS_MAX),
     ),
     "slots": _Setting(int, f"a number from 1 to {SLOTS_MAX}", _within(1, SLOTS_MAX)),
+    "kv-type": _Setting(str, " or ".join(get_args(KvType)), lambda text: text in get_args(KvType)),
+    "kv-spill": _Setting(str, "0 for none, or a size from 128MiB, with its unit: 2GiB", _is_size),
     "memory": _Setting(str, "a size from 128MiB, with its unit: 8GiB, 512MiB, 16GB", _is_memory),
     "speculate": _Setting(
         str, ", ".join(get_args(Speculate)), lambda text: text in get_args(Speculate)
@@ -318,6 +327,7 @@ def _config(role: Role, values: Mapping[str, object]) -> Config:
         ("join", "join"),
         ("context", "context_tokens"),
         ("slots", "slots"),
+        ("kv-type", "kv_type"),
         ("speculate", "speculate"),
         ("draft", "draft"),
         ("log-format", "log_format"),
@@ -337,6 +347,8 @@ def _config(role: Role, values: Mapping[str, object]) -> Config:
         fields["upstreams"] = values.get("upstream", ())
     if role == "node":
         fields["projectors"] = values.get("mmproj", ())
+    if (spill := values.get("kv-spill", "0")) != "0":
+        fields["kv_spill_bytes"] = size_bytes(str(spill))
     if "upstream-key-file" in values:
         fields["upstream_key_file"] = _path(values["upstream-key-file"])
     if "memory" in values:

@@ -142,7 +142,8 @@ class HostedModel:
         context_tokens = context_for(card.path, header, self._options.context_tokens)
         draft = await read_draft_header(self._options)
         eyes = await read_eyes(self._options)
-        return _Identity(card, header, memory_need(header, context_tokens, draft, eyes))
+        need = memory_need(header, context_tokens, draft, eyes, kv_type=self._options.kv_type)
+        return _Identity(card, header, need)
 
     async def _prepare(self) -> ModelCard:
         first = 0.1 if self._source.packaged else PREPARED
@@ -239,7 +240,7 @@ class HostedModel:
             weight_bytes=need.weights_bytes,
             layers=header.layers,
             bytes=need.total_bytes,
-            kv_bytes_per_token=header.kv_bytes_per_token,
+            kv_bytes_per_token=need.kv_bytes_per_token,
             context_tokens=need.context_tokens,
             compute_bytes=need.total_bytes - need.weights_bytes - need.kv_bytes,
         )
@@ -300,6 +301,7 @@ class HostedModel:
             prefill_tokens_per_s=stats.prefill_tokens_per_s,
             decode_tokens_per_s=stats.decode_tokens_per_s,
             memory_bytes=stats.memory_bytes,
+            saved_tokens=stats.saved_tokens,
             speculation=None
             if stats.speculation is None
             else SpeculationSnapshot(**dataclasses.asdict(stats.speculation)),
@@ -315,6 +317,9 @@ def find_models(config: Config) -> tuple[HostedModel, ...]:
     options = EngineOptions(
         context_tokens=config.context_tokens,
         slots=config.slots,
+        kv_type=config.kv_type,
+        kv_spill_bytes=config.kv_spill_bytes,
+        kv_spill_dir=config.data_dir / "cache" / "kv",
         speculate=config.speculate,
         draft=draft,
     )

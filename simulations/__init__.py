@@ -1,9 +1,11 @@
 """A network simulator that runs meshnode's own cores in virtual time.
 
-    from meshnode_simulations import Simulation
+    from meshnode_simulations import Simulation, plot
 
     result = Simulation("cold-join", seed=7, changes={"mesh.nodes": 200}).run()
     result.figures["join_p99_s"]
+    result.frame("joins")                     # a pyarrow.Table; .to_pandas() if you like
+    plot(result, "messages_per_node_s")       # a matplotlib Figure
 
 The parts, from the machine room up:
 
@@ -21,6 +23,7 @@ The parts, from the machine room up:
 from meshnode_simulations.record import Result, Violation
 from meshnode_simulations.scenario import Scenario, changed, load, shipped
 from meshnode_simulations.simulation import Progress, Simulation
+from meshnode_simulations.study.plots import plot
 
 __all__ = [
     "Progress",
@@ -30,5 +33,6 @@ __all__ = [
     "Violation",
     "changed",
     "load",
+    "plot",
     "shipped",
 ]

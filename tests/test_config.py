@@ -74,6 +74,15 @@ PRECEDENCE = [
     ("no-mdns", True, "yes", "true", "mdns", (False, False, False, True)),
     ("context", 1024, "2048", "4096", "context_tokens", (1024, 2048, 4096, None)),
     ("slots", 1, "2", "3", "slots", (1, 2, 3, 8)),
+    ("kv-type", "q8_0", "f16", '"q8_0"', "kv_type", ("q8_0", "f16", "q8_0", "f16")),
+    (
+        "kv-spill",
+        "2GiB",
+        "512 mib",
+        '"0"',
+        "kv_spill_bytes",
+        (2 * 2**30, 512 * 2**20, 0, 0),
+    ),
     (
         "memory",
         "8GiB",

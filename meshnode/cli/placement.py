@@ -186,7 +186,7 @@ def file_of(path: Path, context: int | None) -> ModelFile:
         name=path.stem.lower(),
         weight_bytes=need.weights_bytes,
         layers=max(header.layers, 1),
-        kv_bytes_per_token=header.kv_bytes_per_token,
+        kv_bytes_per_token=need.kv_bytes_per_token,
         context_tokens=need.context_tokens,
         compute_bytes=need.total_bytes - need.weights_bytes - need.kv_bytes,
         activation_bytes=header.embedding_length * ACTIVATION_BYTES_PER_EMBEDDING,

@@ -13,6 +13,7 @@ from meshnode.config import (
     LISTEN_DEFAULT,
     SLOTS_DEFAULT,
     Config,
+    KvType,
     LogLevel,
     Speculate,
 )
@@ -121,7 +122,19 @@ def node_options(command: F) -> F:
     "--slots",
     type=int,
     metavar="N",
-    help=f"Conversations kept at once per model. [default: {SLOTS_DEFAULT}]",
+    help=f"Requests answered at once per model. [default: {SLOTS_DEFAULT}]",
+)
+@click.option(
+    "--kv-type",
+    type=click.Choice(get_args(KvType)),
+    help="How conversations are kept in memory: q8_0 takes half of f16, and reads long prompts "
+    "more slowly. [default: f16]",
+)
+@click.option(
+    "--kv-spill",
+    metavar="SIZE",
+    help="Conversations that memory has no room for go to disk up to this, per model, such as "
+    "2GiB. [default: 0, none]",
 )
 @click.option(
     "--memory",

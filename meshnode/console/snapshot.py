@@ -39,6 +39,7 @@ class ModelSnapshot(Struct, frozen=True):
     prefill_tokens_per_s: float
     decode_tokens_per_s: float
     memory_bytes: int
+    saved_tokens: int = 0
     speculation: SpeculationSnapshot | None = None
 
 

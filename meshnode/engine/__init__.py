@@ -4,6 +4,10 @@ An engine runs one model. It knows tokens, sequences and KV caches; it knows not
 routing or HTTP. The parts, in data-flow order:
 
 * `scheduler.py`  sans-IO policy: waiting and running sequences in, the next batch out
+* `kv.py`         what the scheduler knows of the KV cache: slots, and the cells they share
+* `prefix.py`     its choices of what a sequence begins with, and `saved.py` of what is kept outside
+* `states.py`     what is kept outside, as bytes in memory and on disk
+* `prepare.py`    performs on the model what a batch wants changed first
 * `cells.py`      what stands for a picture among tokens
 * `llama.py`      mechanism: a loaded model, inside the child process; only it, `embedder.py`,
                   `vision.py` and `native.py`, which all need, import llama_cpp
@@ -302,7 +306,8 @@ class SpeculationStats:
 class EngineStats:
     """A frozen snapshot, cheap enough to take for every advert and status page.
 
-    `sessions` holds the session keys whose KV is kept, most recently used last.
+    `sessions` holds the session keys whose KV is kept, most recently used last; `saved_tokens` of
+    KV are outside of the cache, in memory or on disk.
     Rates are tokens per second, measured (0.0 before the first measurement).
     `speculation` is None if it is not wanted or the model cannot.
     """
@@ -320,6 +325,7 @@ class EngineStats:
     decode_tokens_per_s: float
     memory_bytes: int
     sessions: tuple[bytes, ...]
+    saved_tokens: int = 0
     speculation: SpeculationStats | None = None
 
 

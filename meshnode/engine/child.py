@@ -23,14 +23,16 @@ from pathlib import Path
 from typing import Literal, NoReturn
 
 from meshnode.engine import TokenLogprobs, Usage, wire
-from meshnode.engine.cores import usable_cores
+from meshnode.engine.cores import IdleCores, usable_cores
 from meshnode.engine.draft import DraftModel
 from meshnode.engine.llama import LlamaModel, Sampler, quantize_q4_0
 from meshnode.engine.pace import Rates, Threads
 from meshnode.engine.payoff import Speculation
+from meshnode.engine.prepare import prepare
 from meshnode.engine.reading import Reading, Readings, refuse_unsuitable
 from meshnode.engine.scheduler import Batch, Limits, Sampled, Scheduler
 from meshnode.engine.speculate import PromptLookup, verify
+from meshnode.engine.states import StateStore
 from meshnode.engine.text import AnswerText
 from meshnode.engine.vision import View
 from meshnode.errors import MeshnodeError, ModelLoadError, RequestError
@@ -41,6 +43,10 @@ READ_BYTES = 64 * 1024
 # Fresh enough for a status page, rare enough to cost nothing.
 STATUS_INTERVAL_S = 0.25
 PROGRESS_STEP = 0.01
+# Slots that only keep: sessions outlive their requests. 32 in all took 6 MB more than 4.
+SLOTS_KEPT = 24
+# llama.cpp's bound on sequences.
+SLOTS_MAX = 256
 EXIT_BUG = 1
 
 
@@ -165,12 +171,14 @@ class Child:
         model: LlamaModel,
         limits: Limits,
         threads: Threads,
+        states: StateStore,
         speculation: Speculation | None,
     ):
         self._pipe = pipe
         self._model = model
         self._limits = limits
         self._scheduler = Scheduler(limits, model.end_tokens)
+        self._states = states
         self._readings = Readings(model.embedder, limits.context_tokens, threads, pipe.send)
         self._inbox: queue.Queue[_Start | Reading | wire.Cancel] = queue.Queue(INBOX_MAX)
         # By sequence: a request has one for each choice.
@@ -179,6 +187,7 @@ class Child:
         # Requests of a batch that holds only prefill: if one is cancelled, it is worth aborting.
         self._abortable: frozenset[int] = frozenset()
         self._threads = threads
+        self._idle_cores = IdleCores()
         self._rates = Rates()
         self._speculation = speculation
         self._status_sent_at = 0.0
@@ -331,7 +340,6 @@ class Child:
         return self._scheduler.idle and not self._readings
 
     def _begin(self, start: _Start) -> None:
-        first = self._sequences + 1
         for index in range(len(start.samplers)):
             self._sequences += 1
             self._answers[self._sequences] = _Answer(start, index)
@@ -340,7 +348,6 @@ class Child:
                 start.session,
                 start.prompt,
                 start.max_tokens,
-                follows=first if index else None,
             )
 
     def _cancel(self, number: int) -> None:
@@ -361,8 +368,9 @@ class Child:
         return self._scheduler.plan(self._speculation.propose(self._scheduler.asks()))
 
     def _step(self, batch: Batch, started_at: float) -> None:
-        """Trim, copy, decode, sample, send."""
-        if not self._prepare(batch) or not batch.chunks:
+        """Change what the slots hold, decode, sample, send."""
+        whole = prepare(batch.changes, self._model, self._states, self._scheduler)
+        if not whole or not batch.chunks:
             return
         decoding = [chunk for chunk in batch.chunks if chunk.is_decode]
         prefill_tokens = batch.tokens - sum(len(chunk.tokens) for chunk in decoding)
@@ -383,7 +391,7 @@ class Child:
         draws, logprobs = self._draw(batch)
         pass_s = time.perf_counter() - started_at
         if batch.view is None:  # what a picture takes says nothing about tokens
-            threads.observe(cpu_s, wall_s)
+            threads.observe(cpu_s, wall_s, self._idle_cores.lately())
             self._rates.observe(prefill_tokens, len(draws) if decoding else 0, pass_s)
             if self._speculation is not None:
                 self._speculation.observe(batch, draws, pass_s)
@@ -403,14 +411,6 @@ class Child:
             return self._model.decode(batch)
         (chunk,) = batch.chunks
         return self._model.decode_view(chunk, self._answers[chunk.sequence].views[batch.view])
-
-    def _prepare(self, batch: Batch) -> bool:
-        """False if some slot lost all its KV, so that the batch must be planned anew."""
-        lost = [trim.slot for trim in batch.trims if not self._model.trim(trim)]
-        lost += [copy.slot for copy in batch.copies if not self._model.copy(copy)]
-        for slot in lost:
-            self._scheduler.forget(slot)
-        return not lost
 
     def _rewind(self, batch: Batch) -> None:
         """After an aborted decode: every slot back to where the batch found it."""
@@ -479,6 +479,7 @@ class Child:
                 prefill_tokens_per_s=self._rates.prefill_tokens_per_s,
                 decode_tokens_per_s=self._rates.decode_tokens_per_s,
                 memory_bytes=_resident_bytes(),
+                saved_tokens=load.saved_tokens,
                 sessions=load.sessions,
                 speculation=None if self._speculation is None else self._speculation.stats(),
             )
@@ -501,6 +502,8 @@ def serve() -> None:
             load.path,
             context_tokens=load.context_tokens,
             slots=load.slots,
+            slots_kept=min(SLOTS_KEPT, SLOTS_MAX - load.slots),
+            kv_type=load.kv_type,
             threads=threads_max,
             on_progress=_Progress(pipe),
             projector=load.projector,
@@ -509,13 +512,19 @@ def serve() -> None:
     except MeshnodeError as error:
         pipe.send(wire.LoadFailed(str(error)))
         return
+    spill_dir = None if load.spill_dir is None else Path(load.spill_dir)
+    states = StateStore(spill_dir, load.kv_bytes_per_token)
     limits = Limits(
         slots=load.slots,
         context_tokens=model.context_tokens,
         kv_tokens=model.context_tokens,
         waiting_max=load.waiting_max,
+        slots_kept=model.slots_kept,
+        saved_tokens=load.saved_bytes // states.bytes_per_token,
+        spilled_tokens=load.spilled_bytes // states.bytes_per_token,
+        copies=model.can_rewind,
     )
-    child = Child(pipe, model, limits, threads, speculation)
+    child = Child(pipe, model, limits, threads, states, speculation)
     threading.Thread(target=child.read, args=(frames,), daemon=True).start()
     pipe.send(wire.Ready(model.context_tokens))
     child.run()

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from meshnode.engine import Sampling
 from meshnode.engine.llama import DecodeError, LlamaModel
 from meshnode.engine.pace import Threads
+from meshnode.engine.prepare import prepare
 from meshnode.engine.scheduler import (
     PREFILL_TOKENS_BESIDE_DECODE_MAX,
     Batch,
@@ -20,6 +21,7 @@ from meshnode.engine.scheduler import (
     Scheduler,
 )
 from meshnode.engine.speculate import PROPOSED_TOKENS_MAX, Ask
+from meshnode.engine.states import StateStore
 from meshnode.errors import ModelLoadError
 
 # One pass to read what is new, one for each further token. A sequence that has more to read (a
@@ -51,6 +53,7 @@ class DraftModel:
         chunk = PREFILL_TOKENS_BESIDE_DECODE_MAX
         limits = Limits(slots, tokens, tokens, 0, chunk, chunk)
         self._scheduler = Scheduler(limits, model.end_tokens)
+        self._states = StateStore(None, 0)  # nothing of a draft is worth saving
         self._sampler = model.sampler(Sampling(temperature=0))
 
     def propose(self, asks: Sequence[Ask]) -> dict[int, tuple[int, ...]]:
@@ -74,9 +77,7 @@ class DraftModel:
         return {sequence: tuple(tokens) for sequence, tokens in proposals.items() if tokens}
 
     def _decode(self, batch: Batch) -> list[int]:
-        trimmed = all(self._model.trim(trim) for trim in batch.trims)
-        copied = all(self._model.copy(copy) for copy in batch.copies)
-        if not (trimmed and copied):
+        if not prepare(batch.changes, self._model, self._states, self._scheduler):
             raise DecodeError("the draft model lost its KV cache")
         if not batch.chunks:
             return []

@@ -30,7 +30,7 @@ from meshnode.engine import (
     Usage,
     images_of,
 )
-from meshnode.engine.scheduler import common_prefix
+from meshnode.engine.kv import common_prefix
 from meshnode.engine.text import AnswerText
 from meshnode.errors import (
     ContextLengthError,

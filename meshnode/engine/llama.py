@@ -26,6 +26,7 @@ from typing import Any, Self
 import llama_cpp.llama_cpp as _llama
 import numpy as np
 
+from meshnode.config import KvType
 from meshnode.engine import (
     GRAMMAR_BYTES_MAX,
     PENALTY_TOKENS_MAX,
@@ -67,6 +68,8 @@ _LOG_ERROR = re.compile(
 )
 # llama_ftype of Q4_0, the only 4-bit type that is repacked for fast matrix products on x86.
 _FTYPE_Q4_0 = 2
+# ggml_type of what a KV cache may be made of besides f16.
+_GGML_TYPES = {"q8_0": 8}
 # What llama_decode returns.
 _DECODED = 0
 _ABORTED = 2
@@ -287,13 +290,14 @@ class LlamaModel:
         *,
         context_tokens: int,
         slots: int,
+        slots_kept: int = 0,
+        kv_type: KvType = "f16",
         threads: int,
         on_progress: Callable[[float], None],
         projector: str | None = None,
     ) -> None:
-        """Load; blocks. `projector`: the mmproj file of a model that can see.
-
-        Raises `ModelLoadError`.
+        """Load; blocks. `slots` compute, `slots_kept` more hold KV; `projector` is the mmproj file
+        of a model that can see. Raises `ModelLoadError`.
         """
         _llama.llama_log_set(_log.callback, ctypes.c_void_p(0))
         _llama.llama_backend_init()
@@ -303,10 +307,16 @@ class LlamaModel:
         self._model = self._load_model(path, on_progress)
         self._embedder: Embedder | None = None
         self.end_tokens: frozenset[int] = frozenset()
-        self._is_recurrent = False
         try:
             self._vocabulary = _checked(_llama.llama_model_get_vocab(self._model), path, "vocab")
             self.context_tokens = context_tokens
+            # A recurrent model's state is that of its last token: it cannot go back to a prefix,
+            # nor copy one, and each slot takes memory of its own.
+            self.can_rewind = not (
+                _llama.llama_model_is_recurrent(self._model)
+                or _llama.llama_model_is_hybrid(self._model)
+            )
+            self.slots_kept = slots_kept if self.can_rewind else 0
             if _llama.llama_model_has_encoder(self._model):
                 raise ModelLoadError(f"{path}: encoder models cannot generate text here")
             if _llama.llama_model_is_diffusion(self._model):
@@ -315,17 +325,13 @@ class LlamaModel:
             if self._embedder.is_purpose:
                 on_progress(1.0)
                 return
-            self._context = self._make_context(path, slots, threads)
+            self._context = self._make_context(path, slots, threads, kv_type)
             self._memory = _checked(_llama.llama_get_memory(self._context), path, "KV cache")
             self.vocabulary_size = int(_llama.llama_vocab_n_tokens(self._vocabulary))
             self.end_tokens = frozenset(
                 token
                 for token in range(self.vocabulary_size)
                 if _llama.llama_vocab_is_eog(self._vocabulary, token)
-            )
-            self._is_recurrent = bool(
-                _llama.llama_model_is_recurrent(self._model)
-                or _llama.llama_model_is_hybrid(self._model)
             )
             self._bos = int(_llama.llama_vocab_bos(self._vocabulary))
             self._add_bos = bool(_llama.llama_vocab_get_add_bos(self._vocabulary))
@@ -356,17 +362,26 @@ class LlamaModel:
         params.progress_callback = progress
         return _checked(_llama.llama_model_load_from_file(os.fsencode(path), params), path, "model")
 
-    def _make_context(self, path: str, slots: int, threads: int) -> Any:
+    def _make_context(self, path: str, slots: int, threads: int, kv_type: KvType) -> Any:
         params = _llama.llama_context_default_params()
         params.n_ctx = self.context_tokens
         # One batch is one compute pass, so an aborted batch leaves nothing in the KV cache.
         params.n_batch = params.n_ubatch = max(PREFILL_TOKENS_MAX, slots)
-        params.n_seq_max = slots
+        params.n_seq_max = slots + self.slots_kept
         params.n_threads = params.n_threads_batch = threads
         params.kv_unified = True
         params.swa_full = True  # a kept prefix can only be reused if no layer forgot it
         params.no_perf = True
-        context = _checked(_llama.llama_init_from_model(self._model, params), path, "context")
+        if kv_type != "f16":
+            params.type_k = params.type_v = _GGML_TYPES[kv_type]
+            # Only flash attention reads such values; chosen automatically, it might not be.
+            params.flash_attn_type = _llama.LLAMA_FLASH_ATTN_TYPE_ENABLED
+        context = _llama.llama_init_from_model(self._model, params)
+        if not context and kv_type != "f16":
+            raise ModelLoadError(
+                f"{path}: llama.cpp cannot keep this model's KV cache as {kv_type}; use f16."
+            )
+        _checked(context, path, "context")
         # llama.cpp may round the context up; our arithmetic keeps to what was asked for.
         if _llama.llama_n_ctx(context) < self.context_tokens:
             _llama.llama_free(context)
@@ -453,11 +468,6 @@ class LlamaModel:
     def embedder(self) -> Embedder:
         assert self._embedder is not None  # only while it is being loaded
         return self._embedder
-
-    @property
-    def can_rewind(self) -> bool:
-        """Whether KV can be trimmed to a prefix; a recurrent model only has its last state."""
-        return not self._is_recurrent
 
     def vocabulary_digest(self) -> bytes:
         """Equal for models whose tokens mean the same: texts, kinds and special tokens."""
@@ -633,17 +643,32 @@ class LlamaModel:
         self._positions.trim(trim.slot, 0)
         return False
 
-    def copy(self, copy: Copy) -> bool:
-        """Share a slot's KV with another; False if this model cannot, and the copy is empty.
-
-        A recurrent model's state is that of its last token; there is no copy of a beginning.
-        """
-        if self._is_recurrent:
-            return False
+    def copy(self, copy: Copy) -> None:
+        """Share a slot's KV with another; only if the model `can_rewind`."""
         end = self._positions.of(copy.source, copy.tokens)
         _llama.llama_memory_seq_cp(self._memory, copy.source, copy.slot, 0, end)
         self._positions.copy(copy.source, copy.slot, copy.tokens)
-        return True
+
+    def save(self, slot: int, bytes_max: int) -> bytearray | None:
+        """The KV of a slot, for `restore`; None if it is larger than it should be, or if pictures
+        in it take fewer positions than cells, which a state does not say."""
+        size = _llama.llama_state_seq_get_size(self._context, slot)
+        if not 0 < size <= bytes_max or self._positions.are_moved(slot):
+            return None
+        state = bytearray(size)
+        cells = (ctypes.c_uint8 * size).from_buffer(state)
+        if _llama.llama_state_seq_get_data(self._context, cells, size, slot) != size:
+            raise DecodeError(f"the KV of slot {slot} cannot be read")
+        return state
+
+    def restore(self, slot: int, state: bytearray) -> bool:
+        """Put a state that nobody has touched into an empty slot; False if there is no room.
+
+        llama.cpp finds a wrong length and another model's, but not a flipped bit.
+        """
+        cells = (ctypes.c_uint8 * len(state)).from_buffer(state)
+        read = _llama.llama_state_seq_set_data(self._context, cells, len(state), slot)
+        return bool(read == len(state))
 
     def decode(self, batch: Batch) -> bool:
         """Compute a batch of tokens; False if `abort` stopped it, then trim its slots to where

@@ -6,9 +6,12 @@ is kinder. Also decides how much of the memory a mesh may plan with; does not kn
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 
+from meshnode.config import KvType
 from meshnode.errors import ConfigError, ModelLoadError
 from meshnode.models.gguf import GgufHeader, ProjectorHeader
 
@@ -17,6 +20,12 @@ RUNTIME_BYTES = 128 * 1024**2
 # Activations of one compute pass: 512 tokens of about 16 float32 vectors of the embedding's size.
 COMPUTE_STEP_TOKENS = 512
 COMPUTE_BYTES_PER_EMBEDDING = COMPUTE_STEP_TOKENS * 16 * 4
+# A block of 32 values takes 34 bytes as q8_0 and 64 as f16.
+KV_TYPE_BYTES_PER_F16 = {"f16": Fraction(1), "q8_0": Fraction(34, 64)}
+# What was preempted, evicted or put aside may take this part of the cache's size outside of it, and
+# no more than this: all of it, since prompts are computed faster while idle sessions are not there.
+SAVED_PART = 1
+SAVED_BYTES_MAX = 256 * 1024**2
 LOGIT_BYTES = 4
 # The largest picture while it is decoded, scaled and cut: about 16 million pixels, 4 bytes, twice.
 PICTURE_BYTES = 128 * 1024**2
@@ -34,15 +43,24 @@ class MemoryNeed:
     """Bytes by purpose."""
 
     weights_bytes: int
-    kv_bytes: int
+    kv_bytes_per_token: int
     compute_bytes: int
     context_tokens: int
     draft_bytes: int = 0
     vision_bytes: int = 0
 
     @property
+    def kv_bytes(self) -> int:
+        return self.kv_bytes_per_token * self.context_tokens
+
+    @property
+    def saved_bytes(self) -> int:
+        """KV outside of the cache, at most."""
+        return min(self.kv_bytes // SAVED_PART, SAVED_BYTES_MAX)
+
+    @property
     def total_bytes(self) -> int:
-        own_bytes = self.weights_bytes + self.kv_bytes + self.compute_bytes
+        own_bytes = self.weights_bytes + self.kv_bytes + self.saved_bytes + self.compute_bytes
         return own_bytes + self.draft_bytes + self.vision_bytes + RUNTIME_BYTES
 
     def __str__(self) -> str:
@@ -50,7 +68,8 @@ class MemoryNeed:
         vision = f"{_mib(self.vision_bytes)} vision + " if self.vision_bytes else ""
         return (
             f"{_mib(self.weights_bytes)} weights + {_mib(self.kv_bytes)} KV cache for "
-            f"{self.context_tokens} tokens + {_mib(self.compute_bytes)} compute buffers + "
+            f"{self.context_tokens} tokens + {_mib(self.saved_bytes)} saved KV + "
+            f"{_mib(self.compute_bytes)} compute buffers + "
             f"{draft}{vision}{_mib(RUNTIME_BYTES)} runtime = {_mib(self.total_bytes)}"
         )
 
@@ -83,9 +102,12 @@ def memory_need(
     context_tokens: int,
     draft: GgufHeader | None = None,
     projector: ProjectorHeader | None = None,
+    *,
+    kv_type: KvType = "f16",
 ) -> MemoryNeed:
     """What an engine for this file would use, with its draft model and its projector; rounded up
-    rather than down."""
+    rather than down. The draft model's cache is f16.
+    """
     vision_bytes = 0
     if projector is not None:
         vision_bytes = projector.weights_bytes + projector.compute_bytes + PICTURE_BYTES
@@ -95,7 +117,7 @@ def memory_need(
         draft_bytes = beside.weights_bytes + beside.kv_bytes + beside.compute_bytes
     return MemoryNeed(
         weights_bytes=header.weights_bytes,
-        kv_bytes=header.kv_bytes_per_token * context_tokens,
+        kv_bytes_per_token=math.ceil(header.kv_bytes_per_token * KV_TYPE_BYTES_PER_F16[kv_type]),
         compute_bytes=header.embedding_length * COMPUTE_BYTES_PER_EMBEDDING,
         context_tokens=context_tokens,
         draft_bytes=draft_bytes,

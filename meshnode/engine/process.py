@@ -20,6 +20,7 @@ from typing import Literal, Self
 
 import trio
 
+from meshnode.config import KvType
 from meshnode.engine import (
     IMAGES_BYTES_MAX,
     Delta,
@@ -34,6 +35,7 @@ from meshnode.engine import (
     wire,
 )
 from meshnode.engine.memory import (
+    MemoryNeed,
     available_bytes,
     check_fits,
     context_for,
@@ -70,10 +72,12 @@ READ_BYTES = 64 * 1024
 LOG_LINES_MAX = 20
 LOG_LINE_CHARS_MAX = 300
 
-# libgomp's threads spin at barriers by default; on a busy machine that is three times slower
-# than sleeping. ggml would start a debugger for a backtrace when it aborts.
+# libgomp's threads spin at barriers for milliseconds by default, which burns a core between steps
+# and stalls a busy machine. About 0.2 ms outlasts the barriers inside a step, where sleeping would
+# cost a third of the speed; that nobody spins for a thread that cannot run is up to `pace.py`.
+# ggml would start a debugger for a backtrace when it aborts.
 CHILD_ENVIRONMENT = {
-    "GOMP_SPINCOUNT": "0",
+    "GOMP_SPINCOUNT": "10000",
     "GGML_NO_BACKTRACE": "1",
     "OPENBLAS_NUM_THREADS": "1",
     "PYTHONUNBUFFERED": "1",
@@ -83,13 +87,16 @@ CHILD_ENVIRONMENT = {
 @dataclass(frozen=True, slots=True)
 class EngineOptions:
     """How to run a model. None: the smaller of the trained context and the default; threads as
-    many as pays. `draft` is the file of the model that guesses, if one does, `projector` the mmproj
-    file of a model that can see."""
+    many as pays; no directory, so no KV is spilled to disk. `draft` is the file of the model that
+    guesses, if one does, `projector` the mmproj file of a model that can see."""
 
     context_tokens: int | None = None
     slots: int = SLOTS_DEFAULT
     waiting_max: int = WAITING_MAX_DEFAULT
     threads: int | None = None
+    kv_type: KvType = "f16"
+    kv_spill_bytes: int = 0
+    kv_spill_dir: Path | None = None
     speculate: Speculate = "off"
     draft: Path | None = None
     projector: Path | None = None
@@ -272,6 +279,7 @@ class EngineProcess:
             decode_tokens_per_s=status.decode_tokens_per_s,
             memory_bytes=status.memory_bytes,
             sessions=status.sessions,
+            saved_tokens=status.saved_tokens,
             speculation=status.speculation,
         )
 
@@ -363,8 +371,7 @@ class EngineProcess:
                 self._set_state("loading")
                 started_at = trio.current_time()
                 try:
-                    await self._check_file()
-                    await self._run_child()
+                    await self._run_child(await self._check_file())
                 except ModelLoadError as error:
                     self._set_state("failed", str(error))
                     return
@@ -394,21 +401,22 @@ class EngineProcess:
         self._changed.set()
         self._changed = trio.Event()
 
-    async def _check_file(self) -> None:
-        """Raises `ModelLoadError` for what can be known without loading."""
+    async def _check_file(self) -> MemoryNeed:
+        """What loading takes. Raises `ModelLoadError` for what can be known without it."""
         self._progress = 0.0
         header = await trio.to_thread.run_sync(read_header, self._card.path)
         context_tokens = context_for(self._card.path, header, self._options.context_tokens)
         draft = await read_draft_header(self._options)
         eyes = await read_eyes(self._options)
-        need = memory_need(header, context_tokens, draft, eyes)
+        need = memory_need(header, context_tokens, draft, eyes, kv_type=self._options.kv_type)
         check_fits(self._card.path, need, available_bytes())
         self._context_tokens = context_tokens
         if draft is not None:
             draft_tokens = draft_context(draft, context_tokens)
             self._draft = wire.Draft(str(self._options.draft), draft_tokens)
+        return need
 
-    async def _run_child(self) -> None:
+    async def _run_child(self, need: MemoryNeed) -> None:
         """Start a child and serve it to its end. Raises `ModelLoadError` or `_ChildDiedError`."""
         process = await trio.lowlevel.open_process(
             [sys.executable, "-P", "-m", "meshnode.engine.child"],
@@ -427,7 +435,7 @@ class EngineProcess:
             # the request before may still be there, having crossed with its Done.
             queued_max = 3 * (self._options.slots + self._options.waiting_max) + 1
             self._outbox, outgoing = trio.open_memory_channel[bytes](queued_max)
-            self._outbox.send_nowait(wire.encode(self._load_frame()))
+            self._outbox.send_nowait(wire.encode(self._load_frame(need)))
             assert process.stdin is not None
             assert process.stdout is not None
             assert process.stderr is not None
@@ -452,7 +460,8 @@ class EngineProcess:
             raise ModelLoadError(load_error)
         raise _ChildDiedError(why, was_ready)
 
-    def _load_frame(self) -> wire.Load:
+    def _load_frame(self, need: MemoryNeed) -> wire.Load:
+        spill_dir = self._options.kv_spill_dir
         return wire.Load(
             path=self._card.path,
             context_tokens=self._context_tokens,
@@ -460,6 +469,11 @@ class EngineProcess:
             waiting_max=self._options.waiting_max,
             threads=self._options.threads,
             projector=None if self._options.projector is None else str(self._options.projector),
+            kv_type=self._options.kv_type,
+            kv_bytes_per_token=need.kv_bytes_per_token,
+            saved_bytes=need.saved_bytes,
+            spilled_bytes=self._options.kv_spill_bytes if spill_dir is not None else 0,
+            spill_dir=None if spill_dir is None else str(spill_dir),
             speculate=self._options.speculate,
             draft=self._draft,
         )

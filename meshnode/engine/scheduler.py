@@ -9,17 +9,21 @@ is a lane of the KV cache: the list of tokens that have been computed there. A r
 owns one slot, and what is left to compute is simply the tokens beyond the slot's. With one token
 left it is decoding, with more it is in prefill; after a preemption it is in prefill again, over
 prompt and answer alike. A slot whose sequence ended keeps its tokens, so the next turn of the
-conversation computes only what is new.
+conversation computes only what is new. There are more slots than sequences may run, because
+conversations pause.
 
-All slots share one pool of `kv_tokens` cells. The oldest sequence can always get room by evicting
-idle slots and preempting others, and any sequence fits the pool alone, so every request ends.
+A sequence begins with the longest prefix that any slot has (`prefix.py`). If an older one is just
+computing a longer one, it waits for that and then copies it, others passing it meanwhile: the
+prompt that `n` choices or many sessions have in common is computed once.
 
 Where a sequence shows a picture, it has cells instead of tokens (`cells.py`). A view is computed
 whole and alone, so it is a batch of its own; what others have to compute comes between two views.
 
-A sequence may *follow* another that has the same prompt. It waits until its leader has computed
-that, others passing it meanwhile, and begins with a copy of the leader's slot. The copy shares its
-cells with the original; they are counted twice here, which errs on the safe side.
+All slots share one pool of `kv_tokens` cells, and a copy shares the cells of its original.
+`kv.py` counts each once, exactly as llama.cpp does, so a batch that is planned has room. The
+oldest sequence can always get room by evicting idle slots and preempting others, and any sequence
+fits the pool alone, so every request ends. What is evicted may be saved outside (`saved.py`), and
+is restored rather than computed again.
 
 A decoding sequence may have *proposals* (`speculate.py`) behind its one token. They are computed
 with it, and those that turn out not to be what the sequence draws are no part of its slot: once
@@ -34,8 +38,9 @@ from dataclasses import dataclass, replace
 from itertools import takewhile
 from typing import Literal
 
-from meshnode.engine import Usage
+from meshnode.engine import Usage, prefix, saved
 from meshnode.engine.cells import stretch, view_at
+from meshnode.engine.kv import KvPool, Slot, common_prefix
 from meshnode.engine.speculate import PROPOSED_TOKENS_MAX, Ask, judge
 from meshnode.errors import ContextLengthError, EngineBusyError
 
@@ -43,6 +48,9 @@ from meshnode.errors import ContextLengthError, EngineBusyError
 PREFILL_TOKENS_MAX = 512
 # Beside running answers a smaller chunk is used: their next token waits for the whole batch.
 PREFILL_TOKENS_BESIDE_DECODE_MAX = 128
+# Prompts of so many tokens are computed faster if idle sessions are put aside first: beside 5600
+# idle tokens, 512 cost 2.3 times the CPU time, 0.6 µs for each token of theirs and each of those.
+PUT_ASIDE_FOR_TOKENS_MIN = 128
 # A sequence is admitted only if every running one could still grow by this much; it keeps a
 # nearly full cache from admitting what it must preempt a few steps later.
 ADMIT_HEADROOM_TOKENS = 64
@@ -50,11 +58,21 @@ ADMIT_HEADROOM_TOKENS = 64
 PROPOSED_IN_BATCH_MAX = 32
 # What a refused client is told to wait: the order of one short answer.
 BUSY_RETRY_AFTER_S = 2.0
+# A sequence waits for another's prefill if that spares it so many tokens. A step for itself costs
+# as much as three of them.
+AWAITED_TOKENS_MIN = 8
+# A state is restored if it has so many tokens more than a slot: it takes cells of its own.
+RESTORED_TOKENS_MIN = 64
 
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """Sizes in tokens, all at least 1; `kv_tokens` is shared by all slots."""
+    """Sizes in tokens; `kv_tokens` is shared by all slots.
+
+    `slots` sequences run at once, and `slots_kept` more slots only keep histories. States of
+    `saved_tokens` in memory and `spilled_tokens` on disk may be outside of the cache. `copies`
+    False: the model's memory has no beginnings that could be kept, copied or saved.
+    """
 
     slots: int
     context_tokens: int
@@ -62,6 +80,10 @@ class Limits:
     waiting_max: int
     prefill_tokens: int = PREFILL_TOKENS_MAX
     prefill_tokens_beside_decode: int = PREFILL_TOKENS_BESIDE_DECODE_MAX
+    slots_kept: int = 0
+    saved_tokens: int = 0
+    spilled_tokens: int = 0
+    copies: bool = True
 
     def __post_init__(self) -> None:
         if self.context_tokens > self.kv_tokens:
@@ -92,6 +114,9 @@ class Copy:
     source: int
     slot: int
     tokens: int
+
+
+Change = Trim | Copy | saved.Change | saved.Restore
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,14 +157,13 @@ class Chunk:
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """One step. `trims`, then `copies`, come first and stand even if the decode is aborted.
+    """One step. `changes` come first, in this order, and stand even if the decode is aborted.
 
-    A batch with copies has no chunks: nothing may evict a slot between its copy and its use.
+    A batch that copies or restores has no chunks: nothing is built on what may yet fail.
     """
 
-    trims: tuple[Trim, ...]
+    changes: tuple[Change, ...]
     chunks: tuple[Chunk, ...]
-    copies: tuple[Copy, ...] = ()
 
     @property
     def tokens(self) -> int:
@@ -210,14 +234,15 @@ class Load:
     slots_busy: int
     waiting: int
     kv_tokens_free: int
+    saved_tokens: int
     sessions: tuple[bytes, ...]
 
 
 class _Sequence:
     """A request on its way: `tokens` is the prompt, then the answer so far."""
 
-    __slots__ = ("arrival", "cached_tokens", "follows", "id", "is_prefilled", "length_max",
-                 "prompt_tokens", "session", "shows_pictures", "slot", "tokens")  # fmt: skip
+    __slots__ = ("arrival", "cached_tokens", "id", "length_max", "prompt_tokens", "session",
+                 "shows_pictures", "slot", "tokens")  # fmt: skip
 
     def __init__(
         self, number: int, session: bytes, prompt: Sequence[int], length_max: int, arrival: int
@@ -230,14 +255,7 @@ class _Sequence:
         self.length_max = length_max
         self.arrival = arrival
         self.cached_tokens: int | None = None
-        self.slot: _Slot | None = None
-        self.follows: _Sequence | None = None
-        # Its followers need not wait any more: the prompt was computed once, or never will be.
-        self.is_prefilled = False
-
-    @property
-    def is_ready(self) -> bool:
-        return self.follows is None or self.follows.is_prefilled
+        self.slot: Slot | None = None
 
     def usage(self) -> Usage:
         return Usage(
@@ -247,26 +265,15 @@ class _Sequence:
         )
 
 
-class _Slot:
-    """A lane of the KV cache: `tokens` are computed; `used` orders slots by last use."""
-
-    __slots__ = ("number", "sequence", "session", "tokens", "used")
-
-    def __init__(self, number: int) -> None:
-        self.number = number
-        self.tokens: list[int] = []
-        self.session = b""
-        self.sequence: _Sequence | None = None
-        self.used = 0
-
-
 class Scheduler:
     """See the module's theory of operation. Not thread-safe; one owner steps it."""
 
     def __init__(self, limits: Limits, end_tokens: frozenset[int]) -> None:
         self.limits = limits
         self._end_tokens = end_tokens
-        self._slots = [_Slot(number) for number in range(limits.slots)]
+        self._pool = KvPool(limits.kv_tokens, limits.slots + limits.slots_kept)
+        self._slots = self._pool.slots
+        self._saved = saved.SavedStates(limits.saved_tokens, limits.spilled_tokens)
         self._waiting: deque[_Sequence] = deque()
         self._sequences: dict[int, _Sequence] = {}
         self._arrivals = 0
@@ -281,12 +288,9 @@ class Scheduler:
         session: bytes,
         prompt: Sequence[int],
         max_tokens: int | None,
-        *,
-        follows: int | None = None,
     ) -> None:
         """Queue a prompt under a number that is not in use. It ends in a token, not in a picture.
 
-        `follows` is the number of a sequence with the same prompt.
         Raises `ContextLengthError` if it can never fit, `EngineBusyError` if the queue is full.
         """
         if sequence in self._sequences:
@@ -305,7 +309,6 @@ class Scheduler:
             length_max = len(prompt) + max_tokens
         self._arrivals += 1
         entry = _Sequence(sequence, session, prompt, length_max, self._arrivals)
-        entry.follows = None if follows is None else self._sequences.get(follows)
         self._sequences[sequence] = entry
         self._waiting.append(entry)
 
@@ -333,31 +336,33 @@ class Scheduler:
         The KV counts as computed only after `commit`; without it (the decode was aborted), the
         next `plan` covers the same tokens again.
         """
-        trims, copies = self._admit()
-        if copies:
-            return Batch(tuple(trims), (), tuple(copies))
+        changes = self._admit()
+        if any(isinstance(change, Copy | saved.Restore) for change in changes):
+            return Batch(tuple(changes), ())
         planned: dict[int, Chunk] = {}
         running = self._running()
         viewing = [entry for entry in running if _is_at_view(entry)]
         if viewing and not (self._viewed and len(viewing) < len(running)):
             for entry in viewing:
-                if self._plan_chunk(entry, _pending(entry), planned, trims):
+                if self._plan_chunk(entry, _pending(entry), planned, changes):
                     self._viewed = True
-                    return Batch(tuple(trims), tuple(planned.values()))
+                    return Batch(tuple(changes), tuple(planned.values()))
         self._viewed = False
         running = [entry for entry in self._running() if not _is_at_view(entry)]
         decoding = [entry for entry in running if _pending(entry) == 1]
         prefilling = [entry for entry in running if _pending(entry) > 1]
+        if sum(map(_pending, prefilling)) >= PUT_ASIDE_FOR_TOKENS_MIN:
+            changes += self._put_aside()
         for entry in decoding:
-            self._plan_chunk(entry, 1, planned, trims)
+            self._plan_chunk(entry, 1, planned, changes)
         if proposals:
             self._add_proposals(proposals, planned)
         budget = self.limits.prefill_tokens_beside_decode if planned else self.limits.prefill_tokens
         for entry in prefilling:
-            budget -= self._plan_chunk(entry, budget, planned, trims)
+            budget -= self._plan_chunk(entry, budget, planned, changes)
         if not planned:
             return None
-        return Batch(tuple(trims), tuple(planned.values()))
+        return Batch(tuple(changes), tuple(planned.values()))
 
     def commit(self, batch: Batch, sampled: Sequence[int]) -> list[Sampled]:
         """Record a decoded batch; `sampled` has one token per chunk that wanted logits, and one
@@ -365,31 +370,40 @@ class Scheduler:
         results = []
         for chunk, drawn in batch.drawn(sampled):
             slot = self._slots[chunk.slot]
-            entry = slot.sequence
-            if entry is None or entry.id != chunk.sequence or len(slot.tokens) != chunk.start:
+            if slot.owner != chunk.sequence or len(slot.tokens) != chunk.start:
                 raise ValueError(f"slot {chunk.slot} changed between plan and commit")
-            slot.tokens.extend(chunk.tokens[: _standing(chunk, drawn)])
+            entry = self._sequences[chunk.sequence]
+            self._pool.extend(slot, chunk.tokens[: _standing(chunk, drawn)])
             self._touch(slot)
             results += [self._accept(entry, token) for token in drawn]
         return results
 
     def forget(self, slot: int) -> None:
-        """The KV of a slot turned out not to be trimmable: it is all gone."""
-        self._slots[slot].tokens.clear()
-        entry = self._slots[slot].sequence
-        if entry is not None and len(entry.tokens) == entry.prompt_tokens:
-            entry.cached_tokens = 0
+        """The KV of a slot could not be trimmed, or not be restored: it is all gone."""
+        lost = self._slots[slot]
+        self._pool.trim(lost, 0)
+        lost.is_pinned = False
+        if lost.owner is not None:
+            entry = self._sequences[lost.owner]
+            if len(entry.tokens) == entry.prompt_tokens:
+                entry.cached_tokens = 0
+
+    def lose(self, key: int) -> None:
+        """State `key` could not be saved or spilled."""
+        self._saved.lose(key)
 
     def load(self) -> Load:
         """How full it is now; sessions with kept KV, most recently used last."""
         running = self._running()
         kept = sorted((slot for slot in self._slots if slot.tokens), key=lambda slot: slot.used)
+        names = self._saved.sessions() + [slot.session for slot in kept]
         # A later use of the same session moves it to the end.
-        sessions = {slot.session: None for slot in reversed(kept) if slot.session}
+        sessions = {session: None for session in reversed(names) if session}
         return Load(
             slots_busy=len(running),
             waiting=len(self._waiting),
-            kv_tokens_free=self.limits.kv_tokens - sum(len(entry.tokens) for entry in running),
+            kv_tokens_free=self.limits.kv_tokens - self._claimed(),
+            saved_tokens=self._saved.tokens,
             sessions=tuple(reversed(sessions)),
         )
 
@@ -400,48 +414,120 @@ class Scheduler:
 
     # -- admission -----------------------------------------------------------------------------
 
-    def _admit(self) -> tuple[list[Trim], list[Copy]]:
+    def _admit(self) -> list[Change]:
         """Give slots to waiting sequences, first come first served, while the KV allows it."""
-        trims: list[Trim] = []
-        copies: list[Copy] = []
-        while ready := [entry for entry in self._waiting if entry.is_ready]:
-            entry = ready[0]
-            idle = [slot for slot in self._slots if slot.sequence is None]
-            if not idle or not self._fits(entry):
+        changes: list[Change] = []
+        places = self.limits.slots - len(self._running())
+        for entry in list(self._waiting)[:places]:
+            start = prefix.beginning(
+                self._slots, entry.tokens, entry.session, copies=self.limits.copies
+            )
+            state, common = self._saved.best(entry.tokens[:-1])
+            if common < start.keep + RESTORED_TOKENS_MIN:
+                state = None
+            if self._may_wait(entry, start.keep if state is None else common):
+                continue
+            if not self._fits(entry, start, state):
                 break
             self._waiting.remove(entry)
-            source = entry.follows.slot if entry.follows is not None else None
-            slot, common = _choose_slot(entry, idle)
-            shared = common_prefix(source.tokens, entry.tokens) if source is not None else 0
-            shared = min(shared, len(entry.tokens) - 1)
-            if source is not None and shared > common:
-                if slot.tokens:
-                    trims.append(Trim(slot.number, 0))
-                slot.tokens, common = source.tokens[:shared], shared
-                copies.append(Copy(source.number, slot.number, shared))
-            # The last token is always computed: its logits give the next one.
-            keep = min(common, len(entry.tokens) - 1)
-            if keep < len(slot.tokens):
-                trims.append(Trim(slot.number, keep))
-                del slot.tokens[keep:]
-            slot.sequence, slot.session, entry.slot = entry, entry.session, slot
-            if entry.cached_tokens is None:
-                entry.cached_tokens = keep
-            self._touch(slot)
-        return trims, copies
+            if state is not None:
+                changes += self._restore(entry, start.slot, state, common)
+                break
+            changes += self._begin(entry, start)
+            if any(isinstance(change, Copy) for change in changes):
+                break
+        return changes
 
-    def _fits(self, entry: _Sequence) -> bool:
-        running = self._running()
+    def _may_wait(self, entry: _Sequence, known: int) -> bool:
+        """Whether an older sequence in prefill will have more of its prefix than is `known`.
+
+        Prefill goes by age, so that one's is done before this one's would begin.
+        """
+        return self.limits.copies and any(
+            _pending(other) > 1
+            and other.arrival < entry.arrival
+            and common_prefix(other.tokens, entry.tokens[:-1]) >= known + AWAITED_TOKENS_MIN
+            for other in self._running()
+        )
+
+    def _begin(self, entry: _Sequence, start: prefix.Beginning) -> list[Change]:
+        slot, changes = start.slot, list[Change]()
+        if start.source is slot:
+            if start.keep < len(slot.tokens):
+                changes.append(self._trim(slot, start.keep))
+        else:
+            changes += self._evict(slot)
+            if start.source is not None:
+                self._pool.copy(start.source, slot, start.keep)
+                changes.append(Copy(start.source.number, slot.number, start.keep))
+        self._occupy(entry, slot)
+        return changes + self._pin(entry)
+
+    def _restore(self, entry: _Sequence, slot: Slot, state: saved.State, keep: int) -> list[Change]:
+        """Begin with the first `keep` tokens of a state; idle slots give way to it."""
+        changes = self._evict(slot, state)
+        for other in self._evictable():
+            if self._pool.free >= len(state.tokens):
+                break
+            changes += self._evict(other, state)
+        self._pool.extend(slot, state.tokens)
+        changes.append(saved.Restore(state.key, slot.number))
+        if keep < len(state.tokens):
+            changes.append(self._trim(slot, keep))
+        # Another session's may be needed again; its own has come back.
+        if keep == len(state.tokens) or state.session == entry.session:
+            changes += self._saved.drop(state)
+        self._occupy(entry, slot)
+        return changes
+
+    def _occupy(self, entry: _Sequence, slot: Slot) -> None:
+        if entry.cached_tokens is None:
+            entry.cached_tokens = len(slot.tokens)
+        slot.owner, slot.session, entry.slot = entry.id, entry.session, slot
+        slot.is_pinned = False
+        self._settle(entry)
+        self._touch(slot)
+
+    def _pin(self, entry: _Sequence) -> list[Change]:
+        """Keep what this and other sessions begin with, if it deserves that."""
+        if not self.limits.copies:
+            return []
+        for slot in self._slots:
+            if slot.is_pinned and prefix.serves(slot, entry.tokens):
+                self._touch(slot)
+        pin = prefix.pin(self._slots, entry.tokens, entry.session, self.limits.kv_tokens)
+        if pin is None:
+            return []
+        changes = self._evict(pin.slot)
+        self._pool.copy(pin.source, pin.slot, pin.tokens)
+        pin.slot.is_pinned = True
+        self._touch(pin.slot)
+        return [*changes, Copy(pin.source.number, pin.slot.number, pin.tokens)]
+
+    def _fits(self, entry: _Sequence, start: prefix.Beginning, state: saved.State | None) -> bool:
+        """Whether there is room without preempting anybody, and some more for each to grow."""
+        running = len(self._running())
         if not running:
             return True
-        committed = sum(len(other.tokens) for other in running) + len(entry.tokens)
-        headroom = ADMIT_HEADROOM_TOKENS * (len(running) + 1)
-        return committed + headroom <= self.limits.kv_tokens
+        shared: list[int] = []
+        if state is not None:
+            needed = max(len(state.tokens), len(entry.tokens))
+        else:
+            needed = len(entry.tokens) - start.keep
+            shared = start.source.cells[: start.keep] if start.source is not None else []
+        headroom = ADMIT_HEADROOM_TOKENS * (running + 1)
+        return self._claimed(shared) + needed + headroom <= self.limits.kv_tokens
+
+    def _claimed(self, shared: Sequence[int] = ()) -> int:
+        """Cells of running sequences, those of `shared`, and what is left to be computed."""
+        running = self._running()
+        slots = [entry.slot for entry in running if entry.slot is not None]
+        return self._pool.held(slots, shared) + sum(map(_pending, running))
 
     # -- room in the KV cache ------------------------------------------------------------------
 
     def _plan_chunk(
-        self, entry: _Sequence, tokens_max: int, planned: dict[int, Chunk], trims: list[Trim]
+        self, entry: _Sequence, tokens_max: int, planned: dict[int, Chunk], changes: list[Change]
     ) -> int:
         """Plan up to `tokens_max` tokens of a sequence, or a whole view; returns how many found
         room."""
@@ -450,7 +536,7 @@ class Scheduler:
             return 0
         start = len(slot.tokens)
         wanted = stretch(entry.tokens, start, tokens_max)
-        count = min(wanted, self._make_room(wanted, entry, planned, trims))
+        count = min(wanted, self._make_room(wanted, entry, planned, changes))
         if count < 1 or (_is_at_view(entry) and count < wanted):
             return 0
         planned[entry.id] = Chunk(
@@ -478,17 +564,13 @@ class Scheduler:
         return token not in self._end_tokens
 
     def _make_room(
-        self, tokens: int, entry: _Sequence, planned: dict[int, Chunk], trims: list[Trim]
+        self, tokens: int, entry: _Sequence, planned: dict[int, Chunk], changes: list[Change]
     ) -> int:
         """Free cells after evicting idle slots and preempting who is not in this batch."""
         while (room := self._room(planned)) < tokens:
-            idle = [slot for slot in self._slots if slot.sequence is None and slot.tokens]
+            idle = self._evictable()
             if idle:
-                slot = min(idle, key=lambda slot: slot.used)
-                # Only the eviction matters now: an earlier trim of the slot is included in it.
-                trims[:] = [trim for trim in trims if trim.slot != slot.number]
-                trims.append(Trim(slot.number, 0))
-                slot.tokens.clear()
+                changes += self._evict(idle[0])
                 continue
             others = [
                 other for other in self._running() if other is not entry and other.id not in planned
@@ -501,20 +583,54 @@ class Scheduler:
         return room
 
     def _room(self, planned: dict[int, Chunk]) -> int:
-        computed = sum(len(slot.tokens) for slot in self._slots)
-        return self.limits.kv_tokens - computed - sum(len(c.tokens) for c in planned.values())
+        return self._pool.free - sum(len(chunk.tokens) for chunk in planned.values())
+
+    def _evictable(self) -> list[Slot]:
+        """Idle slots in the order in which they go, but for those whose cells are in use."""
+        running = [slot for slot in self._slots if not slot.is_idle]
+        return [
+            slot
+            for slot in prefix.evicted_first(self._slots)
+            if slot.tokens and not self._pool.is_within(slot, running)
+        ]
+
+    def _put_aside(self) -> list[Change]:
+        """Save idle sessions while there is room for them: attention is computed over all cells
+        of the cache, whoever's they are."""
+        changes: list[Change] = []
+        for slot in self._evictable():
+            if slot.is_pinned or min(slot.tokens) < 0:  # not every picture can be saved
+                continue
+            pays = self._pool.own(slot) >= saved.SAVED_TOKENS_MIN
+            if pays and self.limits.copies and self._saved.has_room(len(slot.tokens)):
+                changes += self._evict(slot)
+        return changes
+
+    def _evict(self, slot: Slot, spare: saved.State | None = None) -> list[Change]:
+        """Empty an idle slot; what it holds may be saved, but not instead of `spare`."""
+        changes: list[Change] = []
+        if slot.tokens:
+            if self.limits.copies:
+                changes += self._saved.save(slot, self._pool.own(slot), spare)
+            changes.append(self._trim(slot, 0))
+        slot.session, slot.awaited_by, slot.is_pinned = b"", None, False
+        return changes
+
+    def _trim(self, slot: Slot, keep: int) -> Trim:
+        self._pool.trim(slot, keep)
+        return Trim(slot.number, keep)
 
     def _preempt(self, entry: _Sequence) -> None:
-        """Back to the head of the queue with its answer so far; it will be computed again."""
+        """Back to the head of the queue with its answer so far, to be restored or computed."""
         if entry.slot is not None:
-            entry.slot.sequence = None
+            entry.slot.owner = None
+            entry.slot.awaited_by = entry.id
             entry.slot = None
         self._waiting.appendleft(entry)
 
     # -- sequences -----------------------------------------------------------------------------
 
     def _accept(self, entry: _Sequence, token: int) -> Sampled:
-        entry.is_prefilled = True
         finish: Literal["stop", "length"] | None = None
         if token in self._end_tokens:
             finish = "stop"
@@ -528,18 +644,25 @@ class Scheduler:
 
     def _release(self, entry: _Sequence) -> None:
         del self._sequences[entry.id]
-        entry.is_prefilled = True
+        self._settle(entry)
         if entry.slot is None:
             self._waiting.remove(entry)
         else:
-            entry.slot.sequence = None
+            entry.slot.owner = None
+
+    def _settle(self, entry: _Sequence) -> None:
+        """It runs again, or never will: nothing is kept for it any more."""
+        self._saved.settle(entry.id)
+        for slot in self._slots:
+            if slot.awaited_by == entry.id:
+                slot.awaited_by = None
 
     def _running(self) -> list[_Sequence]:
         """Oldest first: that order decides who gets room."""
-        running = [slot.sequence for slot in self._slots if slot.sequence is not None]
-        return sorted(running, key=lambda entry: entry.arrival)
+        owners = [slot.owner for slot in self._slots if slot.owner is not None]
+        return sorted(map(self._sequences.__getitem__, owners), key=lambda entry: entry.arrival)
 
-    def _touch(self, slot: _Slot) -> None:
+    def _touch(self, slot: Slot) -> None:
         self._uses += 1
         slot.used = self._uses
 
@@ -566,34 +689,3 @@ def _proposed_max(entry: _Sequence, decoding: int) -> int:
 def _standing(chunk: Chunk, drawn: Sequence[int]) -> int:
     """How many of a chunk's tokens are text, its draws having judged the proposals."""
     return len(chunk.tokens) - chunk.proposed + max(0, len(drawn) - 1)
-
-
-def _choose_slot(entry: _Sequence, idle: list[_Slot]) -> tuple[_Slot, int]:
-    """The idle slot to run in, and how many of its tokens begin the sequence's.
-
-    The session's own slot first; else one that the sequence continues word for word; else an
-    empty one. Only when none is empty does a conversation lose its history: the longest common
-    prefix, provided that it is at least half of what the slot keeps (a shared system prompt is
-    not worth a history); else the least recently used.
-    """
-    common = {slot.number: common_prefix(slot.tokens, entry.tokens) for slot in idle}
-    own = [slot for slot in idle if slot.session == entry.session and entry.session]
-    continued = [slot for slot in idle if common[slot.number] == len(slot.tokens) > 0]
-    empty = [slot for slot in idle if not slot.tokens]
-    similar = [slot for slot in idle if 2 * common[slot.number] >= len(slot.tokens)]
-    candidates = own or continued or empty or similar
-    if candidates:
-        best = max(candidates, key=lambda slot: (common[slot.number], slot.used))
-    else:
-        best = min(idle, key=lambda slot: slot.used)
-    return best, common[best.number]
-
-
-def common_prefix(left: Sequence[object], right: Sequence[object]) -> int:
-    """With how many equal items both begin."""
-    count = 0
-    for a, b in zip(left, right, strict=False):
-        if a != b:
-            break
-        count += 1
-    return count

@@ -279,6 +279,10 @@ class Positions:
             saved = view.cells - view.positions
             self._views.setdefault(slot, []).append((start + view.cells, saved))
 
+    def are_moved(self, slot: int) -> bool:
+        """Whether places and positions differ anywhere in a slot."""
+        return bool(self._views.get(slot))
+
     def trim(self, slot: int, keep: int) -> None:
         """The slot keeps what was before `keep`."""
         self._views[slot] = [each for each in self._views.get(slot, ()) if each[0] <= keep]

@@ -12,6 +12,7 @@ from typing import Literal, TypeVar
 
 import msgspec
 
+from meshnode.config import KvType
 from meshnode.engine import (
     IMAGES_BYTES_MAX,
     ChatMessage,
@@ -44,6 +45,7 @@ class Draft(msgspec.Struct, frozen=True):
 class Load(msgspec.Struct, frozen=True, tag="load"):
     """First frame to the child. `threads` None: adapt to the cores that are really free.
 
+    KV of `saved_bytes` may be in memory outside of the cache, and of `spilled_bytes` in files.
     `projector`: the path of an mmproj file, for a model that can see.
     """
 
@@ -55,6 +57,11 @@ class Load(msgspec.Struct, frozen=True, tag="load"):
     speculate: Speculate = "off"
     draft: Draft | None = None
     projector: str | None = None
+    kv_type: KvType = "f16"
+    kv_bytes_per_token: int = 0
+    saved_bytes: int = 0
+    spilled_bytes: int = 0
+    spill_dir: str | None = None
 
 
 class Generate(msgspec.Struct, frozen=True, tag="generate"):
@@ -213,6 +220,7 @@ class Status(msgspec.Struct, frozen=True, tag="status"):
     prefill_tokens_per_s: float
     decode_tokens_per_s: float
     memory_bytes: int
+    saved_tokens: int
     sessions: tuple[bytes, ...]
     speculation: SpeculationStats | None = None
 

@@ -114,20 +114,21 @@ class Clients:
         limit = next(m.context_tokens for m in self._run.scenario.models if m.name == chat.model)
         if chat.tokens + answer > limit:
             return  # a new chat is begun when this one is full
-        blocks = tuple(
-            number(chat.number, place) for place in range(chat.tokens // CHAT_BLOCK_TOKENS)
-        )
+        said = chat.tokens // CHAT_BLOCK_TOKENS
+        told = (chat.tokens + answer) // CHAT_BLOCK_TOKENS
+        blocks = tuple(number(chat.number, place) for place in range(told))
 
         def answered(whole: bool) -> None:
             chat.turns -= 1
             chat.tokens += answer
             if whole and chat.turns > 0:
                 pause_s = chat.rng.expovariate(1.0 / max(self._demand.think_s, 1e-3))
-                said = _length(chat.rng, self._demand.prompt_tokens)
-                self._world.loop.after(int(pause_s * NS_PER_S), self._take_turn, chat, said)
+                more = _length(chat.rng, self._demand.prompt_tokens)
+                self._world.loop.after(int(pause_s * NS_PER_S), self._take_turn, chat, more)
 
         key = _key(chat.number)
-        ask = Ask(chat.model, key, chat.tokens, answer, blocks, CHAT_BLOCK_TOKENS, answered)
+        ask = Ask(chat.model, key, chat.tokens, answer, blocks[:said], CHAT_BLOCK_TOKENS, answered)
+        ask.answer_blocks = blocks[said:]
         self._gateways.ask(gateway, ask)
 
     # --- the trace ------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ import trio
 from meshnode.driver import Driver
 from meshnode.errors import ConfigError
 from meshnode.identity import PeerId
-from meshnode.messages import Offer
+from meshnode.messages import Decided, Offer
 from meshnode.protocol import Effect, Input
 from meshnode.transport import OnAdvert
 from meshnode_simulations.kernel.keys import ED25519
@@ -40,8 +40,9 @@ FAULTS = ("kill", "stop", "cut", "sever", "block", "part", "lose", "slow", "jump
 
 
 def run(simulation: Simulation) -> Result:
-    """One run, a function of scenario and seed. Raises `ConfigError` for faults that only
-    tier 1 has."""
+    """One run, a function of scenario and seed. Raises `ConfigError` for what only tier 1 has."""
+    if simulation.scenario.adversaries.kind != "none" or simulation.scenario.chaos.buggify:
+        raise ConfigError("adversaries and buggified cores exist on tier 1 only")
     for fault in simulation.faults():
         if fault.kind not in FAULTS:
             raise ConfigError(f"{fault.kind!r} does not exist on tier 2: {', '.join(FAULTS)} do")
@@ -137,6 +138,9 @@ class DrivenWorld(World):
     def tell(self, machine: Machine, message: Input, *, sender: PeerId | None = None) -> None:
         sender = machine.peer_id if sender is None else sender
         self._nodes[machine.index].driver.submit(sender, message)
+
+    def learn(self, machine: Machine, peer: Machine, proof: Decided) -> None:
+        self._nodes[machine.index].driver.learn(peer.peer_id, proof)
 
     def now_of(self, machine: Machine) -> float:
         """To the last bit what the timers go by: rounded to nanoseconds, a deadline may be ahead

@@ -106,6 +106,7 @@ class _Trial:
     pauses_s: list[float] = field(default_factory=list)
     asked: int = 0
     answered: int = 0
+    under_way: int = 0
     prompt_tokens: int = 0
     cached_tokens: int = 0
     rates: list[tuple[float, float]] = field(default_factory=list)
@@ -155,12 +156,18 @@ class _Trial:
             connected = len(status["peers"]) >= len(nodes) - 1
             if not connected or len(_servers(status)) < serving:
                 return False
-            self.rates += [
-                (model["prefill_tokens_per_s"], model["decode_tokens_per_s"])
-                for model in status["models"]
-                if model["state"] == "ready" and model["decode_tokens_per_s"] > 0
-            ]
         return True
+
+    async def _look_at_engines(self) -> None:
+        """How fast they are, once they have worked."""
+        for node in self.processes.nodes:
+            if node.is_up:
+                status = await node.status()
+                self.rates += [
+                    (model["prefill_tokens_per_s"], model["decode_tokens_per_s"])
+                    for model in status["models"]
+                    if model["decode_tokens_per_s"] > 0
+                ]
 
     # --- what happens ---------------------------------------------------------------------------
 
@@ -179,6 +186,7 @@ class _Trial:
                 nursery.start_soon(self._arrive, nursery, zero)
             await trio.sleep_until(zero + end_s if first else trio.current_time())
             nursery.cancel_scope.cancel()
+        await self._look_at_engines()
 
     async def _strike(self, fault: Fault, zero: float) -> None:
         await trio.sleep_until(zero + fault.at_s)
@@ -237,6 +245,7 @@ class _Trial:
         self, gateway: NodeProcess, messages: list[dict[str, str]], answer_tokens: int
     ) -> str | None:
         self.asked += 1
+        self.under_way += 1
         body = {
             "model": self.scenario.models[0].name,
             "messages": messages,
@@ -250,7 +259,8 @@ class _Trial:
                 partial(_answer, gateway, body), abandon_on_cancel=True
             )
         except GONE:
-            return None
+            answer = None
+        self.under_way -= 1
         if answer is None:
             return None
         self.answered += 1
@@ -294,7 +304,7 @@ class _Trial:
         if self.asked:
             found |= {
                 "requests": float(self.asked),
-                "answered_share": self.answered / self.asked,
+                "answered_share": self.answered / max(self.asked - self.under_way, 1),
                 "ttft_p50_s": quantile(self.ttft_s, 0.5),
                 "ttft_p95_s": quantile(self.ttft_s, 0.95),
                 "hit_share": self.cached_tokens / max(self.prompt_tokens, 1),

@@ -32,24 +32,27 @@ def step(policy: Scheduler, draws: Sequence[int] = ()) -> tuple[list[Copy], list
     assert batch is not None
     given = iter(draws)
     policy.commit(batch, [next(given, WORD) for _ in range(batch.outputs)])
-    return list(batch.copies), [(chunk.sequence, len(chunk.tokens)) for chunk in batch.chunks]
+    return [c for c in batch.changes if isinstance(c, Copy)], [
+        (chunk.sequence, len(chunk.tokens)) for chunk in batch.chunks
+    ]
 
 
 def test_followers_wait_for_the_prompt_and_copy_it() -> None:
     policy = scheduler()
-    policy.submit(1, b"a", range(1, 16), 4)
+    policy.submit(1, b"a", range(1, 21), 4)
     for follower in (2, 3):
-        policy.submit(follower, b"a", range(1, 16), 4, follows=1)
+        policy.submit(follower, b"a", range(1, 21), 4)
     assert step(policy) == ([], [(1, 10)])
-    assert step(policy) == ([], [(1, 5)])
-    assert step(policy) == ([Copy(0, 1, 14), Copy(0, 2, 14)], [])
+    assert step(policy) == ([], [(1, 10)])
+    assert step(policy) == ([Copy(0, 1, 19)], [])
+    assert step(policy) == ([Copy(1, 2, 19)], [])
     assert step(policy) == ([], [(1, 1), (2, 1), (3, 1)])
 
 
 def test_others_pass_a_follower_that_waits() -> None:
     policy = scheduler()
-    policy.submit(1, b"a", range(1, 16), 4)
-    policy.submit(2, b"a", range(1, 16), 4, follows=1)
+    policy.submit(1, b"a", range(1, 21), 4)
+    policy.submit(2, b"a", range(1, 21), 4)
     policy.submit(3, b"b", [30, 31], 4)
     assert step(policy) == ([], [(1, 10)])
     copies, _ = step(policy)
@@ -61,7 +64,7 @@ def test_others_pass_a_follower_that_waits() -> None:
 def test_a_leader_that_is_gone_holds_nobody_up(how: str) -> None:
     policy = scheduler(slots=1)
     policy.submit(1, b"a", [1, 2, 3], 4)
-    policy.submit(2, b"a", [1, 2, 3], 4, follows=1)
+    policy.submit(2, b"a", [1, 2, 3], 4)
     if how == "is cancelled":
         assert policy.end(1) is not None
         assert step(policy) == ([], [(2, 3)])
@@ -74,7 +77,7 @@ def test_a_follower_without_room_comes_later() -> None:
     policy = scheduler(slots=2)
     policy.submit(1, b"a", [1, 2, 3], 3)
     for follower in (2, 3):
-        policy.submit(follower, b"a", [1, 2, 3], 3, follows=1)
+        policy.submit(follower, b"a", [1, 2, 3], 3)
     seen = set()
     while not policy.idle:
         _, chunks = step(policy)

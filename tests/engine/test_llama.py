@@ -64,7 +64,7 @@ class Session:
         sampler = self.model.sampler(Sampling(temperature=0))
         answer = []
         while (batch := self.scheduler.plan()) is not None:
-            assert all(self.model.trim(trim) for trim in batch.trims)
+            assert all(self.model.trim(trim) for trim in batch.changes if isinstance(trim, Trim))
             assert self.model.decode(batch)
             draws = [self.model.draw(sampler, batch.tokens - 1)] if batch.outputs else []
             for result in self.scheduler.commit(batch, draws):

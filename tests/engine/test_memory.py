@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from meshnode.config import KvType
 from meshnode.engine import memory
 from meshnode.engine.memory import (
     available_bytes,
@@ -71,6 +73,22 @@ def test_eyes_count(tmp_path: Path) -> None:
     check_fits("model", blind, GIB)
     with pytest.raises(ModelLoadError, match="1153 MiB vision"):
         check_fits("model", seeing, GIB)
+
+
+@pytest.mark.parametrize(
+    ("kv_type", "context_tokens", "kv_mib", "saved_mib"),
+    [("f16", 1024, 64, 64), ("q8_0", 1024, 34, 34), ("f16", 32768, 2048, 256)],
+)
+def test_the_cache_and_what_is_saved_of_it_are_reckoned(
+    kv_type: KvType, context_tokens: int, kv_mib: float, saved_mib: float
+) -> None:
+    need = memory_need(
+        replace(header(), kv_bytes_per_token=64 * 1024), context_tokens, kv_type=kv_type
+    )
+    assert (need.kv_bytes / 2**20, need.saved_bytes / 2**20) == (kv_mib, saved_mib)
+    rest = need.weights_bytes + need.compute_bytes + memory.RUNTIME_BYTES
+    assert need.total_bytes == rest + need.kv_bytes + need.saved_bytes
+    assert f"{math.ceil(saved_mib)} MiB saved KV" in str(need)
 
 
 def header(*, embeds: bool = False) -> GgufHeader:

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from meshnode.engine import speculate
+from meshnode.engine.prepare import prepare
 from meshnode.engine.scheduler import (
     PROPOSED_IN_BATCH_MAX,
     Batch,
@@ -28,6 +29,8 @@ from meshnode.engine.speculate import (
     judge,
     verify,
 )
+from meshnode.engine.states import StateStore
+from tests.engine.small_cache import SmallCache
 
 END = 0
 
@@ -169,7 +172,7 @@ def test_proposals_go_behind_the_token_and_the_rejected_are_trimmed() -> None:
     assert [result.usage.completion_tokens for result in results] == [2, 3, 4, 2]
     following = scheduler.plan()
     assert following is not None
-    assert following.trims == ()
+    assert following.changes == ()
     assert following.chunks == (Chunk(1, 0, 6, (9,), True), Chunk(2, 1, 4, (8,), True))
 
 
@@ -238,7 +241,7 @@ def test_nobody_is_evicted_for_a_guess() -> None:
     decoding(scheduler, 2)
     batch = scheduler.plan({2: (5, 6, 7, 8)})
     assert batch is not None
-    assert batch.trims == ()
+    assert batch.changes == ()
     assert batch.chunks[0].proposals == (5, 6)  # 12 - 6 - 3 computed - 1 now
 
 
@@ -286,7 +289,7 @@ def tell(
     """Run prompts of (session, tokens, max_tokens); `leaves`: after so many passes, that one is
     cancelled. Returns the answers and the passes taken. The KV cache is checked at every step."""
     scheduler = Scheduler(limits, frozenset({END}))
-    cells: dict[int, list[int]] = {slot: [] for slot in range(limits.slots)}
+    cache, states = SmallCache(limits), StateStore(None, 0)
     texts = {number: list(prompt) for number, (_, prompt, _) in enumerate(prompts)}
     waiting = list(enumerate(prompts))
     passes = 0
@@ -306,14 +309,14 @@ def tell(
         assert proposed <= max(PROPOSED_IN_BATCH_MAX, 0)
         assert all(chunk.proposed <= PROPOSED_TOKENS_MAX for chunk in batch.chunks)
         assert batch.tokens <= len(decoders) + proposed + limits.prefill_tokens
-        draws = perform(tale, batch, cells, texts)
-        assert sum(map(len, cells.values())) <= limits.kv_tokens, "the cache overflows"
+        assert prepare(batch.changes, cache, states, scheduler)
+        draws = perform(tale, batch, cache, texts)
         results = scheduler.commit(batch, draws)
         assert Counter(r.sequence for r in results) == Counter(
             chunk.sequence for chunk, drawn in batch.drawn(draws) for _ in drawn
         )
         for trim in batch.rejected(draws):
-            del cells[trim.slot][trim.keep :]
+            assert cache.trim(trim)
         for result in results:
             if result.finish != "stop":
                 texts[result.sequence].append(result.token)
@@ -322,22 +325,15 @@ def tell(
     }, passes
 
 
-def perform(
-    tale: Tale, batch: Batch, cells: dict[int, list[int]], texts: dict[int, list[int]]
-) -> list[int]:
+def perform(tale: Tale, batch: Batch, cache: SmallCache, texts: dict[int, list[int]]) -> list[int]:
     """What the model does with a batch, complaining of what would be nonsense."""
-    for trim in batch.trims:
-        assert trim.keep <= len(cells[trim.slot])
-        del cells[trim.slot][trim.keep :]
+    cache.decode(batch)
     rows: list[tuple[int, ...]] = []
     for chunk in batch.chunks:
-        lane = cells[chunk.slot]
-        assert chunk.start == len(lane), "positions must be contiguous"
-        for token in chunk.tokens:
-            lane.append(token)
-            rows.append(tuple(lane))
-        known = texts[chunk.sequence]
-        assert lane[: len(lane) - chunk.proposed] == known[: len(lane) - chunk.proposed]
+        held = cache.tokens(chunk.slot)
+        rows += [tuple(held[: place + 1]) for place in range(chunk.start, len(held))]
+        known = len(held) - chunk.proposed
+        assert held[:known] == texts[chunk.sequence][:known]
     draws: list[int] = []
     for chunk, row in batch.rows():
         draws += verify(chunk.proposals, lambda place, row=row: tale.next(rows[row + place]))
