@@ -97,6 +97,10 @@ class Simulation:
             broken = {violation.promise for violation in run.recorder.violations}
             if until_broken in broken or (until_broken == ANY and broken):
                 break
+        return self.finish(run, time.process_time() - started_s)
+
+    def finish(self, run: Run, cpu_s: float) -> Result:
+        """What a run, now over, has come to."""
         for close in run.closers:
             close()
         return Result(
@@ -104,9 +108,9 @@ class Simulation:
             seed=self.seed,
             checked=self.check,
             digest=run.world.trace.digest(),
-            virtual_s=loop.now_s,
-            cpu_s=time.process_time() - started_s,
-            events=loop.events,
+            virtual_s=run.now_s,
+            cpu_s=cpu_s,
+            events=run.world.loop.events,
             series=run.recorder.series(),
             tables=dict(run.recorder.tables),
             figures=run.figures,
@@ -123,10 +127,13 @@ class Simulation:
         """Whether anybody will ask for a right."""
         return any(fault.kind == "claim" for fault in self.faults())
 
-    def prepare(self) -> Run:
-        """The world at time 0, with everything scheduled that is to happen in it."""
+    def prepare(self, make_world: Callable[..., World] = World) -> Run:
+        """The world at time 0, with everything scheduled that is to happen in it. `make_world`
+        takes what `World` does.
+        """
         scenario, seed = self.scenario, self.seed
-        world = World(seed, network(scenario, seed), open_mesh=scenario.mesh.admission == "open")
+        is_open = scenario.mesh.admission == "open"
+        world = make_world(seed, network(scenario, seed), open_mesh=is_open)
         if scenario.chaos.buggify:
             buggify(world, scenario.chaos.buggify)
         run = Run(scenario, seed, world, Recorder())
