@@ -67,6 +67,8 @@ class Mesh(_Table, frozen=True):
     join_over_s: Seconds = 1.0
     """The nodes are switched on evenly over so long."""
     admission: Literal["invite", "open"] = "invite"
+    sponsored: NodeCount = 1
+    """In an open mesh: the first so many have a certificate of its root, and may vote."""
 
 
 class Net(_Table, frozen=True):
@@ -137,7 +139,7 @@ class Routing(_Table, frozen=True):
 
 
 class Churn(_Table, frozen=True):
-    kind: Literal["none", "ipfs", "lab", "trace", "region", "replace"] = "none"
+    kind: Literal["none", "ipfs", "lab", "trace", "replace"] = "none"
     start_s: Seconds = 30.0
     trace: str = ""
     """A CSV file of node,up_s,down_s."""
@@ -166,10 +168,16 @@ class Chaos(_Table, frozen=True):
     start_s: Seconds = 20.0
     heal_at_s: Seconds = 0.0
     """From then on nothing goes wrong any more, and what must come true has to; 0: no end."""
+    buggify: Annotated[float, Meta(ge=0.0, le=0.9)] = 0.0
+    """For this share of all occasions what is legal but rare happens (`faults/buggify.py`)."""
 
 
 class Adversaries(_Table, frozen=True):
+    """Who lies: `faults/adversaries.py` says how."""
+
     kind: str = "none"
+    target: str = ""
+    """Which nodes, as of faults; empty: `count`, or `share` of all, drawn."""
     share: Share = 0.0
     count: Annotated[int, Meta(ge=0, le=100_000)] = 0
     start_s: Seconds = 0.0
@@ -237,7 +245,8 @@ def load(source: str | Path, changes: dict[str, Any] | None = None) -> Scenario:
 
 def changed(scenario: Scenario, changes: dict[str, Any]) -> Scenario:
     """The same scenario with other values, by dotted name. Raises `ConfigError`."""
-    tables = msgspec.to_builtins(scenario)
+    # By way of JSON, for lists that can be changed in the place of tuples.
+    tables = msgspec.json.decode(msgspec.json.encode(scenario))
     for key, value in changes.items():
         _change(tables, key, value)
     tables["origin"]["changes"] = {**scenario.origin.changes, **changes}

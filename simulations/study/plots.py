@@ -240,7 +240,7 @@ def _figure(draw: Callable[[Any], None], *, legend: bool) -> Any:
         if legend:
             axes.legend()
         layout = figure.get_layout_engine()
-        assert layout is not None
+        assert layout is not None  # it was asked for above
         layout.execute(figure)  # once, and not for every file
         figure.set_layout_engine("none")
     return figure
