@@ -14,6 +14,7 @@ The parts, from the machine room up:
 * `faults/`        what goes wrong: schedules, chaos from a seed, adversaries
 * `checks/`        what must hold after every event, and what must come true once all is well
 * `scenario.py`    one question as a TOML file; `scenarios/` are those that come along
+* `surroundings.py` makes the models that a scenario asks for
 * `simulation.py`  a scenario and a seed in, a `Result` (`record.py`) out
 * `study/`         many runs: sweeps, replays, shrinking; folders, plots, reports
 * `tiers/`         the same scenario with the real driver, and with real hosts

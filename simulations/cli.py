@@ -30,6 +30,7 @@ from meshnode_simulations.study import results, screen
 from meshnode_simulations.study.shrink import shrink as shrink_schedule
 from meshnode_simulations.study.sweep import Job, RunFailedError, plan, pool_on
 from meshnode_simulations.study.sweep import sweep as run_sweep
+from meshnode_simulations.tiers.command import tiers
 
 OUT_DEFAULT = "simulation-results"
 SEEDS_MAX = 100_000
@@ -371,6 +372,9 @@ def _narrated(simulation: Simulation) -> Result:
         lines.clear()
 
     return simulation.run(tell, on_ready=listen)
+
+
+main.add_command(tiers)
 
 
 # --- arguments -----------------------------------------------------------------------------------

@@ -139,7 +139,7 @@ class Routing(_Table, frozen=True):
 
 
 class Churn(_Table, frozen=True):
-    kind: Literal["none", "ipfs", "lab", "trace", "region", "replace"] = "none"
+    kind: Literal["none", "ipfs", "lab", "trace", "replace"] = "none"
     start_s: Seconds = 30.0
     trace: str = ""
     """A CSV file of node,up_s,down_s."""
@@ -245,7 +245,8 @@ def load(source: str | Path, changes: dict[str, Any] | None = None) -> Scenario:
 
 def changed(scenario: Scenario, changes: dict[str, Any]) -> Scenario:
     """The same scenario with other values, by dotted name. Raises `ConfigError`."""
-    tables = msgspec.to_builtins(scenario)
+    # By way of JSON, for lists that can be changed in the place of tuples.
+    tables = msgspec.json.decode(msgspec.json.encode(scenario))
     for key, value in changes.items():
         _change(tables, key, value)
     tables["origin"]["changes"] = {**scenario.origin.changes, **changes}

@@ -22,8 +22,6 @@ from meshnode_simulations.faults.schedule import RIGHTS, Faults
 from meshnode_simulations.figures import MeshFigures
 from meshnode_simulations.kernel.loop import NS_PER_S
 from meshnode_simulations.kernel.machine import Machine
-from meshnode_simulations.kernel.network import Constant, Latency, Network
-from meshnode_simulations.kernel.streams import stream
 from meshnode_simulations.kernel.world import World
 from meshnode_simulations.models.demand import Clients
 from meshnode_simulations.models.gateway import Gateways
@@ -31,6 +29,7 @@ from meshnode_simulations.models.hosting import Hosting
 from meshnode_simulations.record import Recorder, Result
 from meshnode_simulations.run import Run
 from meshnode_simulations.scenario import Fault, Scenario, load
+from meshnode_simulations.surroundings import let_come_and_go, network, surround
 
 ANY = "any"
 """Promise: whichever breaks first."""
@@ -98,6 +97,10 @@ class Simulation:
             broken = {violation.promise for violation in run.recorder.violations}
             if until_broken in broken or (until_broken == ANY and broken):
                 break
+        return self.finish(run, time.process_time() - started_s)
+
+    def finish(self, run: Run, cpu_s: float) -> Result:
+        """What a run, now over, has come to."""
         for close in run.closers:
             close()
         return Result(
@@ -105,9 +108,9 @@ class Simulation:
             seed=self.seed,
             checked=self.check,
             digest=run.world.trace.digest(),
-            virtual_s=loop.now_s,
-            cpu_s=time.process_time() - started_s,
-            events=loop.events,
+            virtual_s=run.now_s,
+            cpu_s=cpu_s,
+            events=run.world.loop.events,
             series=run.recorder.series(),
             tables=dict(run.recorder.tables),
             figures=run.figures,
@@ -124,10 +127,13 @@ class Simulation:
         """Whether anybody will ask for a right."""
         return any(fault.kind == "claim" for fault in self.faults())
 
-    def prepare(self) -> Run:
-        """The world at time 0, with everything scheduled that is to happen in it."""
+    def prepare(self, make_world: Callable[..., World] = World) -> Run:
+        """The world at time 0, with everything scheduled that is to happen in it. `make_world`
+        takes what `World` does.
+        """
         scenario, seed = self.scenario, self.seed
-        world = World(seed, _network(scenario, seed), open_mesh=scenario.mesh.admission == "open")
+        is_open = scenario.mesh.admission == "open"
+        world = make_world(seed, network(scenario, seed), open_mesh=is_open)
         if scenario.chaos.buggify:
             buggify(world, scenario.chaos.buggify)
         run = Run(scenario, seed, world, Recorder())
@@ -135,6 +141,7 @@ class Simulation:
         hosting = Hosting(run)
         machines = _machines(run)
         hosting.place(machines)
+        surround(world, scenario, machines)
 
         def broken(promise: str, what: str) -> None:
             run.recorder.violate(promise, run.now_s, what)
@@ -154,16 +161,8 @@ class Simulation:
         if scenario.chaos.heal_at_s:
             Healing(run, scenario.chaos.heal_at_s)
         _switch_on_all(run, machines)
+        let_come_and_go(run, machines)
         return run
-
-
-def _network(scenario: Scenario, seed: int) -> Network:
-    net = scenario.network
-    return Network(_latency(scenario), stream(seed, "network"), jitter=net.jitter, loss=net.loss)
-
-
-def _latency(scenario: Scenario) -> Latency:
-    return Constant(int(scenario.network.one_way_ms * 1e6))
 
 
 def _machines(run: Run) -> list[Machine]:

@@ -97,12 +97,13 @@ class World:
         scheme: Scheme = KEYED_HASH,
         open_mesh: bool = False,
         strict: bool = False,
+        loop: Loop | None = None,
     ) -> None:
         """`strict`: every message is encoded and decoded again, as on the wire, and no stack may
         want to be ticked twice at one instant. `open_mesh`: peers certify themselves.
         """
         self.seed = seed
-        self.loop = Loop()
+        self.loop = Loop() if loop is None else loop
         self.trace = Trace()
         if network is None:
             network = Network(Constant(int(LATENCY_S * NS_PER_S)), stream(seed, "network"))
@@ -225,6 +226,12 @@ class World:
         )
         self.pubsub.switched_on(machine)
         self.dht.switched_on(machine)
+        self._begin(machine, tuple(bootstrap), offers)
+
+    def _begin(
+        self, machine: Machine, bootstrap: tuple[Machine, ...], offers: tuple[Offer, ...]
+    ) -> None:
+        """Tell a new stack what a node tells its own when it starts."""
         self._do_duties(machine, DutiesChanged((), is_drained=False))
         self.tell(machine, SetAddrs((machine.address,)))
         self.tell(machine, SetOffers(offers))
@@ -458,14 +465,18 @@ class World:
                     if self.write_ns is not None:
                         written_ns += self.write_ns(machine)
                 case Emit(event):
-                    self._note(type(event).__name__, machine)
-                    machine.events.append(event)
-                    for listen in self.on_event:
-                        listen(machine, event)
-                    if isinstance(event, DutiesChanged):
-                        self._do_duties(machine, event)
+                    self._emit(machine, event)
         if machine.stack is not None:
             self._arm(machine)
+
+    def _emit(self, machine: Machine, event: Event) -> None:
+        """A stack tells the rest of its node something."""
+        self._note(type(event).__name__, machine)
+        machine.events.append(event)
+        for listen in self.on_event:
+            listen(machine, event)
+        if isinstance(event, DutiesChanged):
+            self._do_duties(machine, event)
 
     def _send(self, machine: Machine, other: Machine, message: Control, written_ns: int) -> None:
         link = machine.links.get(other.index)
@@ -482,8 +493,13 @@ class World:
                 self._transmit(link, machine, other, said)
 
     def _transmit(self, link: Link, source: Machine, target: Machine, message: Control) -> None:
-        """In order, and all of it: what is lost arrives later, and what follows waits for it."""
         size_bytes = self._weigh(message)
+        at_ns = self.arrival_ns(link, source, target, size_bytes)
+        self.loop.at(at_ns, self._deliver, link, source, target, message, size_bytes)
+
+    def arrival_ns(self, link: Link, source: Machine, target: Machine, size_bytes: int) -> int:
+        """When arrives what is sent over a link now. In order, and all of it: what is lost
+        arrives later, and what follows waits for it."""
         at_ns = self.loop.now_ns
         if source.up is not None:
             at_ns = source.up.pass_at(at_ns, size_bytes)
@@ -492,7 +508,7 @@ class World:
             at_ns = target.down.pass_at(at_ns, size_bytes)
         at_ns = max(at_ns + target.lag_ns, link.arrivals_ns[target.index])
         link.arrivals_ns[target.index] = at_ns
-        self.loop.at(at_ns, self._deliver, link, source, target, message, size_bytes)
+        return at_ns
 
     def _weigh(self, message: Control) -> int:
         """Bytes on the wire. The same message often goes to many peers at once."""

@@ -77,6 +77,7 @@ class Ask:
     cached_tokens: int = 0
     tries: int = 0
     resumes: int = 0
+    answer_blocks: tuple[int, ...] = ()
     server: Machine | None = None
     """Where it was sent last, until that is over."""
     engine: Engine | None = None
@@ -200,6 +201,7 @@ class Gateways:
             answer_tokens=max(ask.answer_tokens - ask.told_tokens, 1),
             blocks=ask.blocks,
             block_tokens=ask.block_tokens,
+            answer_blocks=ask.answer_blocks,
             session=ask.session,
             first=lambda: self._back(ask, server, self._on_first),
             done=lambda: self._back(ask, server, self._on_done),

@@ -239,7 +239,9 @@ def _figure(draw: Callable[[Any], None], *, legend: bool) -> Any:
         draw(axes)
         if legend:
             axes.legend()
-        figure.get_layout_engine().execute(figure)  # once, and not for every file
+        layout = figure.get_layout_engine()
+        assert layout is not None  # it was asked for above
+        layout.execute(figure)  # once, and not for every file
         figure.set_layout_engine("none")
     return figure
 
