@@ -7,7 +7,7 @@ import pytest
 from meshnode_simulations.scenario import changed, load, shipped
 from meshnode_simulations.simulation import Simulation
 
-SMALL = ("standby-promotion", "owner-death", "equivocation")
+SMALL = ("owner-death", "equivocation")
 """Those that take two seconds a seed; the rest run in their own right."""
 
 
