@@ -23,12 +23,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from meshnode.errors import NoReplicaError, UnknownModelError
-from meshnode.gateway.answer import (
-    ACCEPT_TIMEOUT_S,
-    RESUME_EVERY_S,
-    RESUME_WITHIN_S,
-    RESUMES_MAX,
-)
 from meshnode.identity import PeerId
 from meshnode.messages import Decided, Offer, decode
 from meshnode.protocol import Event, MemberLost
@@ -42,6 +36,13 @@ from meshnode_simulations.models.engine import Engine, Job
 from meshnode_simulations.models.hosting import Hosting, digest_of
 from meshnode_simulations.record import quantile
 from meshnode_simulations.run import Run
+
+# As in `meshnode.gateway.answer`, whose constants have the reasons, and which is not imported, as
+# Trio would be with it.
+ACCEPT_TIMEOUT_S = 10.0
+RESUMES_MAX = 2
+RESUME_WITHIN_S = 15.0
+RESUME_EVERY_S = 0.25
 
 BYTES_PER_TOKEN = 4
 """Of text; what a gateway knows of a prompt is its bytes (`dispatch.BYTES_PER_TOKEN`)."""
