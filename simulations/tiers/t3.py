@@ -63,7 +63,18 @@ def run(scenario: Scenario, seed: int) -> Result:
     """One run; its processes are ended whatever happens. Raises `ConfigError`, and
     `NodeFailedError` if a node does not start or the mesh does not come together."""
     check(scenario)
-    return trio.run(_run, scenario, seed)
+    try:
+        return trio.run(_run, scenario, seed)
+    except ExceptionGroup as group:
+        failed, others = group.split(NodeFailedError)
+        if failed is None or others is not None:
+            raise
+        raise _first(failed) from None
+
+
+def _first(failed: ExceptionGroup[NodeFailedError]) -> NodeFailedError:
+    found = failed.exceptions[0]
+    return _first(found) if isinstance(found, ExceptionGroup) else found
 
 
 async def _run(scenario: Scenario, seed: int) -> Result:
