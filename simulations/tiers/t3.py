@@ -81,6 +81,7 @@ async def _run(scenario: Scenario, seed: int) -> Result:
     return Result(
         scenario=scenario,
         seed=seed,
+        checked=False,
         digest="",
         virtual_s=time.monotonic() - started_s,
         cpu_s=time.process_time() - cpu_s,
