@@ -14,7 +14,7 @@ import trio
 import trio.testing
 
 from meshnode import messages
-from meshnode.engine import Delta, EngineStats, Finish, ModelCard, Request, Usage
+from meshnode.engine import ChatStyle, Delta, EngineStats, Finish, ModelCard, Request, Usage
 from meshnode.errors import (
     EngineBusyError,
     EngineError,
@@ -52,13 +52,14 @@ class WordEngine:
     die_after: int | None = None
     busy: bool = False
     tells_ids: bool = False
+    style: ChatStyle = field(default_factory=ChatStyle)
     running: int = 0
     produced: int = 0
     requests: list[Request] = field(default_factory=list)
 
     def stats(self) -> EngineStats:
         return EngineStats(
-            card(), "ready", 1.0, None, 512, 1, self.running, 0, 512, 0.0, 0.0, 1, ()
+            card(), "ready", 1.0, None, 512, 1, self.running, 0, 512, 0.0, 0.0, 1, (), self.style
         )
 
     def generate(

@@ -3,8 +3,10 @@
 An engine runs one model. It knows tokens, sequences and KV caches; it knows nothing of peers,
 routing or HTTP. The parts, in data-flow order:
 
+* `style.py`      how a model's chat template has it think and call tools
 * `scheduler.py`  sans-IO policy: waiting and running sequences in, the next batch out
 * `llama.py`      mechanism: the only import of llama_cpp; runs inside the child process
+* `trigger.py`    where in an answer a grammar begins to bind
 * `trial.py`      tries a client's grammar where a crash costs nothing
 * `child.py`      the child process's main loop: requests in, deltas out, one step at a time
 * `process.py`    `EngineProcess`: the Trio side that starts, watches and talks to the child
@@ -31,17 +33,22 @@ __all__ = [
     "GRAMMAR_BYTES_MAX",
     "PENALTY_TOKENS_MAX",
     "TOP_LOGPROBS_MAX",
+    "After",
+    "CallStyle",
     "ChatMessage",
+    "ChatStyle",
     "Continuation",
     "Delta",
     "Engine",
     "EngineStats",
     "Finish",
+    "FunctionCall",
     "Grammar",
     "Logprob",
     "ModelCard",
     "Request",
     "Sampling",
+    "Thinking",
     "TokenLogprobs",
     "Usage",
 ]
@@ -66,11 +73,51 @@ class ModelCard:
 
 
 @dataclass(frozen=True, slots=True)
+class FunctionCall:
+    """A tool that was called in an earlier turn; `arguments` is a JSON object as text."""
+
+    id: str
+    name: str
+    arguments: str
+
+
+@dataclass(frozen=True, slots=True)
 class ChatMessage:
-    """One turn. `content` is plain text; it can never become a control token."""
+    """One turn. All of it is plain text that can never become a control token.
+
+    `reasoning` and `calls` are an assistant's, `call_id` names the call that a `tool` answers.
+    """
 
     role: str
     content: str
+    reasoning: str = ""
+    calls: tuple[FunctionCall, ...] = ()
+    call_id: str = ""
+
+
+Thinking = Literal["none", "may", "opened"]
+"""Whether an answer begins with thoughts, up to `</think>`: never, if it begins with `<think>`, or
+always, because the prompt ends with that tag."""
+
+CallStyle = Literal["hermes", "llama", "mistral"]
+"""How calls of tools are written; see `gateway/calls.py`."""
+
+
+@dataclass(frozen=True, slots=True)
+class ChatStyle:
+    """How a model's chat template has it think and call tools.
+
+    `thinking` is what it does unless told otherwise, `thinking_on` and `thinking_off` what it does
+    when told (None: it has no such switch), `has_effort` whether it can be told how hard to think.
+    `calls` is how it writes the calls of tools that its template was given; None if it knows no
+    tools, or has words for them that nobody here can read.
+    """
+
+    thinking: Thinking = "none"
+    thinking_on: Thinking | None = None
+    thinking_off: Thinking | None = None
+    has_effort: bool = False
+    calls: CallStyle | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,14 +152,29 @@ class Sampling:
 
 
 @dataclass(frozen=True, slots=True)
+class After:
+    """Where a grammar begins to bind: after the first of `words` (none of them empty).
+
+    `at_start`: such a word counts only at the beginning of the answer, blanks aside. Words in
+    thoughts do not count.
+    """
+
+    words: tuple[str, ...]
+    at_start: bool = False
+    thinking: Thinking = "none"
+
+
+@dataclass(frozen=True, slots=True)
 class Grammar:
     """What an answer must match, in llama.cpp's GBNF; its first rule is `root`.
 
     `param` is the field of the client's request that it comes from, to be named if it is none.
+    With `after`, the answer is free up to there, and only the rest must match.
     """
 
     gbnf: str
     param: str = "grammar"
+    after: After | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,10 +183,13 @@ class Continuation:
 
     `tokens` have been decoded, and `chars` characters of their text have been shown. (These are
     more than the tokens release by themselves if the end of the answer was shown but not told.)
+    `thoughts` counts the tokens of an answer's thoughts; with `thinking`, these go on.
     """
 
     tokens: tuple[int, ...]
     chars: int
+    thoughts: int = 0
+    thinking: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,6 +203,9 @@ class Request:
     `max_tokens` None means up to the end of the context.
     `logprobs` asks for every token's probability beside so many of the likeliest (0 to
     `TOP_LOGPROBS_MAX`); None for none.
+    `tools` are what a model may call, each in OpenAI's JSON, for its own chat template to tell;
+    only for one whose `ChatStyle` knows calls. `thinking` and `effort` are for the template, too.
+    `shown` are control tokens of which the answer's text tells; of all others it does not.
     `continuation`: the answer goes on from there; what it counts, `max_tokens` and the usage
     include what came before, and stop strings may begin in it.
     """
@@ -152,6 +220,10 @@ class Request:
     logprobs: int | None = None
     grammar: Grammar | None = None
     n: int = 1
+    tools: tuple[str, ...] = ()
+    thinking: bool | None = None
+    effort: str | None = None
+    shown: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,11 +271,15 @@ class Delta:
 
 @dataclass(frozen=True, slots=True)
 class Finish:
-    """The end of the answer number `index`; its last event. `Request.n` of them come."""
+    """The end of the answer number `index`; its last event. `Request.n` of them come.
+
+    `stop` is the stop string that ended it, if one did.
+    """
 
     reason: Literal["stop", "length"]
     usage: Usage
     index: int = 0
+    stop: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -227,6 +303,7 @@ class EngineStats:
     decode_tokens_per_s: float
     memory_bytes: int
     sessions: tuple[bytes, ...]
+    style: ChatStyle = ChatStyle()
 
 
 class Engine(Protocol):

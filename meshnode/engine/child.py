@@ -16,7 +16,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, NoReturn
@@ -70,13 +70,14 @@ class _Start:
     texts: tuple[AnswerText, ...]
     resumed: _Resumed
     logprobs: int | None
+    shown: Mapping[int, bytes]
 
 
 class _Answer:
     """What the main thread keeps of a sequence, which is one choice, besides its tokens."""
 
     __slots__ = ("bytes_fed", "bytes_released", "chars_beyond", "ids_unsent", "index",
-                 "logprobs", "logprobs_unsent", "number", "resumed", "sampler",
+                 "logprobs", "logprobs_unsent", "number", "resumed", "sampler", "shown",
                  "text")  # fmt: skip
 
     def __init__(self, start: _Start, index: int) -> None:
@@ -84,6 +85,8 @@ class _Answer:
         self.index = index
         self.sampler = start.samplers[index]
         self.text = start.texts[index]
+        # Control tokens that are told as text.
+        self.shown = start.shown
         self.resumed = start.resumed
         self.chars_beyond = start.resumed.chars_beyond
         self.ids_unsent: list[int] = []
@@ -185,11 +188,14 @@ class Child:
 
     def _receive(self, frame: wire.Generate) -> None:
         try:
-            prompt = self._model.prompt_tokens(frame.prompt)
+            prompt = self._model.prompt_tokens(
+                frame.prompt, frame.tools, frame.thinking, frame.effort
+            )
             if not self._limits.fits(len(prompt), frame.max_tokens):
                 self._pipe.send(wire.TooLong(frame.number, len(prompt)))
                 return
-            text, resumed = self._resume(frame)
+            shown = self._model.shown_pieces(frame.shown)
+            text, resumed = self._resume(frame, shown)
             samplers = self._samplers(frame)
         except RequestError as error:
             self._pipe.send(
@@ -209,6 +215,7 @@ class Child:
             (text, *(AnswerText(frame.stop) for _ in samplers[1:])),
             resumed,
             frame.logprobs,
+            shown,
         )
         full = not self._limits.fits(len(prompt), max_tokens)
         if start.texts[0].stopped or full or (max_tokens is not None and max_tokens <= 0):
@@ -236,7 +243,9 @@ class Child:
             raise
         return tuple(samplers)
 
-    def _resume(self, frame: wire.Generate) -> tuple[AnswerText, _Resumed]:
+    def _resume(
+        self, frame: wire.Generate, shown: Mapping[int, bytes]
+    ) -> tuple[AnswerText, _Resumed]:
         """The answer's text as the lost engine had it: held back is what that one held back."""
         text = AnswerText(frame.stop)
         if frame.continuation is None:
@@ -244,7 +253,7 @@ class Child:
         tokens = frame.continuation.tokens
         if any(not 0 <= token < self._model.vocabulary_size for token in tokens):
             raise RequestError("The answer to be continued is not this model's.")
-        pieces = [self._model.piece(token) for token in tokens]
+        pieces = [shown.get(token) or self._model.piece(token) for token in tokens]
         released = "".join(map(text.feed, pieces))
         chars_beyond = frame.continuation.chars - len(released)
         if chars_beyond < 0:
@@ -261,7 +270,7 @@ class Child:
         if text:
             self._pipe.send(wire.Text(start.number, text, 0, ()))
         usage = start.resumed.usage(Usage(len(start.prompt), 0, 0))
-        self._pipe.send(wire.Done(start.number, reason, usage))
+        self._pipe.send(wire.Done(start.number, reason, usage, stop=answer.text.stop))
 
     # -- the main thread -----------------------------------------------------------------------
 
@@ -371,7 +380,8 @@ class Child:
         answer = self._answers[sampled.sequence]
         text, finish = "", sampled.finish
         if finish != "stop":
-            text = answer.feed(sampled.token, self._model.piece(sampled.token))
+            piece = answer.shown.get(sampled.token) or self._model.piece(sampled.token)
+            text = answer.feed(sampled.token, piece)
         if answer.text.stopped:
             if finish is None:
                 self._scheduler.end(sampled.sequence)
@@ -386,7 +396,7 @@ class Child:
         if finish is not None:
             self._answers.pop(sampled.sequence).sampler.close()
             usage = answer.resumed.usage(sampled.usage)
-            yield wire.Done(answer.number, finish, usage, answer.index)
+            yield wire.Done(answer.number, finish, usage, answer.index, answer.text.stop)
 
     def _send_status(self) -> None:
         now = time.monotonic()
@@ -437,7 +447,7 @@ def serve() -> None:
     )
     child = Child(pipe, model, limits, threads)
     threading.Thread(target=child.read, args=(frames,), daemon=True).start()
-    pipe.send(wire.Ready(model.context_tokens))
+    pipe.send(wire.Ready(model.context_tokens, model.style))
     child.run()
 
 

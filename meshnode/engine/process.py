@@ -20,6 +20,7 @@ from typing import Literal, Self
 import trio
 
 from meshnode.engine import (
+    ChatStyle,
     Delta,
     EngineStats,
     Finish,
@@ -165,6 +166,7 @@ class EngineProcess:
         self._progress = 0.0
         self._error: str | None = None
         self._context_tokens = 0
+        self._style = ChatStyle()
         self._status: wire.Status | None = None
         self._changed = trio.Event()
         self._numbers = 0
@@ -200,6 +202,7 @@ class EngineProcess:
             decode_tokens_per_s=0.0,
             memory_bytes=0,
             sessions=(),
+            style=self._style,
         )
         status = self._status
         if status is None:
@@ -394,8 +397,9 @@ class EngineProcess:
         match frame:
             case wire.Loading(progress=progress):
                 self._progress = progress
-            case wire.Ready(context_tokens=context_tokens):
+            case wire.Ready(context_tokens=context_tokens, style=style):
                 self._context_tokens = context_tokens
+                self._style = style
                 self._progress = 1.0
                 self._set_state("ready")
             case wire.Status():
@@ -416,7 +420,7 @@ class EngineProcess:
                 if not answer.choices_left:
                     self._ended(number)
                 if reason != "cancelled":
-                    answer.finish(Finish(reason, usage, frame.index))
+                    answer.finish(Finish(reason, usage, frame.index, frame.stop))
 
     def _ended(self, number: int) -> _Answer:
         """The child has done with this request; what its consumer has not taken yet stays."""

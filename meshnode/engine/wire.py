@@ -14,6 +14,7 @@ import msgspec
 
 from meshnode.engine import (
     ChatMessage,
+    ChatStyle,
     Continuation,
     Grammar,
     Request,
@@ -54,6 +55,10 @@ class Generate(msgspec.Struct, frozen=True, tag="generate"):
     logprobs: int | None = None
     grammar: Grammar | None = None
     n: int = 1
+    tools: tuple[str, ...] = ()
+    thinking: bool | None = None
+    effort: str | None = None
+    shown: tuple[str, ...] = ()
 
     @property
     def prompt(self) -> tuple[ChatMessage, ...] | str | tuple[int, ...]:
@@ -80,6 +85,10 @@ class Generate(msgspec.Struct, frozen=True, tag="generate"):
             logprobs=request.logprobs,
             grammar=request.grammar,
             n=request.n,
+            tools=request.tools,
+            thinking=request.thinking,
+            effort=request.effort,
+            shown=request.shown,
         )
 
 
@@ -99,6 +108,7 @@ class Ready(msgspec.Struct, frozen=True, tag="ready"):
     """Requests may come now."""
 
     context_tokens: int
+    style: ChatStyle
 
 
 class LoadFailed(msgspec.Struct, frozen=True, tag="load_failed"):
@@ -148,6 +158,7 @@ class Done(msgspec.Struct, frozen=True, tag="done"):
     reason: Literal["stop", "length", "cancelled"]
     usage: Usage
     index: int = 0
+    stop: str | None = None
 
 
 class Status(msgspec.Struct, frozen=True, tag="status"):
