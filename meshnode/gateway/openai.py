@@ -60,6 +60,7 @@ __all__ = [
     "encode_error_event",
     "encode_model",
     "encode_models",
+    "message_json",
 ]
 
 CHAT_PATH = "/v1/chat/completions"
@@ -516,6 +517,22 @@ def _chat_message(message: _ChatMessage, index: int) -> ChatMessage:
         calls,
         message.tool_call_id or "",
     )
+
+
+def message_json(message: ChatMessage) -> dict[str, Any]:
+    """A turn as a chat request has it: what `decode_chat` would make it of."""
+    fields: dict[str, Any] = {"role": message.role, "content": message.content}
+    if message.reasoning:
+        fields["reasoning_content"] = message.reasoning
+    if message.call_id:
+        fields["tool_call_id"] = message.call_id
+    if message.calls:
+        fields["tool_calls"] = [
+            {"id": each.id, "type": "function",
+             "function": {"name": each.name, "arguments": each.arguments}}
+            for each in message.calls
+        ]  # fmt: skip
+    return fields
 
 
 def _arguments(call: _ToolCall, path: str) -> str:
