@@ -5,7 +5,10 @@ What OpenAI's own client does with chats is in test_one_node.py; here it asks fo
 
 from __future__ import annotations
 
+import json
+
 import anthropic
+import jsonschema
 import ollama
 import openai
 import pytest
@@ -16,6 +19,13 @@ ASK = {"model": MODEL_NAME, "temperature": 0}
 # Anthropic's own models no longer take a temperature, so its client has no argument for it.
 MESSAGE = {"model": MODEL_NAME, "extra_body": {"temperature": 0}}
 TURN = [{"role": "user", "content": QUESTION}]
+CITY = {
+    "type": "object",
+    "properties": {"city": {"type": "string", "maxLength": 20}},
+    "required": ["city"],
+    "additionalProperties": False,
+}
+THINKING = {"type": "enabled"}
 OPTIONS = {"temperature": 0, "num_predict": 12}
 
 
@@ -77,6 +87,29 @@ def test_responses_go_on_from_the_one_before(responses: openai.resources.Respons
         responses.retrieve(first.id)
 
 
+def test_responses_call_tools_and_keep_to_schemas(responses: openai.resources.Responses) -> None:
+    tool = {"type": "function", "name": "capital", "parameters": CITY, "strict": True}
+    forced = {"tools": [tool], "tool_choice": "required", "parallel_tool_calls": False}
+    first = responses.create(**ASK, input=QUESTION, **forced, max_output_tokens=60)
+    (call,) = first.output
+    jsonschema.validate(json.loads(call.arguments), CITY)
+    with responses.stream(**ASK, input=QUESTION, **forced, max_output_tokens=60) as stream:
+        events = list(stream)
+    deltas = [
+        each.delta for each in events if each.type == "response.function_call_arguments.delta"
+    ]
+    assert len(deltas) > 1, "arguments stream as they come"
+    assert "".join(deltas) == call.arguments
+    result = {"type": "function_call_output", "call_id": call.call_id, "output": "Paris."}
+    second = responses.create(
+        **ASK, input=[result], previous_response_id=first.id, max_output_tokens=8
+    )
+    assert second.output_text
+    form = {"format": {"type": "json_schema", "name": "city", "schema": CITY}}
+    told = responses.create(**ASK, input=QUESTION, text=form, max_output_tokens=60)
+    jsonschema.validate(json.loads(told.output_text), CITY)
+
+
 def test_responses_refuse_by_name(responses: openai.resources.Responses) -> None:
     with pytest.raises(openai.BadRequestError) as refused:
         responses.create(**ASK, input="x", background=True)
@@ -108,7 +141,7 @@ def test_messages_whole_and_streamed_alike(messages: anthropic.resources.Message
 
 def test_messages_stop_where_told(messages: anthropic.resources.Messages) -> None:
     whole = messages.create(**MESSAGE, messages=TURN, max_tokens=12, stop_sequences=["Paris"])
-    assert whole.stop_reason == "end_turn"
+    assert (whole.stop_reason, whole.stop_sequence) == ("stop_sequence", "Paris")
     assert all("Paris" not in block.text for block in whole.content)
 
 
@@ -116,13 +149,36 @@ def test_messages_refuse_in_anthropics_shape(messages: anthropic.resources.Messa
     with pytest.raises(anthropic.NotFoundError) as unknown:
         messages.create(model="nobody", messages=TURN, max_tokens=1)
     assert unknown.value.body["error"]["type"] == "not_found_error"
-    with pytest.raises(anthropic.BadRequestError, match="`tools`"):
+    with pytest.raises(anthropic.BadRequestError, match="`tools"):
         messages.create(
-            **MESSAGE, messages=TURN, max_tokens=1, tools=[{"name": "f", "input_schema": {}}]
+            **MESSAGE,
+            messages=TURN,
+            max_tokens=1,
+            tools=[{"name": "f", "input_schema": {"type": "array"}}],
+        )
+    with pytest.raises(anthropic.BadRequestError, match=r"`thinking\.type`"):
+        messages.create(
+            model=MODEL_NAME, messages=TURN, max_tokens=1, extra_body={"thinking": THINKING}
         )
     with pytest.raises(anthropic.InternalServerError) as uncounted:
         messages.count_tokens(model=MODEL_NAME, messages=TURN)
     assert uncounted.value.status_code == 501
+
+
+def test_messages_call_tools(messages: anthropic.resources.Messages) -> None:
+    ask = {**MESSAGE, "messages": TURN, "max_tokens": 60}
+    tool = {"name": "capital", "input_schema": CITY}
+    forced = {"tools": [tool], "tool_choice": {"type": "any", "disable_parallel_tool_use": True}}
+    (used,) = messages.create(**ask, **forced).content
+    jsonschema.validate(used.input, CITY)
+    with messages.stream(**ask, **forced) as stream:
+        (streamed,) = stream.get_final_message().content
+    assert (streamed.name, streamed.input) == ("capital", used.input)
+    result = {"type": "tool_result", "tool_use_id": used.id, "content": "Paris is right."}
+    said = {"role": "assistant", "content": [used.model_dump(exclude_none=True)]}
+    turns = [*TURN, said, {"role": "user", "content": [result]}]
+    final = messages.create(**MESSAGE, messages=turns, tools=[tool], max_tokens=12)
+    assert final.usage.output_tokens > 0
 
 
 # ---------------------------------------------------------------------------------------------
@@ -145,6 +201,16 @@ def test_ollama_generates_as_it_chats(llama: ollama.Client) -> None:
     told = llama.generate(MODEL_NAME, QUESTION, options=OPTIONS)
     chatted = llama.chat(MODEL_NAME, messages=TURN, options=OPTIONS)
     assert told.response == chatted.message.content
+
+
+def test_ollama_keeps_to_schemas_and_is_told_of_tools(llama: ollama.Client) -> None:
+    options = {**OPTIONS, "num_predict": 60}
+    told = llama.chat(MODEL_NAME, messages=TURN, options=options, format=CITY)
+    jsonschema.validate(json.loads(told.message.content or ""), CITY)
+    tool = {"type": "function", "function": {"name": "capital", "parameters": CITY}}
+    free = llama.chat(MODEL_NAME, messages=TURN, options=OPTIONS, tools=[tool])
+    assert free.message.content or free.message.tool_calls
+    assert "tools" in (llama.show(MODEL_NAME).capabilities or [])
 
 
 def test_ollama_knows_the_models(llama: ollama.Client) -> None:

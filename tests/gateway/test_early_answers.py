@@ -3,6 +3,8 @@ connection goes on or is closed; it is never left in between."""
 
 from __future__ import annotations
 
+import contextlib
+
 import pytest
 import trio
 import trio.testing
@@ -114,10 +116,8 @@ async def test_an_answer_before_the_body(port, status, size, order):
 
 
 async def send(stream, data):
-    try:
+    with contextlib.suppress(trio.BrokenResourceError, trio.ClosedResourceError):
         await stream.send_all(data)
-    except (trio.BrokenResourceError, trio.ClosedResourceError):
-        pass
 
 
 @pytest.mark.parametrize(
