@@ -6,6 +6,8 @@ What OpenAI's own client does with chats is in test_one_node.py; here it asks fo
 from __future__ import annotations
 
 import json
+import subprocess
+from pathlib import Path
 
 import anthropic
 import jsonschema
@@ -237,17 +239,49 @@ def test_ollama_refuses_by_name(llama: ollama.Client) -> None:
 # ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("provider", "path"), [("openai", "/v1"), ("anthropic", ""), ("ollama_chat", "")]
-)
-def test_litellm(node: NodeProcess, provider: str, path: str) -> None:
-    litellm = pytest.importorskip("litellm", reason="pins an older openai than ours")
-    answer = litellm.completion(
-        model=f"{provider}/{MODEL_NAME}",
-        messages=TURN,
-        max_tokens=12,
-        temperature=0,
-        api_base=f"{node.url}{path}",
-        api_key="none",
+CLIENTS = Path(__file__).parents[2] / ".cache" / "clients" / "bin"
+
+
+def client(name: str) -> str:
+    """A program of a client that is not in our own environment."""
+    program = CLIENTS / name
+    if not program.exists():
+        pytest.skip("not installed; `make clients` does it")
+    return str(program)
+
+
+def test_litellm(node: NodeProcess) -> None:
+    """In one process: it takes seconds to be imported."""
+    script = str(Path(__file__).with_name("ask_litellm.py"))
+    providers = ["openai", "anthropic", "ollama_chat"]
+    asked = [client("python"), script, node.url, MODEL_NAME, QUESTION, *providers]
+    done = subprocess.run(asked, capture_output=True, timeout=HANG_S, check=False, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    answers = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    assert len(answers) == len(providers)
+    for answer in answers:
+        assert "Paris" in answer["text"]
+        assert answer["streamed"] == answer["text"]
+        assert 1 <= answer["tokens"] <= 12
+
+
+# ---------------------------------------------------------------------------------------------
+# schemathesis
+# ---------------------------------------------------------------------------------------------
+
+SCHEMATHESIS_S = 1500
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(SCHEMATHESIS_S + 60)
+def test_schemathesis_finds_no_5xx(node: NodeProcess) -> None:
+    asked = [
+        *(client("schemathesis"), "run", f"{node.url}/openapi.json"),
+        *("-c", "not_a_server_error,content_type_conformance,unsupported_method"),
+        *("--max-examples", "25", "--phases", "examples,coverage,fuzzing"),
+        *("--request-timeout", str(int(HANG_S))),
+    ]
+    done = subprocess.run(
+        asked, capture_output=True, timeout=SCHEMATHESIS_S, check=False, text=True
     )
-    assert "Paris" in answer.choices[0].message.content
+    assert done.returncode == 0, done.stdout[-6000:]
