@@ -82,6 +82,7 @@ $(PACKAGES_DONE): pyproject.toml setup.py requirements.lock | $(VENV_DONE)
 	@echo "Installing pinned packages into .venv (about a minute)"
 	@$(INSTALL) --constraint requirements.lock --editable '.[dev]'
 	@rm -rf $(BIN)/../lib/python*/site-packages/trio-stubs
+	@mkdir -p .cache/packages && ln -sfn ../../simulations .cache/packages/meshnode_simulations
 	@touch $@
 
 $(ENGINE_DONE): $(FLAGS_FILE) requirements.lock scripts/build_llama_wheel.py scripts/llama_without_common.cmake | $(PACKAGES_DONE)

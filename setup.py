@@ -1,15 +1,21 @@
 """The one thing pyproject.toml cannot say: which folder holds which package.
 
-The folder `bootstrap/` is installed under the name `meshnode_bootstrap`; a
-top-level package called "bootstrap" would be a rude guest in site-packages.
+The folders `bootstrap/` and `simulations/` are installed as `meshnode_bootstrap` and
+`meshnode_simulations`; top-level packages of such names would be rude guests in site-packages.
 """
 
 from setuptools import find_packages, setup
 
+PREFIXED = ("bootstrap", "simulations")
+
 setup(
     packages=[
         *find_packages(include=["meshnode", "meshnode.*"]),
-        *(f"meshnode_{name}" for name in find_packages(include=["bootstrap", "bootstrap.*"])),
+        *(
+            f"meshnode_{name}"
+            for folder in PREFIXED
+            for name in find_packages(include=[folder, f"{folder}.*"])
+        ),
     ],
-    package_dir={"meshnode_bootstrap": "bootstrap"},
+    package_dir={f"meshnode_{folder}": folder for folder in PREFIXED},
 )

@@ -14,12 +14,16 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, get_args
+from urllib.parse import urlsplit
 
 from meshnode.errors import ConfigError
 
 Role = Literal["node", "gateway", "bootstrap"]
 LogFormat = Literal["pretty", "json"]
 LogLevel = Literal["debug", "info", "warning", "error"]
+Speculate = Literal["off", "lookup", "draft", "auto"]
+"""Who guesses the next tokens: nobody, the text itself, a draft model, or one of these two (the
+draft model if there is one) for as long as it is measured to pay."""
 
 API_DEFAULT = "127.0.0.1:9337"
 """Loopback: without API keys only this machine may ask, and nothing has to be set up for it."""
@@ -67,9 +71,15 @@ class Config:
     # what fits in memory. `memory_bytes` is what the mesh may fill with models; None: a share.
     models: tuple[str, ...] = ("default",)
     standbys: tuple[str, ...] = ()
+    # Servers of other kinds that this node fronts: URL[=NAME[@DIGEST]] each, and their keys.
+    upstreams: tuple[str, ...] = ()
+    upstream_key_file: Path | None = None
     context_tokens: int | None = None
     slots: int = SLOTS_DEFAULT
     memory_bytes: int | None = None
+    # Who guesses tokens ahead; `draft` is a PATH_OR_NAME, like a model.
+    speculate: Speculate = "off"
+    draft: str | None = None
 
     # Gateway: HOST:PORT, or "" for none. Who may use it stands in `key_file`.
     api: str = API_DEFAULT
@@ -103,6 +113,10 @@ class _Setting:
     secret: bool = False
 
 
+_UPSTREAM = re.compile(
+    r"(?P<url>https?://(?:[A-Za-z0-9._-]+|\[[0-9a-fA-F:.]+\])(?::\d{1,5})?(?:/[A-Za-z0-9._~/-]*)?)"
+    r"(?:=(?P<name>[A-Za-z0-9][A-Za-z0-9._:-]{0,127})(?:@(?P<digest>[0-9a-f]{64}))?)?"
+)
 _PEER = r"/p2p/[1-9A-HJ-NP-Za-km-z]+"
 _LISTEN = re.compile(r"/(ip4|ip6)/[0-9a-fA-F.:%]+/(udp/\d{1,5}/quic-v1|tcp/\d{1,5})")
 _BOOTSTRAP = re.compile(rf"/(ip4|ip6|dns|dns4|dns6)/\S+{_PEER}")
@@ -121,6 +135,35 @@ def split_host_port(address: str) -> tuple[str, int]:
     if ":" in host and not bracketed:
         raise ConfigError(f"{address!r}: write an IPv6 address in brackets, [::1]:9337")
     return (host[1:-1] if bracketed else host), int(port)
+
+
+@dataclass(frozen=True, slots=True)
+class UpstreamSpec:
+    """A server to front: all that it has, or the model `name`, whose bytes have `digest`."""
+
+    url: str
+    name: str | None
+    digest: str | None
+
+
+def split_upstream(text: str) -> UpstreamSpec:
+    """URL[=NAME[@DIGEST]], the URL as OpenAI's clients have it or without `/v1`.
+
+    Raises `ConfigError`. No user, query or fragment: a key would stand in the process list.
+    """
+    found = _UPSTREAM.fullmatch(text)
+    if found is None or not _is_address(found["url"]):
+        raise ConfigError(f"{text!r} is not URL[=NAME[@DIGEST]], such as http://127.0.0.1:8000")
+    url = found["url"].rstrip("/").removesuffix("/v1")
+    return UpstreamSpec(url, found["name"], found["digest"])
+
+
+def _is_address(url: str) -> bool:
+    """Whether the port, and what is in brackets, can be."""
+    try:
+        return urlsplit(url).port != 0
+    except ValueError:
+        return False
 
 
 def is_loopback(host: str) -> bool:
@@ -156,6 +199,14 @@ def _is_api(text: str) -> bool:
     return True
 
 
+def _is_upstream(text: str) -> bool:
+    try:
+        split_upstream(text)
+    except ConfigError:
+        return False
+    return True
+
+
 def _is_memory(text: str) -> bool:
     try:
         return size_bytes(text) >= MEMORY_BYTES_MIN
@@ -170,6 +221,10 @@ def _within(low: int, high: int) -> Callable[[str], bool]:
 SETTINGS: Mapping[str, _Setting] = {
     "model": _Setting(str, "PATH_OR_NAME[=ALIAS]", many=True),
     "standby": _Setting(str, "PATH_OR_NAME[=ALIAS]", many=True),
+    "upstream": _Setting(
+        str, "URL[=NAME[@DIGEST]], such as http://127.0.0.1:8000", _is_upstream, many=True
+    ),
+    "upstream-key-file": _Setting(str, "a file of lines URL KEY, or of one KEY"),
     "api": _Setting(str, f'HOST:PORT such as "{API_DEFAULT}", or "" for none', _is_api),
     "api-key-file": _Setting(str, "a file of API keys, which `meshnode key create` makes"),
     "no-api-key": _Setting(bool, "true or false", lambda text: True),
@@ -200,6 +255,10 @@ SETTINGS: Mapping[str, _Setting] = {
     ),
     "slots": _Setting(int, f"a number from 1 to {SLOTS_MAX}", _within(1, SLOTS_MAX)),
     "memory": _Setting(str, "a size from 128MiB, with its unit: 8GiB, 512MiB, 16GB", _is_memory),
+    "speculate": _Setting(
+        str, ", ".join(get_args(Speculate)), lambda text: text in get_args(Speculate)
+    ),
+    "draft": _Setting(str, "a GGUF file, or the name of a known model"),
     "log-format": _Setting(
         str, " or ".join(get_args(LogFormat)), lambda text: text in get_args(LogFormat)
     ),
@@ -255,6 +314,8 @@ def _config(role: Role, values: Mapping[str, object]) -> Config:
         ("join", "join"),
         ("context", "context_tokens"),
         ("slots", "slots"),
+        ("speculate", "speculate"),
+        ("draft", "draft"),
         ("log-format", "log_format"),
         ("log-level", "log_level"),
     ):
@@ -265,10 +326,13 @@ def _config(role: Role, values: Mapping[str, object]) -> Config:
     # One file may serve all three commands: what a role has no use for is left aside.
     if role != "node":
         fields["models"] = ()
-    elif "model" in values or "standby" in values:
-        # Whoever names only what to keep ready has decided against the default, too.
+    elif {"model", "standby", "upstream"} & values.keys():
+        # Whoever names only what to keep ready, or elsewhere, has decided against the default.
         fields["models"] = values.get("model", ())
         fields["standbys"] = values.get("standby", ())
+        fields["upstreams"] = values.get("upstream", ())
+    if "upstream-key-file" in values:
+        fields["upstream_key_file"] = _path(values["upstream-key-file"])
     if "memory" in values:
         fields["memory_bytes"] = size_bytes(str(values["memory"]))
     if "api" in values:
@@ -280,7 +344,25 @@ def _config(role: Role, values: Mapping[str, object]) -> Config:
         if not fields["ask_for_keys"]:
             raise ConfigError("api-key-file and no-api-key contradict each other: drop one")
         fields["api_key_file"] = _path(values["api-key-file"])
-    return Config(**fields)  # type: ignore[arg-type]
+    config = Config(**fields)  # type: ignore[arg-type]
+    if role == "node":
+        _check_speculation(config)
+    return config
+
+
+def _check_speculation(config: Config) -> None:
+    """Raises `ConfigError` for a draft model that would do nothing, and for one that is missing."""
+    if config.speculate == "draft" and config.draft is None:
+        raise ConfigError("speculate = draft needs the small model that guesses: --draft FILE")
+    if config.draft is None:
+        return
+    if config.speculate not in ("draft", "auto"):
+        raise ConfigError(
+            f"draft is given, and speculate is {config.speculate}, so nobody would ask it: add "
+            "--speculate draft, or auto"
+        )
+    if len(config.models) + len(config.standbys) > 1:
+        raise ConfigError("draft is for a node with one model, whose vocabulary it shares")
 
 
 def _default_data_dir(env: Mapping[str, str]) -> dict[str, object]:

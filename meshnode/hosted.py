@@ -8,6 +8,7 @@ as failed, and the node goes on with the others.
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import time
 from collections.abc import Callable
@@ -18,11 +19,11 @@ from typing import Literal
 import trio
 
 from meshnode.config import Config
-from meshnode.console.snapshot import ModelSnapshot
+from meshnode.console.snapshot import ModelSnapshot, SpeculationSnapshot
 from meshnode.engine import Engine, EngineStats, ModelCard
 from meshnode.engine.card import load_card
 from meshnode.engine.memory import MemoryNeed, context_for, memory_need
-from meshnode.engine.process import EngineOptions, EngineProcess
+from meshnode.engine.process import EngineOptions, EngineProcess, read_draft_header
 from meshnode.errors import ConfigError, ModelLoadError
 from meshnode.messages import SESSIONS_MAX, Offer
 from meshnode.models.catalog import ModelSource, resolve
@@ -51,7 +52,7 @@ class Holding:
     `state`: "loading" and "ready" hold memory, and an engine that takes no more requests is
     "ready" until it has given it back; "failed" lasts until another try is worth it. `wanted`:
     this node's operator wants it served here. `bytes`, estimated, is `weight_bytes` +
-    `kv_bytes_per_token` * `context_tokens` + `compute_bytes` (buffers and runtime).
+    `kv_bytes_per_token` * `context_tokens` + `compute_bytes` (buffers, runtime, draft model).
     """
 
     name: str
@@ -139,7 +140,8 @@ class HostedModel:
         card = await self._prepare()
         header = await trio.to_thread.run_sync(read_header, card.path)
         context_tokens = context_for(card.path, header, self._options.context_tokens)
-        return _Identity(card, header, memory_need(header, context_tokens))
+        draft = await read_draft_header(self._options)
+        return _Identity(card, header, memory_need(header, context_tokens, draft))
 
     async def _prepare(self) -> ModelCard:
         first = 0.1 if self._source.packaged else PREPARED
@@ -297,6 +299,9 @@ class HostedModel:
             prefill_tokens_per_s=stats.prefill_tokens_per_s,
             decode_tokens_per_s=stats.decode_tokens_per_s,
             memory_bytes=stats.memory_bytes,
+            speculation=None
+            if stats.speculation is None
+            else SpeculationSnapshot(**dataclasses.asdict(stats.speculation)),
         )
 
 
@@ -305,7 +310,13 @@ def find_models(config: Config) -> tuple[HostedModel, ...]:
 
     Raises `ConfigError` for one that does not exist, and for a standby that is named twice.
     """
-    options = EngineOptions(context_tokens=config.context_tokens, slots=config.slots)
+    draft = None if config.draft is None else resolve(config.draft, config.data_dir).path
+    options = EngineOptions(
+        context_tokens=config.context_tokens,
+        slots=config.slots,
+        speculate=config.speculate,
+        draft=draft,
+    )
     pinned = [resolve(spec, config.data_dir) for spec in config.models]
     standbys = [resolve(spec, config.data_dir) for spec in config.standbys]
     paths = [source.path for source in (*pinned, *standbys)]

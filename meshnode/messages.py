@@ -114,8 +114,12 @@ class NodeRecord(Message, frozen=True):
     models: Annotated[tuple[Digest, ...], Meta(max_length=MODELS_MAX)]
 
 
-class Offer(Struct, frozen=True, forbid_unknown_fields=True):
-    """One model on one node, as measured by that node. Rates are tokens per second."""
+class Offer(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+    """One model on one node, as measured by that node. Rates are tokens per second.
+
+    `upstream`: a server of another kind answers, behind the node; requests go there unread. Left
+    out where it is false, so that nodes which do not know it can read all other offers.
+    """
 
     name: ModelName
     digest: Digest
@@ -128,6 +132,7 @@ class Offer(Struct, frozen=True, forbid_unknown_fields=True):
     prefill_tokens_per_s: Rate
     decode_tokens_per_s: Rate
     sessions: Annotated[bytes, Meta(max_length=SESSIONS_MAX * SESSION_HASH_BYTES)] = b""
+    upstream: bool = False
 
 
 class Demand(Struct, frozen=True, forbid_unknown_fields=True):

@@ -15,6 +15,7 @@ import random
 import statistics
 import time
 from collections import Counter
+from collections.abc import Iterable
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -40,7 +41,7 @@ from meshnode.engine import Engine
 from meshnode.engine.memory import memory_budget_bytes
 from meshnode.errors import ConfigError, NoReplicaError, UnknownModelError
 from meshnode.fence import Fence, shard_text
-from meshnode.gateway import Candidate, Route, ServedModel
+from meshnode.gateway import Candidate, Route, ServedModel, Upstream
 from meshnode.gateway.app import create_api_app
 from meshnode.gateway.door import Door, open_door
 from meshnode.gateway.server import serve_api
@@ -71,6 +72,7 @@ from meshnode.transport.addresses import advertised, with_free_ports
 from meshnode.transport.http import serve_asgi
 from meshnode.transport.libp2p import HostEvents, Libp2pHost, split_peer
 from meshnode.transport.mdns import announced
+from meshnode.upstream.fronted import Fronted, find_upstreams
 
 logger = logging.getLogger(__name__)
 
@@ -114,8 +116,9 @@ async def run_node(
         models = find_models(config)
         memory_bytes = memory_budget_bytes(config.memory_bytes)
         key = data.key()
+        upstreams = find_upstreams(config, key.peer_id)
         membership = await find_membership(config, data, key)
-        node = Node(config, data, key, membership, models, memory_bytes, door)
+        node = Node(config, data, key, membership, models, upstreams, memory_bytes, door)
         await node.run(task_status=task_status)
 
 
@@ -129,6 +132,7 @@ class Node:
         key: KeyPair,
         membership: Membership,
         models: tuple[HostedModel, ...],
+        upstreams: tuple[Fronted, ...],
         memory_bytes: int,
         door: Door | None,
     ) -> None:
@@ -138,6 +142,7 @@ class Node:
         self._key = key
         self._mesh = membership.mesh
         self._models = models
+        self._upstreams = upstreams
         self._door = door
         self._started_at = time.monotonic()
         self._started_unix = int(time.time())
@@ -207,6 +212,8 @@ class Node:
                     lan = announced(self._mesh.mesh_id, self.own, self._addrs, self._learn)
                     await stack.enter_async_context(lan)
                 nursery.start_soon(run_models, self._models)
+                for upstream in self._upstreams:
+                    nursery.start_soon(upstream.run)
                 nursery.start_soon(self._keep_telling_models)
                 nursery.start_soon(self._keep_telling_links)
                 nursery.start_soon(self._links.run, self._peers)
@@ -236,7 +243,10 @@ class Node:
         self._driver.submit(self.own, SetHoldings(()))
         with trio.move_on_after(DRAIN_S):
             # The engines report their load by themselves, a few times a second.
-            while any(model.is_busy() for model in self._models):  # noqa: ASYNC110
+            while (  # noqa: ASYNC110
+                any(model.is_busy() for model in self._models)
+                or any(upstream.in_flight for upstream in self._upstreams)
+            ):
                 await trio.sleep(DRAIN_LOOK_S)
 
     async def _drive(self, *, task_status: trio.TaskStatus[None]) -> None:
@@ -269,7 +279,10 @@ class Node:
         told_at = -math.inf
         while not self._stopping.is_set():
             self._follow_duties()
-            found = tuple(model.state for model in self._models)
+            found = (
+                *(model.state for model in self._models),
+                *(upstream.state for upstream in self._upstreams),
+            )
             if found != states or trio.current_time() >= told_at + OFFERS_EVERY_S:
                 states, told_at = found, trio.current_time()
                 self._tell_models()
@@ -294,7 +307,10 @@ class Node:
             return False
         if any(duty.load and self.engine(duty.model) is None for duty in self._duties.duties):
             return False
-        return not any(
+        return not self._is_ready_elsewhere(digest)
+
+    def _is_ready_elsewhere(self, digest: str) -> bool:
+        return any(
             offer.digest == digest and offer.state == "ready"
             for peer, offers in self._stack.offers().items()
             if peer != self.own
@@ -332,10 +348,24 @@ class Node:
             await trio.sleep(LINKS_EVERY_S)
 
     def _tell_offers(self) -> None:
-        offers = tuple(offer for model in self._models if (offer := model.offer()) is not None)
+        hosted = tuple(offer for model in self._models if (offer := model.offer()) is not None)
+        offers = (*hosted, *self._fronted_offers({offer.digest for offer in hosted}))
         if offers != self._told and not self._stopping.is_set():
             self._told = offers
             self._driver.submit(self.own, SetOffers(offers))
+
+    def _fronted_offers(self, here: set[str]) -> Iterable[Offer]:
+        """What servers behind us have, in an order that lasts: of equal bytes one offer, and none
+        of what an engine `here` has, nor, on a drained node, of what others can answer for."""
+        found: dict[str, Offer] = {}
+        for upstream in self._upstreams:
+            for offer in upstream.offers():
+                if offer.digest not in found or found[offer.digest].state != "ready":
+                    found[offer.digest] = offer
+        for digest, offer in found.items():
+            is_moved = self._duties.is_drained and self._is_ready_elsewhere(digest)
+            if digest not in here and not is_moved:
+                yield offer
 
     async def _save_peers(self) -> None:
         """Keep the members' addresses, so that a restart needs no bootstrap peer."""
@@ -431,11 +461,18 @@ class Node:
                 raise NoReplicaError(model, "loading", RETRY_AFTER_LOADING_S) from None
             raise
         assigned = self._stack.agreement.assigned(resolved.digest)
+        fronted = {peer for peer, offer in resolved.offers if offer.upstream}
         return Route(
             model=resolved.name,
             digest=resolved.digest,
             candidates=tuple(
-                Candidate(each.peer, each.local, each.reason, _fence(assigned, each.peer))
+                Candidate(
+                    each.peer,
+                    each.local,
+                    each.reason,
+                    _fence(assigned, each.peer),
+                    each.peer in fronted,
+                )
                 for each in ranked
             ),
         )
@@ -471,6 +508,22 @@ class Node:
     def engine(self, digest: str) -> Engine | None:
         engines = (model.engine_for(digest) for model in self._models)
         return next((engine for engine in engines if engine is not None), None)
+
+    def upstream(self, digest: str) -> Upstream | None:
+        if self.engine(digest) is not None:
+            return None
+        # Of several with the same bytes the one with the least to do.
+        servers = sorted(self._upstreams, key=lambda upstream: upstream.in_flight)
+        models = (upstream.model(digest) for upstream in servers)
+        return next((model for model in models if model is not None), None)
+
+    def is_fronted(self, model: str) -> bool:
+        self._tell_offers()  # as in `route`, which follows
+        try:
+            found = resolve(model, self._stack.offers())
+        except UnknownModelError:
+            return False
+        return all(offer.upstream for _, offer in found.offers)
 
     async def open_tunnel(self, peer_id: str) -> Stream:
         return await self._host.open_stream(PeerId(peer_id), HTTP_PROTOCOL)
@@ -519,7 +572,10 @@ class Node:
             addrs=tuple(f"{address}/p2p/{self.own}" for address in self._addrs),
             ready=ready,
             reason=reason,
-            models=tuple(model.snapshot() for model in self._models),
+            models=(
+                *(model.snapshot() for model in self._models),
+                *(row for upstream in self._upstreams for row in upstream.snapshots()),
+            ),
             peers=self._peer_snapshots(),
             mesh_models=tuple(
                 MeshModelSnapshot(m.id, m.digest, m.state, m.context_tokens, m.served_by)

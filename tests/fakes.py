@@ -14,7 +14,18 @@ import trio
 import trio.testing
 
 from meshnode import messages
-from meshnode.engine import ChatStyle, Delta, EngineStats, Finish, ModelCard, Request, Usage
+from meshnode.engine import (
+    ChatStyle,
+    Delta,
+    Embedded,
+    EmbedRequest,
+    EngineStats,
+    Finish,
+    ModelCard,
+    Request,
+    Usage,
+)
+from meshnode.engine.echo import EchoEngine
 from meshnode.errors import (
     EngineBusyError,
     EngineError,
@@ -24,7 +35,7 @@ from meshnode.errors import (
     UnknownModelError,
 )
 from meshnode.fence import Fence
-from meshnode.gateway import Candidate, Route, ServedModel
+from meshnode.gateway import Candidate, Route, ServedModel, Upstream
 from meshnode.transport.http import AsgiApp, serve_asgi
 
 DIGEST = "ab" * 32
@@ -44,6 +55,7 @@ class WordEngine:
     """Answers with the words of the last message, again and again, one word per token.
 
     `pace` is awaited before each token. `die_after` tokens it raises `EngineError`.
+    Its vectors are an echo's; `die_after` so many it raises as well.
     With `tells_ids` its answers can be continued, also by another one; token n has id 100 + n.
     """
 
@@ -55,7 +67,7 @@ class WordEngine:
     style: ChatStyle = field(default_factory=ChatStyle)
     running: int = 0
     produced: int = 0
-    requests: list[Request] = field(default_factory=list)
+    requests: list[Request | EmbedRequest] = field(default_factory=list)
 
     def stats(self) -> EngineStats:
         return EngineStats(
@@ -78,6 +90,12 @@ class WordEngine:
                 yield tokens
         finally:
             self.running -= 1
+
+    def embed(self, request: EmbedRequest) -> AbstractAsyncContextManager[Embedded]:
+        if self.busy:
+            raise EngineBusyError("The queue is full.", 3.0)
+        self.requests.append(request)
+        return EchoEngine(break_after_tokens=self.die_after).embed(request)
 
     async def _tokens(self, request: Request) -> AsyncGenerator[Delta | Finish, None]:
         prompt = request.prompt
@@ -153,6 +171,7 @@ class FakeMesh:
     sessions: list[bytes] = field(default_factory=list)
     fences: list[Fence | None] = field(default_factory=list)
     decided: FakeDecision | None = None
+    upstreams: dict[str, Upstream] = field(default_factory=dict)
 
     def models(self) -> tuple[ServedModel, ...]:
         served_by = tuple(c.peer_id for c in self.candidates)
@@ -201,6 +220,13 @@ class FakeMesh:
 
     def engine(self, digest: str) -> WordEngine | None:
         return self.engines.get(digest)
+
+    def upstream(self, digest: str) -> Upstream | None:
+        return self.upstreams.get(digest)
+
+    def is_fronted(self, model: str) -> bool:
+        fronted = [each.upstream for each in self.candidates]
+        return model == MODEL and bool(fronted) and all(fronted)
 
     async def open_tunnel(self, peer_id: str) -> trio.abc.HalfCloseableStream:
         if peer_id not in self.tunnels:

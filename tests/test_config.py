@@ -39,6 +39,27 @@ PRECEDENCE = [
     ("model", ("a",), "b, c", '["d"]', "models", (("a",), ("b", "c"), ("d",), ("default",))),
     ("standby", ("a=x",), "b, c", '["d"]', "standbys", (("a=x",), ("b", "c"), ("d",), ())),
     (
+        "upstream",
+        ("http://a:1=x",),
+        "http://b, https://c/v1",
+        f'["http://[::1]:2=y@{"ab" * 32}"]',
+        "upstreams",
+        (
+            ("http://a:1=x",),
+            ("http://b", "https://c/v1"),
+            (f"http://[::1]:2=y@{'ab' * 32}",),
+            (),
+        ),
+    ),
+    (
+        "upstream-key-file",
+        "/a",
+        "/b",
+        '"/c"',
+        "upstream_key_file",
+        (Path("/a"), Path("/b"), Path("/c"), None),
+    ),
+    (
         "api-key-file",
         "/a",
         "/b",
@@ -60,6 +81,7 @@ PRECEDENCE = [
         "memory_bytes",
         (8 * 2**30, 512 * 2**20, 1_500_000_000, None),
     ),
+    ("speculate", "auto", "lookup", '"auto"', "speculate", ("auto", "lookup", "auto", "off")),
     ("log-format", "json", "json", '"json"', "log_format", ("json", "json", "json", "pretty")),
     (
         "log-level",
@@ -120,7 +142,7 @@ def test_flags_over_environment_over_file_over_default(
 
 
 def test_every_setting_is_in_the_precedence_table() -> None:
-    assert {row[0] for row in PRECEDENCE} | {"data-dir"} == set(SETTINGS)
+    assert {row[0] for row in PRECEDENCE} | {"data-dir", "draft"} == set(SETTINGS)
 
 
 def test_data_dir_comes_from_flag_environment_file_or_xdg(tmp_path: Path) -> None:
@@ -147,7 +169,7 @@ def test_an_explicit_file_replaces_the_one_in_the_data_dir(data_dir: Path, tmp_p
 @pytest.mark.parametrize(
     ("toml", "complaint"),
     [
-        ("slotz = 3", "unknown key 'slotz'. Allowed: model, standby, api"),
+        ("slotz = 3", "unknown key 'slotz'. Allowed: model, standby, upstream"),
         ("slots = true", "slots must be a number from 1 to 256, not True"),
         ("slots = 0", "slots must be a number"),
         ('context = "4096"', "context must be a number of tokens"),
@@ -259,3 +281,18 @@ def test_host_and_port() -> None:
     for wrong in ("9337", ":9337", "localhost", "host:port", "host:70000", "::1:9337"):
         with pytest.raises(ConfigError):
             split_host_port(wrong)
+
+
+def test_a_draft_model_goes_with_its_speculation(data_dir: Path) -> None:
+    def loaded(**flags: object) -> Config:
+        return load({"data-dir": str(data_dir), "role": "node", **flags}, {}, None)
+
+    assert loaded(speculate="draft", draft="small").draft == "small"
+    assert loaded(speculate="auto", draft="small").draft == "small"
+    with pytest.raises(ConfigError, match="needs the small model"):
+        loaded(speculate="draft")
+    for speculate in (None, "off", "lookup"):
+        with pytest.raises(ConfigError, match="nobody would ask it"):
+            loaded(speculate=speculate, draft="small")
+    with pytest.raises(ConfigError, match="one model"):
+        loaded(speculate="auto", draft="small", model=("a", "b"))

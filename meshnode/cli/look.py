@@ -29,7 +29,13 @@ from meshnode.cli.register import (
 )
 
 if TYPE_CHECKING:
-    from meshnode.console.snapshot import ItemSnapshot, ModelSnapshot, PeerSnapshot, Snapshot
+    from meshnode.console.snapshot import (
+        ItemSnapshot,
+        ModelSnapshot,
+        PeerSnapshot,
+        Snapshot,
+        SpeculationSnapshot,
+    )
 
 
 @click.command()
@@ -130,12 +136,24 @@ def _facts(found: Snapshot) -> Iterable[tuple[str, str]]:
     yield "up", duration(found.uptime_s)
     yield "API", f"{found.api_url}/v1" if found.api_url else "none"
     yield from (("at", addr) for addr in found.addrs)
+    for model in found.models:
+        if model.speculation is not None:
+            yield "guessing", f"{model.name}: {_guesses(model.speculation)}"
     for group in found.groups:
         yield from group_facts(group, found.peer_id)
     yield "peers", f"{len(found.peers)} connected, {found.dht_peers} in the DHT"
     if found.refused:
         counts = sorted(found.refused.items())
         yield "refused", ", ".join(f"{count} {reason}" for reason, count in counts)
+
+
+def _guesses(speculation: SpeculationSnapshot) -> str:
+    state = "on" if speculation.on else "not now"
+    if not speculation.proposed:
+        return f"{state}; no guesses yet"
+    share = speculation.accepted / speculation.proposed
+    gain = speculation.accepted / speculation.passes
+    return f"{state}; {share:.0%} of the guesses right, {gain:.1f} more tokens per pass"
 
 
 def _model_row(model: ModelSnapshot) -> tuple[str, ...]:

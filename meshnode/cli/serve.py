@@ -8,7 +8,14 @@ from typing import get_args
 import click
 
 from meshnode.cli.edge import F, config_from, data_dir_option, json_option
-from meshnode.config import API_DEFAULT, LISTEN_DEFAULT, SLOTS_DEFAULT, Config, LogLevel
+from meshnode.config import (
+    API_DEFAULT,
+    LISTEN_DEFAULT,
+    SLOTS_DEFAULT,
+    Config,
+    LogLevel,
+    Speculate,
+)
 
 _NODE_OPTIONS: tuple[Callable[[F], F], ...] = (
     click.option(
@@ -77,7 +84,7 @@ def node_options(command: F) -> F:
     multiple=True,
     metavar="PATH_OR_NAME[=ALIAS]",
     help="Serve this model here: a GGUF file, or the name of a known model; repeatable. "
-    "[default: default, unless --standby is given]",
+    "[default: default, unless --standby or --upstream is given]",
 )
 @click.option(
     "--standby",
@@ -85,6 +92,18 @@ def node_options(command: F) -> F:
     metavar="PATH_OR_NAME[=ALIAS]",
     help="Keep this model ready on disk, verified, and load it when the mesh asks: because its "
     "last node died, or has too much to do; repeatable.",
+)
+@click.option(
+    "--upstream",
+    multiple=True,
+    metavar="URL[=NAME[@DIGEST]]",
+    help="Serve what another OpenAI-compatible server has (vLLM, Ollama, llama-server, ...), or "
+    "only its model NAME; repeatable.",
+)
+@click.option(
+    "--upstream-key-file",
+    metavar="FILE",
+    help="Keys for these servers: lines of URL KEY, or one KEY.",
 )
 @click.option(
     "--context",
@@ -104,6 +123,18 @@ def node_options(command: F) -> F:
     help="How much memory the mesh may fill with models here, such as 8GiB; each of several "
     "nodes on one machine needs its own part. [default: 3/4 of the machine's]",
 )
+@click.option(
+    "--speculate",
+    type=click.Choice(get_args(Speculate)),
+    help="Guess tokens ahead and let the model check several at once: from the text so far, by a "
+    "--draft model, or automatically, only while that is measured to be faster. It is not on a "
+    "busy CPU. [default: off]",
+)
+@click.option(
+    "--draft",
+    metavar="PATH_OR_NAME",
+    help="A small model with the vocabulary of the --model, to guess for it.",
+)
 @node_options
 def serve(as_json: bool, **options: object) -> None:
     """Run a node that serves models to this machine and to its mesh.
@@ -121,6 +152,7 @@ def serve(as_json: bool, **options: object) -> None:
       meshnode serve
       meshnode serve --model ~/models/qwen3-8b-q4_0.gguf=qwen3
       meshnode serve --standby qwen3-8b-q4_0 --memory 8GiB
+      meshnode serve --upstream http://127.0.0.1:8000
       meshnode serve --mesh home --api 0.0.0.0:9337     # after: meshnode key create NAME
       meshnode serve --join mesh1.…
     """

@@ -14,9 +14,18 @@ class MeshSnapshot(Struct, frozen=True):
     root_key_here: bool = False
 
 
+class SpeculationSnapshot(Struct, frozen=True):
+    """As `engine.SpeculationStats`."""
+
+    on: bool
+    passes: int
+    proposed: int
+    accepted: int
+
+
 class ModelSnapshot(Struct, frozen=True):
     """One of our own models, loaded or not. `progress` is 0..1 while loading; rates are tokens per
-    second."""
+    second; `speculation` is None where nobody guesses ahead."""
 
     name: str
     digest: str
@@ -30,6 +39,7 @@ class ModelSnapshot(Struct, frozen=True):
     prefill_tokens_per_s: float
     decode_tokens_per_s: float
     memory_bytes: int
+    speculation: SpeculationSnapshot | None = None
 
 
 class OfferSnapshot(Struct, frozen=True):

@@ -5,9 +5,16 @@ routing or HTTP. The parts, in data-flow order:
 
 * `style.py`      how a model's chat template has it think and call tools
 * `scheduler.py`  sans-IO policy: waiting and running sequences in, the next batch out
-* `llama.py`      mechanism: the only import of llama_cpp; runs inside the child process
+* `llama.py`      mechanism: a loaded model, inside the child process; only it, `embedder.py` and
+                  `native.py`, which both need, import llama_cpp
 * `trigger.py`    where in an answer a grammar begins to bind
+* `speculate.py`  sans-IO: guesses at the next tokens, and which of them stand
+* `payoff.py`     sans-IO: whether guessing pays, by what it did
+* `draft.py`      a small model that guesses for a large one
+* `embedding.py`  sans-IO policy: which inputs are read next for embeddings
+* `embedder.py`   mechanism: a model's other context, that turns inputs into vectors
 * `trial.py`      tries a client's grammar where a crash costs nothing
+* `reading.py`    joins these two beside the answers
 * `child.py`      the child process's main loop: requests in, deltas out, one step at a time
 * `process.py`    `EngineProcess`: the Trio side that starts, watches and talks to the child
 * `echo.py`       a deterministic engine without a model, for protocol tests only
@@ -22,14 +29,23 @@ from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
+from meshnode.config import Speculate
+
 # OpenAI's penalties look at the whole answer; this is longer than almost all of them.
 PENALTY_TOKENS_MAX = 2048
 # Far more than any schema that a small model could follow.
 GRAMMAR_BYTES_MAX = 64 * 1024
-# OpenAI's own bound.
+# OpenAI's own bounds.
 TOP_LOGPROBS_MAX = 20
+EMBED_INPUTS_MAX = 2048
+EMBED_TOKENS_MAX = 300_000
+# 8 MiB of them, so that an answer in base64 fits into what a gateway takes from a peer.
+EMBED_FLOATS_MAX = 2 * 1024 * 1024
 
 __all__ = [
+    "EMBED_FLOATS_MAX",
+    "EMBED_INPUTS_MAX",
+    "EMBED_TOKENS_MAX",
     "GRAMMAR_BYTES_MAX",
     "PENALTY_TOKENS_MAX",
     "TOP_LOGPROBS_MAX",
@@ -39,6 +55,8 @@ __all__ = [
     "ChatStyle",
     "Continuation",
     "Delta",
+    "EmbedRequest",
+    "Embedded",
     "Engine",
     "EngineStats",
     "Finish",
@@ -48,6 +66,8 @@ __all__ = [
     "ModelCard",
     "Request",
     "Sampling",
+    "Speculate",
+    "SpeculationStats",
     "Thinking",
     "TokenLogprobs",
     "Usage",
@@ -283,11 +303,51 @@ class Finish:
 
 
 @dataclass(frozen=True, slots=True)
+class EmbedRequest:
+    """A vector for each of `inputs`; or, with a `query`, how relevant each of them is to it.
+
+    1 to `EMBED_INPUTS_MAX` inputs of `EMBED_TOKENS_MAX` tokens together, none of them empty; with
+    a query they are texts. Text gets the special tokens that the model expects around it, token
+    ids are taken as they are. `dimensions`: what a vector must have; None for what it has.
+    """
+
+    id: str
+    inputs: tuple[str | tuple[int, ...], ...]
+    query: str | None = None
+    dimensions: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Embedded:
+    """What becomes of an `EmbedRequest` that was accepted.
+
+    `vectors` come in the order of the inputs, each as little-endian 32-bit floats: of length 1,
+    or with a query just one number, the larger the more relevant, on the model's own scale.
+    Iterating raises `EngineError` if the engine dies midway.
+    """
+
+    prompt_tokens: int
+    vectors: AsyncIterator[bytes]
+
+
+@dataclass(frozen=True, slots=True)
+class SpeculationStats:
+    """Guessing ahead, since the engine was loaded: `passes` had guesses in them, `proposed`
+    tokens in all, of which `accepted` were what the model drew. `on`: in the latest pass."""
+
+    on: bool
+    passes: int
+    proposed: int
+    accepted: int
+
+
+@dataclass(frozen=True, slots=True)
 class EngineStats:
     """A frozen snapshot, cheap enough to take for every advert and status page.
 
     `sessions` holds the session keys whose KV is kept, most recently used last.
     Rates are tokens per second, measured (0.0 before the first measurement).
+    `speculation` is None if it is not wanted or the model cannot.
     """
 
     card: ModelCard
@@ -304,6 +364,7 @@ class EngineStats:
     memory_bytes: int
     sessions: tuple[bytes, ...]
     style: ChatStyle = ChatStyle()
+    speculation: SpeculationStats | None = None
 
 
 class Engine(Protocol):
@@ -319,5 +380,12 @@ class Engine(Protocol):
         Iterate: `Delta`s, and after those of a choice its `Finish`; raises `EngineError` if the
         child dies midway.
         Leave early: the sequence is cancelled within one decode step; its KV stays for reuse.
+        """
+        ...
+
+    def embed(self, request: EmbedRequest) -> AbstractAsyncContextManager[Embedded]:
+        """Enter: the inputs are tokenised and queued. Raises as `generate` does: `RequestError`
+        names the input that is too long, or says what else the model is for.
+        Leave early: what is left of it is not computed.
         """
         ...

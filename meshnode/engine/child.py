@@ -18,16 +18,21 @@ import time
 import traceback
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Literal, NoReturn
 
 from meshnode.engine import TokenLogprobs, Usage, wire
 from meshnode.engine.cores import usable_cores
+from meshnode.engine.draft import DraftModel
 from meshnode.engine.llama import LlamaModel, Sampler, quantize_q4_0
 from meshnode.engine.pace import Rates, Threads
+from meshnode.engine.payoff import Speculation
+from meshnode.engine.reading import Reading, Readings, refuse_unsuitable
 from meshnode.engine.scheduler import Batch, Limits, Sampled, Scheduler
+from meshnode.engine.speculate import PromptLookup, verify
 from meshnode.engine.text import AnswerText
-from meshnode.errors import MeshnodeError, RequestError
+from meshnode.errors import MeshnodeError, ModelLoadError, RequestError
 
 # The parent keeps far fewer requests in flight; if it did not, the reader would wait here.
 INBOX_MAX = 1024
@@ -153,12 +158,20 @@ class _Pipe:
 class Child:
     """A loaded model being stepped."""
 
-    def __init__(self, pipe: _Pipe, model: LlamaModel, limits: Limits, threads: Threads):
+    def __init__(
+        self,
+        pipe: _Pipe,
+        model: LlamaModel,
+        limits: Limits,
+        threads: Threads,
+        speculation: Speculation | None,
+    ):
         self._pipe = pipe
         self._model = model
         self._limits = limits
         self._scheduler = Scheduler(limits, model.end_tokens)
-        self._inbox: queue.Queue[_Start | wire.Cancel] = queue.Queue(INBOX_MAX)
+        self._readings = Readings(model.embedder, limits.context_tokens, threads, pipe.send)
+        self._inbox: queue.Queue[_Start | Reading | wire.Cancel] = queue.Queue(INBOX_MAX)
         # By sequence: a request has one for each choice.
         self._answers: dict[int, _Answer] = {}
         self._sequences = 0
@@ -166,6 +179,7 @@ class Child:
         self._abortable: frozenset[int] = frozenset()
         self._threads = threads
         self._rates = Rates()
+        self._speculation = speculation
         self._status_sent_at = 0.0
 
     # -- the reader thread ---------------------------------------------------------------------
@@ -176,6 +190,8 @@ class Child:
             for frame in frames:
                 if isinstance(frame, wire.Generate):
                     self._receive(frame)
+                elif isinstance(frame, wire.Embed):
+                    self._receive_inputs(frame)
                 elif isinstance(frame, wire.Cancel):
                     self._inbox.put(frame)
                     if frame.number in self._abortable:
@@ -188,6 +204,7 @@ class Child:
 
     def _receive(self, frame: wire.Generate) -> None:
         try:
+            refuse_unsuitable(self._model.embedder, "generate")
             prompt = self._model.prompt_tokens(
                 frame.prompt, frame.tools, frame.thinking, frame.effort
             )
@@ -198,9 +215,7 @@ class Child:
             text, resumed = self._resume(frame, shown)
             samplers = self._samplers(frame)
         except RequestError as error:
-            self._pipe.send(
-                wire.Refused(frame.number, str(error), param=error.param, code=error.code)
-            )
+            self._refuse(frame.number, error)
             return
         self._pipe.send(wire.Accepted(frame.number, len(prompt)))
         if frame.continuation is not None:
@@ -222,6 +237,18 @@ class Child:
             self._end_at_once(start)
         else:
             self._inbox.put(start)
+
+    def _receive_inputs(self, frame: wire.Embed) -> None:
+        try:
+            reading = self._readings.accept(frame)
+        except RequestError as error:
+            self._refuse(frame.number, error)
+            return
+        self._pipe.send(wire.Accepted(frame.number, reading.prompt_tokens))
+        self._inbox.put(reading)
+
+    def _refuse(self, number: int, error: RequestError) -> None:
+        self._pipe.send(wire.Refused(number, str(error), param=error.param, code=error.code))
 
     def _samplers(self, frame: wire.Generate) -> tuple[Sampler, ...]:
         """One per choice, each with a seed of its own. Raises `RequestError`."""
@@ -279,14 +306,16 @@ class Child:
         self._send_status()
         while True:
             self._take_requests()
-            batch = self._scheduler.plan()
+            started_at = time.perf_counter()
+            batch = self._plan()
             if batch is not None:
-                self._step(batch)
+                self._step(batch, started_at)
+            self._readings.step(beside_answers=not self._scheduler.idle)
             self._send_status()
 
     def _take_requests(self) -> None:
         """Handle what has arrived; waits only if there is nothing to compute."""
-        wait = self._scheduler.idle
+        wait = self._idle
         while True:
             try:
                 item = self._inbox.get(block=wait)
@@ -295,8 +324,14 @@ class Child:
             wait = False
             if isinstance(item, wire.Cancel):
                 self._cancel(item.number)
+            elif isinstance(item, Reading):
+                self._readings.begin(item)
             else:
                 self._begin(item)
+
+    @property
+    def _idle(self) -> bool:
+        return self._scheduler.idle and not self._readings
 
     def _begin(self, start: _Start) -> None:
         first = self._sequences + 1
@@ -313,6 +348,7 @@ class Child:
 
     def _cancel(self, number: int) -> None:
         """What has come to its end already is not here any more: the two have crossed."""
+        self._readings.cancel(number)
         going = [each for each, answer in self._answers.items() if answer.number == number]
         for sequence in going:
             usage = self._scheduler.end(sequence)
@@ -321,12 +357,18 @@ class Child:
             answer.sampler.close()
             self._pipe.send(wire.Done(number, "cancelled", usage, answer.index))
 
-    def _step(self, batch: Batch) -> None:
+    def _plan(self) -> Batch | None:
+        """The next batch, with guesses in it where they pay."""
+        if self._speculation is None:
+            return self._scheduler.plan()
+        return self._scheduler.plan(self._speculation.propose(self._scheduler.asks()))
+
+    def _step(self, batch: Batch, started_at: float) -> None:
         """Trim, copy, decode, sample, send."""
         if not self._prepare(batch) or not batch.chunks:
             return
-        decoding = [chunk for chunk in batch.chunks if len(chunk.tokens) == 1]
-        prefill_tokens = batch.tokens - len(decoding)
+        decoding = [chunk for chunk in batch.chunks if chunk.is_decode]
+        prefill_tokens = batch.tokens - sum(len(chunk.tokens) for chunk in decoding)
         threads = self._threads.policy(batch.tokens)
         self._model.set_threads(threads.threads)
         self._model.allow()
@@ -342,10 +384,18 @@ class Child:
             self._rewind(batch)
             return
         threads.observe(cpu_s, wall_s)
-        self._rates.observe(prefill_tokens, len(decoding), wall_s)
+        draws, logprobs = self._draw(batch)
+        pass_s = time.perf_counter() - started_at
+        self._rates.observe(prefill_tokens, len(draws) if decoding else 0, pass_s)
+        if self._speculation is not None:
+            self._speculation.observe(batch, draws, pass_s)
         frames: list[wire.FromChild] = []
-        for sampled in self._scheduler.commit(batch, self._draw(batch)):
-            frames += self._deliver(sampled)
+        results = self._scheduler.commit(batch, draws)
+        for trim in batch.rejected(draws):
+            if not self._model.trim(trim):
+                self._scheduler.forget(trim.slot)
+        for sampled, thought in zip(results, logprobs, strict=True):
+            frames += self._deliver(sampled, thought)
         if frames:
             self._pipe.send(*frames)
 
@@ -363,22 +413,35 @@ class Child:
             if not self._model.trim(chunk.undo):
                 self._scheduler.forget(chunk.slot)
 
-    def _draw(self, batch: Batch) -> list[int]:
-        tokens, row = [], -1
-        for chunk in batch.chunks:
-            row += len(chunk.tokens)
-            if chunk.wants_logits:
-                answer = self._answers[chunk.sequence]
-                token = self._model.draw(answer.sampler, row)
-                tokens.append(token)
-                if answer.logprobs is not None and token not in self._model.end_tokens:
-                    answer.observe(self._model.logprobs(row, token, answer.logprobs))
-        return tokens
+    def _draw(self, batch: Batch) -> tuple[list[int], list[TokenLogprobs | None]]:
+        """The batch's draws, and what the model thought of each, where that was asked for."""
+        draws: list[int] = []
+        logprobs: list[TokenLogprobs | None] = []
+        for chunk, row in batch.rows():
+            answer = self._answers[chunk.sequence]
+            drawn = verify(chunk.proposals, partial(self._draw_from, answer, row))
+            draws += drawn
+            logprobs += [
+                self._model.logprobs(row + place, token, answer.logprobs)
+                if answer.logprobs is not None and token not in self._model.end_tokens
+                else None
+                for place, token in enumerate(drawn)
+            ]
+        return draws, logprobs
 
-    def _deliver(self, sampled: Sampled) -> Iterator[wire.FromChild]:
+    def _draw_from(self, answer: _Answer, row: int, place: int) -> int:
+        return self._model.draw(answer.sampler, row + place)
+
+    def _deliver(
+        self, sampled: Sampled, logprobs: TokenLogprobs | None
+    ) -> Iterator[wire.FromChild]:
         """The frames that a new token causes; ends the sequence at a stop string."""
-        answer = self._answers[sampled.sequence]
+        answer = self._answers.get(sampled.sequence)
+        if answer is None:  # a stop string came earlier among the tokens of this pass
+            return
         text, finish = "", sampled.finish
+        if logprobs is not None:
+            answer.observe(logprobs)
         if finish != "stop":
             piece = answer.shown.get(sampled.token) or self._model.piece(sampled.token)
             text = answer.feed(sampled.token, piece)
@@ -388,11 +451,11 @@ class Child:
             finish = "stop"
         if finish is not None:
             text += answer.text.flush()
-        logprobs = answer.take_logprobs(text, over=finish is not None)
+        shown = answer.take_logprobs(text, over=finish is not None)
         text = answer.unshown(text)
-        if text or logprobs:
+        if text or shown:
             ids, answer.ids_unsent = tuple(answer.ids_unsent), []
-            yield wire.Text(answer.number, text, len(ids), ids, logprobs, answer.index)
+            yield wire.Text(answer.number, text, len(ids), ids, shown, answer.index)
         if finish is not None:
             self._answers.pop(sampled.sequence).sampler.close()
             usage = answer.resumed.usage(sampled.usage)
@@ -400,19 +463,20 @@ class Child:
 
     def _send_status(self) -> None:
         now = time.monotonic()
-        if now - self._status_sent_at < STATUS_INTERVAL_S and not self._scheduler.idle:
+        if now - self._status_sent_at < STATUS_INTERVAL_S and not self._idle:
             return
         self._status_sent_at = now
         load = self._scheduler.load()
         self._pipe.send(
             wire.Status(
                 slots_busy=load.slots_busy,
-                queue_depth=load.waiting,
+                queue_depth=load.waiting + len(self._readings),
                 kv_tokens_free=load.kv_tokens_free,
                 prefill_tokens_per_s=self._rates.prefill_tokens_per_s,
                 decode_tokens_per_s=self._rates.decode_tokens_per_s,
                 memory_bytes=_resident_bytes(),
                 sessions=load.sessions,
+                speculation=None if self._speculation is None else self._speculation.stats(),
             )
         )
 
@@ -436,6 +500,7 @@ def serve() -> None:
             threads=threads_max,
             on_progress=_Progress(pipe),
         )
+        speculation = speculation_for(load, model, threads)
     except MeshnodeError as error:
         pipe.send(wire.LoadFailed(str(error)))
         return
@@ -445,10 +510,37 @@ def serve() -> None:
         kv_tokens=model.context_tokens,
         waiting_max=load.waiting_max,
     )
-    child = Child(pipe, model, limits, threads)
+    child = Child(pipe, model, limits, threads, speculation)
     threading.Thread(target=child.read, args=(frames,), daemon=True).start()
     pipe.send(wire.Ready(model.context_tokens, model.style))
     child.run()
+
+
+def speculation_for(load: wire.Load, model: LlamaModel, threads: Threads) -> Speculation | None:
+    """As the node wants it. Raises `ModelLoadError` if this model or its draft model cannot."""
+    adaptive = load.speculate == "auto"
+    if load.speculate == "off" or (adaptive and not model.can_rewind):
+        return None
+    if not model.can_rewind:
+        raise ModelLoadError(
+            f"{load.path} is recurrent: it cannot take rejected guesses back. Use --speculate "
+            "auto, which leaves it alone, or off."
+        )
+    if load.draft is None:
+        return Speculation(PromptLookup(), adaptive=adaptive)
+    draft = LlamaModel(
+        load.draft.path,
+        context_tokens=load.draft.context_tokens,
+        slots=load.slots,
+        threads=threads.policy(1).threads,
+        on_progress=_ignore_progress,
+    )
+    proposer = DraftModel(draft, model, slots=load.slots, threads=threads)
+    return Speculation(proposer, adaptive=adaptive)
+
+
+def _ignore_progress(_fraction: float) -> None:
+    """A draft model is small, and the bar is full already."""
 
 
 class _Progress:

@@ -2,18 +2,33 @@
 
 Its answer is the last message, one word per token. It keeps the contract of `Engine` to the
 letter: counts, cached prefixes, slots, stop strings, limits and cancellation are real, only the
-tokens are not. Deterministic, and safe under a virtual clock.
+tokens are not. Texts with more words in common have closer vectors, and rank higher.
+Deterministic, and safe under a virtual clock.
 """
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+import struct
+import zlib
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
 
 import trio
 
-from meshnode.engine import ChatMessage, Delta, EngineStats, Finish, ModelCard, Request, Usage
+from meshnode.engine import (
+    EMBED_INPUTS_MAX,
+    ChatMessage,
+    Delta,
+    Embedded,
+    EmbedRequest,
+    EngineStats,
+    Finish,
+    ModelCard,
+    Request,
+    Usage,
+)
 from meshnode.engine.scheduler import common_prefix
 from meshnode.engine.text import AnswerText
 from meshnode.errors import ContextLengthError, EngineBusyError, EngineError, RequestError
@@ -22,6 +37,8 @@ CONTEXT_TOKENS = 4096
 BUSY_RETRY_AFTER_S = 1.0
 # Kept conversations; the least recently used is forgotten first.
 SESSIONS_MAX = 8
+# Each word adds to one of so many numbers.
+DIMENSIONS = 64
 
 
 def echo_card(name: str = "echo") -> ModelCard:
@@ -88,13 +105,47 @@ class EchoEngine:
             raise RequestError("The prompt is empty.", param="messages")
         if len(prompt) + (request.max_tokens or 1) > CONTEXT_TOKENS:
             raise ContextLengthError(len(prompt), request.max_tokens, CONTEXT_TOKENS)
+        with self._slot():
+            yield self._events(request, prompt, answer)
+
+    @contextmanager
+    def _slot(self) -> Iterator[None]:
         if self._busy >= self._slots:
             raise EngineBusyError("All echo slots are busy.", BUSY_RETRY_AFTER_S)
         self._busy += 1
         try:
-            yield self._events(request, prompt, answer)
+            yield
         finally:
             self._busy -= 1
+
+    @asynccontextmanager
+    async def embed(self, request: EmbedRequest) -> AsyncIterator[Embedded]:
+        """See `Engine.embed`."""
+        await trio.lowlevel.checkpoint()
+        if request.dimensions not in (None, DIMENSIONS):
+            raise RequestError(f"`dimensions`: an echo has {DIMENSIONS}.", param="dimensions")
+        if not 1 <= len(request.inputs) <= EMBED_INPUTS_MAX:
+            raise RequestError(f"`input`: 1 to {EMBED_INPUTS_MAX} inputs.", param="input")
+        inputs = [[word.strip() for word in _prompt_words(each)] for each in request.inputs]
+        for index, words in enumerate(inputs):
+            if len(words) > CONTEXT_TOKENS or not words:
+                raise RequestError(
+                    f"`input[{index}]` has {len(words)} tokens; an echo reads 1 to "
+                    f"{CONTEXT_TOKENS}.",
+                    param=f"input[{index}]",
+                )
+        with self._slot():
+            yield Embedded(sum(map(len, inputs)), self._vectors(inputs, request.query))
+
+    async def _vectors(self, inputs: list[list[str]], query: str | None) -> AsyncIterator[bytes]:
+        for done, words in enumerate(inputs):
+            await trio.sleep(self._token_interval_s * len(words))
+            if done == self._break_after_tokens:
+                raise EngineError("The echo engine breaks here, as it was told to.")
+            if query is None:
+                yield _vector(words)
+            else:
+                yield struct.pack("<f", len(set(words) & set(query.split())))
 
     async def _events(
         self, request: Request, prompt: list[str], answer: list[str]
@@ -122,6 +173,18 @@ class EchoEngine:
         cut = len(answer) > tokens_max and not text.stopped
         usage = Usage(len(prompt), cached_tokens, completion_tokens)
         yield Finish("length" if cut else "stop", usage)
+
+
+def _vector(words: list[str]) -> bytes:
+    counts = [0.0] * DIMENSIONS
+    for word in words:
+        counts[zlib.crc32(word.encode()) % DIMENSIONS] += 1.0
+    length = math.hypot(*counts)
+    return struct.pack(f"<{DIMENSIONS}f", *(count / length for count in counts))
+
+
+def _prompt_words(prompt: str | tuple[int, ...]) -> list[str]:
+    return _split(prompt) if isinstance(prompt, str) else [f" {token}" for token in prompt]
 
 
 def _words(request: Request) -> tuple[list[str], list[str]]:

@@ -1,4 +1,4 @@
-"""The only import of llama_cpp: a GGUF file in memory, and one decode at a time.
+"""A GGUF file in memory, and one decode at a time.
 
 Knows pointers, batches and samplers. Decides nothing about who runs: it performs the batches of
 `scheduler.py`. Everything here may crash the process if called wrongly, which is why it runs in a
@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import ctypes
 import dataclasses
+import hashlib
 import math
 import os
 import sys
@@ -36,6 +37,8 @@ from meshnode.engine import (
     TokenLogprobs,
 )
 from meshnode.engine.chat import ChatTemplate, Segment
+from meshnode.engine.embedder import Embedder
+from meshnode.engine.native import pointer, tokenise
 from meshnode.engine.scheduler import PREFILL_TOKENS_MAX, Batch, Copy, Trim
 from meshnode.engine.style import find_style
 from meshnode.engine.trial import survives
@@ -319,6 +322,8 @@ def _dry(vocabulary: Any, sampling: Sampling) -> Any:
 class LlamaModel:
     """A loaded model with a KV cache of `slots` lanes that share `context_tokens` cells.
 
+    If it was made for embeddings or reranking, `embedder` is all there is to use.
+
     Tokenising (`prompt_tokens`, `piece`) and `abort` are safe from any thread; all else belongs
     to the thread that decodes.
     """
@@ -337,14 +342,23 @@ class LlamaModel:
         _llama.llama_backend_init()
         self._context = None
         self._model = self._load_model(path, on_progress)
+        self._embedder: Embedder | None = None
+        self.end_tokens: frozenset[int] = frozenset()
+        self._is_recurrent = False
         try:
             self._vocabulary = _checked(_llama.llama_model_get_vocab(self._model), path, "vocab")
             self.context_tokens = context_tokens
+            if _llama.llama_model_has_encoder(self._model):
+                raise ModelLoadError(f"{path}: encoder models cannot generate text here")
+            if _llama.llama_model_is_diffusion(self._model):
+                raise ModelLoadError(f"{path}: diffusion models cannot generate text here")
+            self._embedder = Embedder(self._model, path)
+            if self._embedder.is_purpose:
+                on_progress(1.0)
+                return
             self._context = self._make_context(path, slots, threads)
             self._memory = _checked(_llama.llama_get_memory(self._context), path, "KV cache")
             self.vocabulary_size = int(_llama.llama_vocab_n_tokens(self._vocabulary))
-            if _llama.llama_model_has_encoder(self._model):
-                raise ModelLoadError(f"{path}: encoder models cannot generate text here")
             self.end_tokens = frozenset(
                 token
                 for token in range(self.vocabulary_size)
@@ -428,11 +442,11 @@ class LlamaModel:
             np.uint64(self._batch_slots.ctypes.data) + np.arange(size, dtype=np.uint64) * step
         ).astype(np.uint64)
         batch = _llama.llama_batch()
-        batch.token = _pointer(self._batch_tokens, ctypes.c_int32)
-        batch.pos = _pointer(self._batch_positions, ctypes.c_int32)
-        batch.n_seq_id = _pointer(self._batch_slot_counts, ctypes.c_int32)
-        batch.seq_id = _pointer(self._batch_slot_pointers, ctypes.POINTER(ctypes.c_int32))
-        batch.logits = _pointer(self._batch_logits, ctypes.c_int8)
+        batch.token = pointer(self._batch_tokens, ctypes.c_int32)
+        batch.pos = pointer(self._batch_positions, ctypes.c_int32)
+        batch.n_seq_id = pointer(self._batch_slot_counts, ctypes.c_int32)
+        batch.seq_id = pointer(self._batch_slot_pointers, ctypes.POINTER(ctypes.c_int32))
+        batch.logits = pointer(self._batch_logits, ctypes.c_int8)
         self._batch = batch
 
     def _make_abort_flag(self) -> None:
@@ -447,6 +461,8 @@ class LlamaModel:
         _llama.llama_set_abort_callback(self._context, callback, data)
 
     def close(self) -> None:
+        if self._embedder is not None:
+            self._embedder.close()
         if self._context:
             _llama.llama_free(self._context)
             self._context = None
@@ -464,6 +480,31 @@ class LlamaModel:
         _traceback: TracebackType | None,
     ) -> None:
         self.close()
+
+    @property
+    def embedder(self) -> Embedder:
+        assert self._embedder is not None  # only while it is being loaded
+        return self._embedder
+
+    @property
+    def can_rewind(self) -> bool:
+        """Whether KV can be trimmed to a prefix; a recurrent model only has its last state."""
+        return not self._is_recurrent
+
+    def vocabulary_digest(self) -> bytes:
+        """Equal for models whose tokens mean the same: texts, kinds and special tokens."""
+        special = (
+            _llama.llama_vocab_bos(self._vocabulary),
+            _llama.llama_vocab_eos(self._vocabulary),
+            _llama.llama_vocab_eot(self._vocabulary),
+            *sorted(self.end_tokens),
+        )
+        digest = hashlib.sha256(repr(special).encode())
+        for token in range(self.vocabulary_size):
+            text = _llama.llama_vocab_get_text(self._vocabulary, token)
+            kind = _llama.llama_vocab_get_attr(self._vocabulary, token)
+            digest.update(b"%d %d " % (kind, len(text)) + text)
+        return digest.digest()
 
     # -- text and tokens -----------------------------------------------------------------------
 
@@ -506,15 +547,7 @@ class LlamaModel:
         return tokens
 
     def _tokenise(self, segment: Segment) -> list[int]:
-        data = segment.text.encode("utf-8", "replace")
-        capacity = len(data) + 8  # a token is at least a byte, but for a prefix space
-        buffer = (ctypes.c_int32 * capacity)()
-        count = _llama.llama_tokenize(
-            self._vocabulary, data, len(data), buffer, capacity, False, segment.trusted
-        )
-        if count < 0:
-            raise RequestError("The prompt cannot be tokenised.", param="prompt")
-        return list(buffer[:count])
+        return tokenise(self._vocabulary, segment.text, parse_special=segment.trusted)
 
     def piece(self, token: int) -> bytes:
         """The bytes of a token: maybe part of a character, empty for a control token."""
@@ -664,7 +697,7 @@ class LlamaModel:
             )
             self._batch_slots[filled:end] = chunk.slot
             self._batch_logits[filled:end] = 0
-            self._batch_logits[end - 1] = chunk.wants_logits
+            self._batch_logits[end - chunk.outputs : end] = 1
             filled = end
         self._batch.n_tokens = filled
         code = _llama.llama_decode(self._context, self._batch)
@@ -739,7 +772,3 @@ def _checked(pointer: Any, path: str, what: str) -> Any:
         why = f": {_log.error}" if _log.error else ""
         raise ModelLoadError(f"{path}: llama.cpp cannot make the {what}{why}.")
     return pointer
-
-
-def _pointer(array: np.ndarray[Any, Any], cell: Any) -> Any:
-    return array.ctypes.data_as(ctypes.POINTER(cell))

@@ -15,7 +15,9 @@ from meshnode.models.gguf import GgufHeader
 # Python, numpy, llama.cpp's libraries and the vocabulary: 120 MB measured with a small model.
 RUNTIME_BYTES = 128 * 1024**2
 # Activations of one compute pass: 512 tokens of about 16 float32 vectors of the embedding's size.
-COMPUTE_BYTES_PER_EMBEDDING = 512 * 16 * 4
+COMPUTE_STEP_TOKENS = 512
+COMPUTE_BYTES_PER_EMBEDDING = COMPUTE_STEP_TOKENS * 16 * 4
+LOGIT_BYTES = 4
 # Beyond this a default context costs more memory than most conversations use.
 CONTEXT_TOKENS_DEFAULT = 8192
 # The default budget is three quarters: a desktop's own programs and the page cache need the rest.
@@ -33,24 +35,30 @@ class MemoryNeed:
     kv_bytes: int
     compute_bytes: int
     context_tokens: int
+    draft_bytes: int = 0
 
     @property
     def total_bytes(self) -> int:
-        return self.weights_bytes + self.kv_bytes + self.compute_bytes + RUNTIME_BYTES
+        own_bytes = self.weights_bytes + self.kv_bytes + self.compute_bytes
+        return own_bytes + self.draft_bytes + RUNTIME_BYTES
 
     def __str__(self) -> str:
+        draft = f"{_mib(self.draft_bytes)} draft model + " if self.draft_bytes else ""
         return (
             f"{_mib(self.weights_bytes)} weights + {_mib(self.kv_bytes)} KV cache for "
             f"{self.context_tokens} tokens + {_mib(self.compute_bytes)} compute buffers + "
-            f"{_mib(RUNTIME_BYTES)} runtime = {_mib(self.total_bytes)}"
+            f"{draft}{_mib(RUNTIME_BYTES)} runtime = {_mib(self.total_bytes)}"
         )
 
 
 def context_for(path: str, header: GgufHeader, wanted_tokens: int | None) -> int:
     """The context to load with, in tokens: as wanted, or the smaller of trained and default.
 
-    Raises `ModelLoadError` if the model was not trained for as much as is wanted.
+    Raises `ModelLoadError` if the model was not trained for as much as is wanted. What is wanted
+    of a node's models that chat is no reason to refuse one for embeddings, which are often short.
     """
+    if wanted_tokens is not None and header.embeds:
+        return min(header.context_tokens, wanted_tokens)
     if wanted_tokens is None:
         return min(header.context_tokens, CONTEXT_TOKENS_DEFAULT)
     if wanted_tokens > header.context_tokens:
@@ -61,13 +69,25 @@ def context_for(path: str, header: GgufHeader, wanted_tokens: int | None) -> int
     return wanted_tokens
 
 
-def memory_need(header: GgufHeader, context_tokens: int) -> MemoryNeed:
-    """What an engine for this file would use, rounded up rather than down."""
+def draft_context(draft: GgufHeader, context_tokens: int) -> int:
+    """The context of a draft model, in tokens; beyond what it was trained for it is not asked."""
+    return min(draft.context_tokens, context_tokens)
+
+
+def memory_need(
+    header: GgufHeader, context_tokens: int, draft: GgufHeader | None = None
+) -> MemoryNeed:
+    """What an engine for this file, and its draft model, would use; rounded up rather than down."""
+    draft_bytes = 0
+    if draft is not None:
+        beside = memory_need(draft, draft_context(draft, context_tokens))
+        draft_bytes = beside.weights_bytes + beside.kv_bytes + beside.compute_bytes
     return MemoryNeed(
         weights_bytes=header.weights_bytes,
         kv_bytes=header.kv_bytes_per_token * context_tokens,
         compute_bytes=header.embedding_length * COMPUTE_BYTES_PER_EMBEDDING,
         context_tokens=context_tokens,
+        draft_bytes=draft_bytes,
     )
 
 
@@ -77,6 +97,31 @@ def check_fits(path: str, need: MemoryNeed, available_bytes: int) -> None:
         raise ModelLoadError(
             f"{path} does not fit into memory: it needs {need}, and {_mib(available_bytes)} are "
             "available. Use a smaller context or a smaller quantization of the model."
+        )
+
+
+def check_embedding_fits(
+    path: str,
+    header: GgufHeader,
+    context_tokens: int,
+    step_tokens: int,
+    vocabulary_size: int,
+    available_bytes: int,
+) -> None:
+    """Whether a loaded model may get a second context, for embeddings.
+
+    Raises `ModelLoadError` with the arithmetic. Each token of a step has a row of logits, once
+    where they are computed and once where llama.cpp keeps them for its caller.
+    """
+    kv_bytes = header.kv_bytes_per_token * context_tokens
+    steps = -(-step_tokens // COMPUTE_STEP_TOKENS)
+    compute_bytes = header.embedding_length * COMPUTE_BYTES_PER_EMBEDDING * steps
+    compute_bytes += 2 * LOGIT_BYTES * vocabulary_size * step_tokens
+    if kv_bytes + compute_bytes > available_bytes:
+        raise ModelLoadError(
+            f"There is no room for embeddings of {path}: they need {_mib(kv_bytes)} KV cache for "
+            f"{context_tokens} tokens + {_mib(compute_bytes)} compute buffers, and "
+            f"{_mib(available_bytes)} are available."
         )
 
 

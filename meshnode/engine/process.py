@@ -12,9 +12,10 @@ import signal
 import subprocess
 import sys
 from collections import deque
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Literal, Self
 
 import trio
@@ -22,13 +23,22 @@ import trio
 from meshnode.engine import (
     ChatStyle,
     Delta,
+    Embedded,
+    EmbedRequest,
     EngineStats,
     Finish,
     ModelCard,
     Request,
+    Speculate,
     wire,
 )
-from meshnode.engine.memory import available_bytes, check_fits, context_for, memory_need
+from meshnode.engine.memory import (
+    available_bytes,
+    check_fits,
+    context_for,
+    draft_context,
+    memory_need,
+)
 from meshnode.engine.scheduler import BUSY_RETRY_AFTER_S
 from meshnode.errors import (
     ContextLengthError,
@@ -38,7 +48,7 @@ from meshnode.errors import (
     ModelLoadError,
     RequestError,
 )
-from meshnode.models.gguf import read_header
+from meshnode.models.gguf import GgufHeader, read_header
 
 SLOTS_DEFAULT = 8
 # At this depth a request waits about as long as a client's patience; others may be free.
@@ -69,35 +79,89 @@ CHILD_ENVIRONMENT = {
 @dataclass(frozen=True, slots=True)
 class EngineOptions:
     """How to run a model. None: the smaller of the trained context and the default; threads as
-    many as pays."""
+    many as pays. `draft` is the file of the model that guesses, if one does."""
 
     context_tokens: int | None = None
     slots: int = SLOTS_DEFAULT
     waiting_max: int = WAITING_MAX_DEFAULT
     threads: int | None = None
+    speculate: Speculate = "off"
+    draft: Path | None = None
 
 
-class _Answer:
-    """What has arrived for one request and was not taken yet.
+class _Pending:
+    """What has arrived for one request and was not taken yet."""
+
+    def __init__(self, choices: int) -> None:
+        self.choices = choices
+        self.choices_left = choices
+        self.prompt_tokens: int | None = None
+        self._error: EngineError | None = None
+        self._arrived = trio.Event()
+
+    def accept(self, prompt_tokens: int) -> None:
+        self.prompt_tokens = prompt_tokens
+        self._arrived.set()
+
+    def fail(self, error: EngineError) -> None:
+        self._error = error
+        self._arrived.set()
+
+    async def wait_accepted(self) -> int:
+        """The prompt's tokens."""
+        while self.prompt_tokens is None:
+            if self._error is not None:
+                raise self._error
+            await self._wait()
+        return self.prompt_tokens
+
+    async def _wait(self) -> None:
+        self._arrived = trio.Event()
+        await self._arrived.wait()
+
+
+class _Vectors(_Pending):
+    """The vectors for one request; the engine's bounds are those of what waits here."""
+
+    def __init__(self) -> None:
+        super().__init__(choices=1)
+        self._vectors: deque[bytes] = deque()
+
+    def add(self, vector: bytes) -> None:
+        self._vectors.append(vector)
+        self._arrived.set()
+
+    def finish(self) -> None:
+        self.choices = 0
+        self._arrived.set()
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> bytes:
+        await trio.lowlevel.checkpoint()
+        while not self._vectors:
+            if self._error is not None:
+                raise self._error
+            if not self.choices:
+                raise StopAsyncIteration
+            await self._wait()
+        return self._vectors.popleft()
+
+
+class _Answer(_Pending):
+    """A generated answer.
 
     Deltas of a choice that wait are joined into one, so a slow consumer costs one string each, at
     most as long as the context can hold.
     """
 
     def __init__(self, choices: int) -> None:
-        self.choices = choices
-        self.choices_left = choices
-        self._accepted = False
+        super().__init__(choices)
         self._texts: dict[int, list[wire.Text]] = {}
         self._finishes: deque[Finish] = deque()
-        self._error: EngineError | None = None
-        self._arrived = trio.Event()
 
     # The engine puts in:
-
-    def accept(self) -> None:
-        self._accepted = True
-        self._arrived.set()
 
     def add(self, text: wire.Text) -> None:
         self._texts.setdefault(text.index, []).append(text)
@@ -107,17 +171,7 @@ class _Answer:
         self._finishes.append(finish)
         self._arrived.set()
 
-    def fail(self, error: EngineError) -> None:
-        self._error = error
-        self._arrived.set()
-
     # The consumer takes out:
-
-    async def wait_accepted(self) -> None:
-        while not self._accepted:
-            if self._error is not None:
-                raise self._error
-            await self._wait()
 
     def __aiter__(self) -> Self:
         return self
@@ -136,10 +190,6 @@ class _Answer:
             if not self.choices:  # all finishes have been taken
                 raise StopAsyncIteration
             await self._wait()
-
-    async def _wait(self) -> None:
-        self._arrived = trio.Event()
-        await self._arrived.wait()
 
 
 def _joined(index: int, texts: list[wire.Text]) -> Delta:
@@ -167,11 +217,12 @@ class EngineProcess:
         self._error: str | None = None
         self._context_tokens = 0
         self._style = ChatStyle()
+        self._draft: wire.Draft | None = None
         self._status: wire.Status | None = None
         self._changed = trio.Event()
         self._numbers = 0
         # Every request that is in the child, also those whose consumer has left.
-        self._answers: dict[int, _Answer] = {}
+        self._answers: dict[int, _Pending] = {}
         self._outbox: trio.MemorySendChannel[bytes] | None = None
         self._pid: int | None = None
 
@@ -216,6 +267,7 @@ class EngineProcess:
             decode_tokens_per_s=status.decode_tokens_per_s,
             memory_bytes=status.memory_bytes,
             sessions=status.sessions,
+            speculation=status.speculation,
         )
 
     @asynccontextmanager
@@ -227,13 +279,8 @@ class EngineProcess:
                 param="n",
                 code="invalid_value",
             )
-        outbox = self._require_ready(request.n)
-        self._numbers += 1
-        number = self._numbers
         answer = _Answer(request.n)
-        outbox.send_nowait(_encode_request(number, request))
-        self._answers[number] = answer
-        try:
+        async with self._asking(answer, lambda number: wire.Generate.of(number, request)):
             try:
                 await answer.wait_accepted()
             except _TooLongError as error:
@@ -241,6 +288,26 @@ class EngineProcess:
                     error.prompt_tokens, request.max_tokens, self._context_tokens
                 ) from None
             yield answer
+
+    @asynccontextmanager
+    async def embed(self, request: EmbedRequest) -> AsyncIterator[Embedded]:
+        """See `Engine.embed`."""
+        answer = _Vectors()
+        async with self._asking(answer, lambda number: wire.Embed.of(number, request)):
+            yield Embedded(await answer.wait_accepted(), answer)
+
+    @asynccontextmanager
+    async def _asking(
+        self, answer: _Pending, frame: Callable[[int], wire.ToChild]
+    ) -> AsyncIterator[None]:
+        """Have the child work on a request under a number of its own, until this is left."""
+        outbox = self._require_ready(answer.choices)
+        self._numbers += 1
+        number = self._numbers
+        outbox.send_nowait(_encode_request(frame(number)))
+        self._answers[number] = answer
+        try:
+            yield
         finally:
             # Not in there any more: it has ended, or the child it was in has.
             if self._answers.get(number) is answer:
@@ -322,8 +389,12 @@ class EngineProcess:
         self._progress = 0.0
         header = await trio.to_thread.run_sync(read_header, self._card.path)
         context_tokens = context_for(self._card.path, header, self._options.context_tokens)
-        check_fits(self._card.path, memory_need(header, context_tokens), available_bytes())
+        draft = await read_draft_header(self._options)
+        check_fits(self._card.path, memory_need(header, context_tokens, draft), available_bytes())
         self._context_tokens = context_tokens
+        if draft is not None:
+            draft_tokens = draft_context(draft, context_tokens)
+            self._draft = wire.Draft(str(self._options.draft), draft_tokens)
 
     async def _run_child(self) -> None:
         """Start a child and serve it to its end. Raises `ModelLoadError` or `_ChildDiedError`."""
@@ -376,6 +447,8 @@ class EngineProcess:
             slots=self._options.slots,
             waiting_max=self._options.waiting_max,
             threads=self._options.threads,
+            speculate=self._options.speculate,
+            draft=self._draft,
         )
 
     async def _read(self, stdout: trio.abc.ReceiveStream) -> str | None:
@@ -404,25 +477,43 @@ class EngineProcess:
                 self._set_state("ready")
             case wire.Status():
                 self._status = frame
-            case wire.Accepted(number=number):
-                self._answers[number].accept()
+            case wire.Accepted(number=number, prompt_tokens=prompt_tokens):
+                self._answers[number].accept(prompt_tokens)
             case wire.Refused(number=number):
                 self._ended(number).fail(
                     RequestError(frame.message, param=frame.param, code=frame.code)
                 )
+            case wire.Unable(number=number, message=message):
+                self._ended(number).fail(EngineError(message))
             case wire.TooLong(number=number, prompt_tokens=prompt_tokens):
                 self._ended(number).fail(_TooLongError(prompt_tokens))
-            case wire.Text(number=number):
-                self._answers[number].add(frame)
-            case wire.Done(number=number, reason=reason, usage=usage):
-                answer = self._answers[number]
-                answer.choices_left -= 1
-                if not answer.choices_left:
-                    self._ended(number)
-                if reason != "cancelled":
-                    answer.finish(Finish(reason, usage, frame.index, frame.stop))
+            case wire.Text() | wire.Done():
+                self._handle_answer(frame)
+            case wire.Vector() | wire.Embedded():
+                self._handle_vectors(frame)
 
-    def _ended(self, number: int) -> _Answer:
+    def _handle_answer(self, frame: wire.Text | wire.Done) -> None:
+        answer = self._answers[frame.number]
+        assert isinstance(answer, _Answer)
+        if isinstance(frame, wire.Text):
+            answer.add(frame)
+            return
+        answer.choices_left -= 1
+        if not answer.choices_left:
+            self._ended(frame.number)
+        if frame.reason != "cancelled":
+            answer.finish(Finish(frame.reason, frame.usage, frame.index, frame.stop))
+
+    def _handle_vectors(self, frame: wire.Vector | wire.Embedded) -> None:
+        vectors = self._answers[frame.number]
+        assert isinstance(vectors, _Vectors)
+        if isinstance(frame, wire.Vector):
+            vectors.add(frame.floats)
+        else:
+            self._ended(frame.number)
+            vectors.finish()
+
+    def _ended(self, number: int) -> _Pending:
         """The child has done with this request; what its consumer has not taken yet stays."""
         answer = self._answers.pop(number)
         if not self._answers:
@@ -452,11 +543,18 @@ class _TooLongError(EngineError):
         self.prompt_tokens = prompt_tokens
 
 
-def _encode_request(number: int, request: Request) -> bytes:
+async def read_draft_header(options: EngineOptions) -> GgufHeader | None:
+    """Of the draft model, if there is one. Raises `ModelLoadError`."""
+    if options.draft is None:
+        return None
+    return await trio.to_thread.run_sync(read_header, options.draft)
+
+
+def _encode_request(frame: wire.ToChild) -> bytes:
     try:
-        return wire.encode(wire.Generate.of(number, request))
+        return wire.encode(frame)
     except LocalProtocolError as error:
-        raise RequestError(f"The request is too large: {error}.", param="messages") from error
+        raise RequestError(f"The request is too large: {error}.") from error
 
 
 async def _write(stdin: trio.abc.SendStream, outgoing: trio.MemoryReceiveChannel[bytes]) -> None:

@@ -17,16 +17,22 @@ idle slots and preempting others, and any sequence fits the pool alone, so every
 A sequence may *follow* another that has the same prompt. It waits until its leader has computed
 that, others passing it meanwhile, and begins with a copy of the leader's slot. The copy shares its
 cells with the original; they are counted twice here, which errs on the safe side.
+
+A decoding sequence may have *proposals* (`speculate.py`) behind its one token. They are computed
+with it, and those that turn out not to be what the sequence draws are no part of its slot: once
+the batch is committed, `Batch.rejected` says what to trim.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import takewhile
 from typing import Literal
 
 from meshnode.engine import Usage
+from meshnode.engine.speculate import PROPOSED_TOKENS_MAX, Ask, judge
 from meshnode.errors import ContextLengthError, EngineBusyError
 
 # One decode of 512 tokens is where the matrix products of a CPU stop getting more efficient.
@@ -36,6 +42,8 @@ PREFILL_TOKENS_BESIDE_DECODE_MAX = 128
 # A sequence is admitted only if every running one could still grow by this much; it keeps a
 # nearly full cache from admitting what it must preempt a few steps later.
 ADMIT_HEADROOM_TOKENS = 64
+# Proposals in one batch, over all sequences: beyond it a pass is wide enough without guesses.
+PROPOSED_IN_BATCH_MAX = 32
 # What a refused client is told to wait: the order of one short answer.
 BUSY_RETRY_AFTER_S = 2.0
 
@@ -84,13 +92,32 @@ class Copy:
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """Tokens of one sequence for positions `start`, `start + 1`, ... of one slot."""
+    """Tokens of one sequence for positions `start`, `start + 1`, ... of one slot.
+
+    The last `proposed` are guesses. With `wants_logits`, there are logits after each of them and
+    after the token before them, which is the last that is known.
+    """
 
     sequence: int
     slot: int
     start: int
     tokens: tuple[int, ...]
     wants_logits: bool
+    proposed: int = 0
+
+    @property
+    def outputs(self) -> int:
+        """How many of its rows, the last ones, have logits."""
+        return 1 + self.proposed if self.wants_logits else 0
+
+    @property
+    def is_decode(self) -> bool:
+        """Whether it computes one known token, to draw the next: no prompt."""
+        return self.wants_logits and len(self.tokens) == 1 + self.proposed
+
+    @property
+    def proposals(self) -> tuple[int, ...]:
+        return self.tokens[len(self.tokens) - self.proposed :]
 
     @property
     def undo(self) -> Trim:
@@ -115,7 +142,42 @@ class Batch:
 
     @property
     def outputs(self) -> int:
-        return sum(chunk.wants_logits for chunk in self.chunks)
+        """The most draws that it can lead to."""
+        return sum(chunk.outputs for chunk in self.chunks)
+
+    def rows(self) -> Iterator[tuple[Chunk, int]]:
+        """The chunks that want logits, each with the first row of the batch that has them."""
+        end = 0
+        for chunk in self.chunks:
+            end += len(chunk.tokens)
+            if chunk.wants_logits:
+                yield chunk, end - chunk.outputs
+
+    def rejected(self, draws: Sequence[int]) -> list[Trim]:
+        """What takes the proposals that were not drawn back out of the KV cache."""
+        return [
+            Trim(chunk.slot, chunk.start + keep)
+            for chunk, drawn in self.drawn(draws)
+            if (keep := _standing(chunk, drawn)) < len(chunk.tokens)
+        ]
+
+    def drawn(self, draws: Sequence[int]) -> list[tuple[Chunk, Sequence[int]]]:
+        """Each chunk with its part of the draws, which are in the order of the rows.
+
+        A chunk has one more than proposals that stand. Raises `ValueError` if the draws are not
+        those of this batch.
+        """
+        parts: list[tuple[Chunk, Sequence[int]]] = []
+        start = 0
+        for chunk in self.chunks:
+            end = start
+            if chunk.wants_logits:
+                end += judge(chunk.proposals, draws[start:]).accepted + 1
+            parts.append((chunk, draws[start:end]))
+            start = end
+        if start != len(draws):
+            raise ValueError(f"{len(draws)} draws for a batch that leads to {start}")
+        return parts
 
 
 @dataclass(frozen=True, slots=True)
@@ -243,9 +305,18 @@ class Scheduler:
         self._release(entry)
         return entry.usage()
 
-    def plan(self) -> Batch | None:
+    def asks(self) -> list[Ask]:
+        """The sequences that decode next, and how many proposals `plan` would take for each."""
+        decoding = [entry for entry in self._running() if _pending(entry) == 1]
+        return [
+            Ask(entry.id, entry.session, entry.tokens, _proposed_max(entry, len(decoding)))
+            for entry in decoding
+        ]
+
+    def plan(self, proposals: Mapping[int, Sequence[int]] | None = None) -> Batch | None:
         """The next step, or None if there is nothing to do.
 
+        `proposals`, by sequence, are answers to `asks`; what there is no room for is left out.
         The KV counts as computed only after `commit`; without it (the decode was aborted), the
         next `plan` covers the same tokens again.
         """
@@ -258,6 +329,8 @@ class Scheduler:
         prefilling = [entry for entry in running if _pending(entry) > 1]
         for entry in decoding:
             self._plan_chunk(entry, 1, planned, trims)
+        if proposals:
+            self._add_proposals(proposals, planned)
         budget = self.limits.prefill_tokens_beside_decode if planned else self.limits.prefill_tokens
         for entry in prefilling:
             budget -= self._plan_chunk(entry, budget, planned, trims)
@@ -266,20 +339,17 @@ class Scheduler:
         return Batch(tuple(trims), tuple(planned.values()))
 
     def commit(self, batch: Batch, sampled: Sequence[int]) -> list[Sampled]:
-        """Record a decoded batch; `sampled` has one token per chunk that wanted logits."""
-        if len(sampled) != batch.outputs:
-            raise ValueError(f"{batch.outputs} outputs but {len(sampled)} sampled tokens")
-        draws = iter(sampled)
+        """Record a decoded batch; `sampled` has one token per chunk that wanted logits, and one
+        more for each proposal that stands. One result for each, in the same order."""
         results = []
-        for chunk in batch.chunks:
+        for chunk, drawn in batch.drawn(sampled):
             slot = self._slots[chunk.slot]
             entry = slot.sequence
             if entry is None or entry.id != chunk.sequence or len(slot.tokens) != chunk.start:
                 raise ValueError(f"slot {chunk.slot} changed between plan and commit")
-            slot.tokens.extend(chunk.tokens)
+            slot.tokens.extend(chunk.tokens[: _standing(chunk, drawn)])
             self._touch(slot)
-            if chunk.wants_logits:
-                results.append(self._accept(entry, next(draws)))
+            results += [self._accept(entry, token) for token in drawn]
         return results
 
     def forget(self, slot: int) -> None:
@@ -370,6 +440,21 @@ class Scheduler:
         )
         return count
 
+    def _add_proposals(
+        self, proposals: Mapping[int, Sequence[int]], planned: dict[int, Chunk]
+    ) -> None:
+        """Put guesses behind the tokens of those that decode, as far as there is free room:
+        nobody is evicted for a guess. The end of an answer is not guessed at."""
+        decoding = len(planned)
+        for number, chunk in planned.items():
+            guesses = takewhile(self._is_word, proposals.get(number, ()))
+            most = _proposed_max(self._sequences[number], decoding)
+            taken = tuple(guesses)[: min(most, self._room(planned))]
+            planned[number] = replace(chunk, tokens=chunk.tokens + taken, proposed=len(taken))
+
+    def _is_word(self, token: int) -> bool:
+        return token not in self._end_tokens
+
     def _make_room(
         self, tokens: int, entry: _Sequence, planned: dict[int, Chunk], trims: list[Trim]
     ) -> int:
@@ -439,6 +524,18 @@ def _pending(entry: _Sequence) -> int:
     """Tokens still to compute before the next one can be sampled; at least 1 while running."""
     computed = len(entry.slot.tokens) if entry.slot is not None else 0
     return len(entry.tokens) - computed
+
+
+def _proposed_max(entry: _Sequence, decoding: int) -> int:
+    """How many proposals a sequence may have beside `decoding - 1` others: were all of them
+    right, the answer would have one token more, and may not become too long."""
+    room = entry.length_max - len(entry.tokens) - 1
+    return max(0, min(PROPOSED_TOKENS_MAX, PROPOSED_IN_BATCH_MAX // decoding, room))
+
+
+def _standing(chunk: Chunk, drawn: Sequence[int]) -> int:
+    """How many of a chunk's tokens are text, its draws having judged the proposals."""
+    return len(chunk.tokens) - chunk.proposed + max(0, len(drawn) - 1)
 
 
 def _choose_slot(entry: _Sequence, idle: list[_Slot]) -> tuple[_Slot, int]:

@@ -16,9 +16,12 @@ from meshnode.engine import (
     ChatMessage,
     ChatStyle,
     Continuation,
+    EmbedRequest,
     Grammar,
     Request,
     Sampling,
+    Speculate,
+    SpeculationStats,
     TokenLogprobs,
     Usage,
 )
@@ -30,6 +33,13 @@ Frame = TypeVar("Frame")
 _LENGTH = struct.Struct(">I")
 
 
+class Draft(msgspec.Struct, frozen=True):
+    """The model that guesses."""
+
+    path: str
+    context_tokens: int
+
+
 class Load(msgspec.Struct, frozen=True, tag="load"):
     """First frame to the child. `threads` None: adapt to the cores that are really free."""
 
@@ -38,6 +48,8 @@ class Load(msgspec.Struct, frozen=True, tag="load"):
     slots: int
     waiting_max: int
     threads: int | None
+    speculate: Speculate = "off"
+    draft: Draft | None = None
 
 
 class Generate(msgspec.Struct, frozen=True, tag="generate"):
@@ -92,8 +104,24 @@ class Generate(msgspec.Struct, frozen=True, tag="generate"):
         )
 
 
+class Embed(msgspec.Struct, frozen=True, tag="embed"):
+    """Read inputs under the parent's `number`; the fields are those of `EmbedRequest`."""
+
+    number: int
+    inputs: tuple[str | tuple[int, ...], ...]
+    query: str | None = None
+    dimensions: int | None = None
+
+    @classmethod
+    def of(cls, number: int, request: EmbedRequest) -> Embed:
+        return cls(number, request.inputs, request.query, request.dimensions)
+
+
 class Cancel(msgspec.Struct, frozen=True, tag="cancel"):
-    """End all choices; answered by `Done` with reason "cancelled" for each still going."""
+    """End all choices; answered by `Done` with reason "cancelled" for each still going.
+
+    Inputs that are being read are answered by `Embedded`, early.
+    """
 
     number: int
 
@@ -133,6 +161,13 @@ class Refused(msgspec.Struct, frozen=True, tag="refused"):
     code: str | None
 
 
+class Unable(msgspec.Struct, frozen=True, tag="unable"):
+    """The request is right, but cannot be served here, as `EngineError` says."""
+
+    number: int
+    message: str
+
+
 class TooLong(msgspec.Struct, frozen=True, tag="too_long"):
     """The prompt and the tokens asked for exceed the context."""
 
@@ -161,6 +196,19 @@ class Done(msgspec.Struct, frozen=True, tag="done"):
     stop: str | None = None
 
 
+class Vector(msgspec.Struct, frozen=True, tag="vector"):
+    """What became of the next input, as in `engine.Embedded`."""
+
+    number: int
+    floats: bytes
+
+
+class Embedded(msgspec.Struct, frozen=True, tag="embedded"):
+    """All inputs have been read, or no more will be; nothing follows under this number."""
+
+    number: int
+
+
 class Status(msgspec.Struct, frozen=True, tag="status"):
     """Measurements, as in `EngineStats`."""
 
@@ -171,10 +219,24 @@ class Status(msgspec.Struct, frozen=True, tag="status"):
     decode_tokens_per_s: float
     memory_bytes: int
     sessions: tuple[bytes, ...]
+    speculation: SpeculationStats | None = None
 
 
-ToChild = Load | Generate | Cancel
-FromChild = Loading | Ready | LoadFailed | Accepted | Refused | TooLong | Text | Done | Status
+ToChild = Load | Generate | Embed | Cancel
+FromChild = (
+    Loading
+    | Ready
+    | LoadFailed
+    | Accepted
+    | Refused
+    | Unable
+    | TooLong
+    | Text
+    | Done
+    | Vector
+    | Embedded
+    | Status
+)
 
 _encoder = msgspec.msgpack.Encoder()
 _to_child: msgspec.msgpack.Decoder[ToChild] = msgspec.msgpack.Decoder(ToChild)

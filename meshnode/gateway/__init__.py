@@ -1,18 +1,22 @@
 """HTTP in, tokens out.
 
-In data-flow order: `openai.py` (pure: OpenAI JSON to and from `engine.Request`), `keys.py` and
-`door.py` (who may ask, and how often), `app.py` (quart-trio routes for clients), `session.py`
-(which chat a request belongs to), `answer.py` (one request to one answer: local engine or tunnel,
-next candidate on failure), `resume.py` (pure: how far an answer has come), `fields.py` (strict
-decoding), `schema.py` (pure: JSON schemas to grammars), `tools.py` (pure: tools in prompts),
-`reading.py` with `reasoning.py` and `calls.py` (pure: an answer's text told apart into `said.py`),
-`refusal.py` (pure: our errors in OpenAI's shape), `dialects/` (other APIs, translated to and from
-OpenAI's chat), `server.py` (hypercorn on Trio), `tunnel.py` (the app for peers). The
-gateway is handed a `Mesh`; it never sees a protocol core, a libp2p object or a private key.
+In data-flow order: `openai.py` (pure: OpenAI JSON to and from `engine.Request`), `embeddings.py`
+(pure: the same for vectors and ranks), `keys.py` and `door.py` (who may ask, and how often),
+`app.py` (quart-trio routes for clients), `session.py` (which chat a request belongs to),
+`answer.py` (one request to one answer: local engine or tunnel, next candidate on failure),
+`resume.py` (pure: how far an answer has come), `fields.py` (strict decoding), `passing.py` (pure:
+what is read of a request that a server of another kind will judge), `schema.py` (pure: JSON schemas
+to grammars), `tools.py` (pure: tools in prompts), `reading.py` with `reasoning.py` and `calls.py`
+(pure: an answer's text told apart into `said.py`), `refusal.py` (pure: our errors in OpenAI's
+shape), `dialects/` (other APIs, translated to and from OpenAI's chat), `server.py` (hypercorn on
+Trio), `tunnel.py` (the app for peers). The gateway is handed a `Mesh`; it never sees a protocol
+core, a libp2p object or a private key.
 """
 
 from __future__ import annotations
 
+from collections.abc import AsyncIterator, Mapping
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -26,13 +30,15 @@ class Candidate:
     """A peer that can answer, and why it stands where it stands in the ranking.
 
     `fence` is the decision that the route to it follows; None if the model is in no group, or
-    this node knows no decision of the group yet.
+    this node knows no decision of the group yet. `upstream`: the peer fronts a server that has
+    the model.
     """
 
     peer_id: str
     local: bool
     reason: str
     fence: Fence | None = None
+    upstream: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +63,36 @@ class ServedModel:
     context_tokens: int
     state: str
     served_by: tuple[str, ...]
+
+
+VIA_HEADER = "x-meshnode-via"
+"""The peer ids of the nodes that have passed a request on to a server behind them, with commas: the
+server may be a node, and the last one in a circle must see that it is one."""
+
+
+@dataclass(frozen=True, slots=True)
+class PassedAnswer:
+    """What a server of another kind answered: `headers` are those that go on to the client, by
+    lower-case name; `body` yields its bytes as they come."""
+
+    status: int
+    headers: Mapping[str, str]
+    body: AsyncIterator[bytes]
+
+
+class Upstream(Protocol):
+    """A model of a server that this node fronts."""
+
+    def ask(
+        self, path: str, body: bytes, via: tuple[str, ...]
+    ) -> AbstractAsyncContextManager[PassedAnswer]:
+        """Pass a request on, and enter with the head of its answer, whatever its status.
+
+        `via` are the nodes that have passed it on so before. Leaving early closes the request at
+        once. Raises `EngineError`, on entering and from the body: `EngineBusyError` beyond the
+        server's bounds.
+        """
+        ...
 
 
 class Mesh(Protocol):
@@ -114,6 +150,16 @@ class Mesh(Protocol):
 
     def engine(self, digest: str) -> Engine | None:
         """The local engine for these bytes, if it is loaded here."""
+        ...
+
+    def upstream(self, digest: str) -> Upstream | None:
+        """The model of a server that this node fronts, if that server is well and no engine here
+        has the same bytes."""
+        ...
+
+    def is_fronted(self, model: str) -> bool:
+        """Whether the name means a model that only servers of other kinds answer for, as far as
+        is known: what its requests may say is then for them to judge."""
         ...
 
     async def open_tunnel(self, peer_id: str) -> Stream:

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from contextlib import AsyncExitStack, aclosing
 from dataclasses import dataclass, field, replace
 from typing import Literal
@@ -28,7 +28,7 @@ from typing import Literal
 import msgspec
 import trio
 
-from meshnode.engine import Continuation, Delta, Engine, Finish
+from meshnode.engine import Continuation, Delta, Embedded, Engine, Finish
 from meshnode.errors import (
     EngineBusyError,
     EngineError,
@@ -39,8 +39,10 @@ from meshnode.errors import (
     UnknownModelError,
 )
 from meshnode.fence import FENCE_HEADER
-from meshnode.gateway import Candidate, Mesh, Route
+from meshnode.gateway import VIA_HEADER, Candidate, Mesh, PassedAnswer, Route, Upstream
+from meshnode.gateway.embeddings import Embed, Rerank
 from meshnode.gateway.openai import Call, Encoder, encode_error_event
+from meshnode.gateway.passing import Passed
 from meshnode.gateway.resume import (
     CONTINUE_HEADER,
     OPENING_NOTE,
@@ -67,6 +69,7 @@ __all__ = [
     "NobodyAnsweredError",
     "answer",
     "answer_locally",
+    "answer_upstream",
 ]
 
 HOPS_HEADER = "x-meshnode-hops"
@@ -79,12 +82,20 @@ REQUEST_ID_HEADER = "x-request-id"
 REQUEST_ID_BYTES = 12
 SERVED_BY_HEADER = "x-meshnode-served-by"
 ROUTE_HEADER = "x-meshnode-route"
+UPSTREAM_HEADER = "x-meshnode-upstream"
+"""`1`: a server of another kind gave this answer; it is passed on as it came."""
 DECIDED_TYPE = "application/vnd.meshnode.decided"
 """Of the body of a 409: an encoded `messages.Decided`, newer than the request's fence."""
 
 # A peer accepts after tokenising and queueing, not after prefill: ten seconds is an overloaded or
 # half-dead peer, and the next one is probably idle.
 ACCEPT_TIMEOUT_S = 10.0
+# Some servers send no head before all of their answer is computed; the peer in front of one gives
+# up on it after ten minutes (upstream/caller.py), and says so. A peer that dies is noticed anyway.
+UPSTREAM_ACCEPT_TIMEOUT_S = 630.0
+# What a server says that is full, or not up yet: another replica may have room.
+_TRY_ELSEWHERE = (429, 503)
+_KEPT_HEADERS = ("content-encoding", "retry-after")
 # A whole answer of 128 Ki tokens with all of its text escaped stays below this.
 WHOLE_ANSWER_BYTES_MAX = 16 * 1024 * 1024
 # One event carries the text of a few tokens; a peer that sends more without an end is hostile.
@@ -109,27 +120,32 @@ class Ask:
     """A request on its way: understood, named, and still as it came.
 
     `created` is the answer's date in Unix seconds, whoever gives it, and `continuation` how far
-    it has come.
+    it has come. `via` are the nodes that have passed it on to servers behind them.
     """
 
-    call: Call
+    call: Call | Embed | Rerank | Passed
     id: str
     session: bytes
     target: str
     body: bytes
     created: int = field(default_factory=lambda: int(time.time()))
     continuation: Continuation | None = None
+    via: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What goes back: `body` yields bytes; b"" means "send the head now"."""
+    """What goes back: `body` yields bytes; b"" means "send the head now".
+
+    `passed`: a server of another kind gave it, and these headers with it.
+    """
 
     status: int
     content_type: str
     served_by: str
     route: Literal["local", "tunnel"]
     body: AsyncIterator[bytes]
+    passed: Mapping[str, str] | None = None
 
     @property
     def is_stream(self) -> bool:
@@ -144,6 +160,8 @@ class Answer:
             SERVED_BY_HEADER: self.served_by,
             ROUTE_HEADER: self.route,
         }
+        if self.passed is not None:
+            headers |= {**self.passed, UPSTREAM_HEADER: "1"}
         if self.is_stream:
             headers["cache-control"] = "no-cache"
             headers["x-accel-buffering"] = "no"  # nginx in between would hold the tokens back
@@ -173,6 +191,14 @@ class _FencedError(MeshnodeError):
     """The candidate knows a newer decision than the one that the route to it follows."""
 
 
+class _ElsewhereError(EngineError):
+    """A server of another kind is full; `said` is how it said so, whole."""
+
+    def __init__(self, said: Answer) -> None:
+        super().__init__(f"The server behind {said.served_by} answered with {said.status}.")
+        self.said = said
+
+
 # What another candidate may still cure. A `RequestError` is an `EngineError` that it may not.
 _Lost = (PeerUnreachableError, RemoteProtocolError, EngineError, _FencedError)
 
@@ -187,7 +213,10 @@ async def answer(mesh: Mesh, pool: TunnelPool, ask: Ask, stack: AsyncExitStack) 
     begun = await _Search(mesh, pool, ask).begin(held)
     if not begun.is_stream:
         return begun
-    body = _carried_on(mesh, pool, ask, begun, held)
+    if begun.passed is None:
+        body = _carried_on(mesh, pool, ask, begun, held)
+    else:
+        body = _to_its_end(mesh, begun)
     return replace(begun, body=await stack.enter_async_context(aclosing(body)))
 
 
@@ -199,6 +228,10 @@ async def answer_locally(
     A stream has the notes of `resume.py` in it, for a gateway, here or far, to take off.
     The body raises `EngineError` if the engine dies midway. Raises what `Engine.generate` raises.
     """
+    if isinstance(ask.call, Passed):
+        raise EngineError(f"The model `{ask.call.model}` was loaded here a moment ago.")
+    if not isinstance(ask.call, Call):
+        return await _read_locally(engine, ask.call, ask.id, peer_id, stack)
     style = engine.stats().style
     request = ask.call.request(ask.id, ask.session, style)
     request = replace(request, continuation=ask.continuation)
@@ -214,6 +247,37 @@ async def answer_locally(
     )
     content_type = "text/event-stream" if ask.call.stream else "application/json"
     return Answer(200, content_type, peer_id, "local", body)
+
+
+async def _read_locally(
+    engine: Engine, call: Embed | Rerank, id: str, peer_id: str, stack: AsyncExitStack
+) -> Answer:
+    """Embeddings from an engine of this node, from the moment it has accepted."""
+    embedded = await stack.enter_async_context(engine.embed(call.embed_request(id)))
+    body = await stack.enter_async_context(aclosing(_embedded(embedded, call, id)))
+    return Answer(200, "application/json", peer_id, "local", body)
+
+
+async def answer_upstream(
+    upstream: Upstream,
+    path: str,
+    body: bytes,
+    via: tuple[str, ...],
+    peer_id: str,
+    stack: AsyncExitStack,
+) -> Answer:
+    """Answer from a server of another kind, from the moment that its head is here.
+
+    Raises what `Upstream.ask` raises; so does the body.
+    """
+    said = await stack.enter_async_context(upstream.ask(path, body, via))
+    return _passed(said, peer_id, "local")
+
+
+def _passed(said: PassedAnswer, peer_id: str, route: Literal["local", "tunnel"]) -> Answer:
+    headers = dict(said.headers)
+    content_type = headers.pop("content-type", "application/json")
+    return Answer(said.status, content_type, peer_id, route, said.body, passed=headers)
 
 
 class _Search:
@@ -233,6 +297,7 @@ class _Search:
         self._attempts: list[Attempt] = []
         self._reroutes_left = REROUTES_MAX
         self._retry_after_s = RETRY_AFTER_FAILURE_S
+        self._said: Answer | None = None
 
     async def begin(self, stack: AsyncExitStack) -> Answer:
         """The first answer to begin; what it holds open is left with `stack`.
@@ -258,6 +323,8 @@ class _Search:
                     self._lose(candidate, error)
         if not self._again and any(attempt.reason == "busy" for attempt in self._attempts):
             self._mesh.refused(self._route)
+        if self._said is not None:
+            return self._said
         raise NobodyAnsweredError(self._route.model, self._attempts, self._retry_after_s)
 
     def _route_again(self) -> None:
@@ -269,6 +336,8 @@ class _Search:
     def _lose(self, candidate: Candidate, error: MeshnodeError) -> None:
         self._mesh.failed(candidate.peer_id)
         self._attempts.append(Attempt(candidate.peer_id, _reason(error)))
+        if isinstance(error, _ElsewhereError):
+            self._said = self._said or error.said
         if isinstance(error, EngineBusyError):
             self._retry_after_s = min(self._retry_after_s, error.retry_after_s)
 
@@ -282,23 +351,37 @@ async def _begin(
     stack: AsyncExitStack,
 ) -> Answer:
     """One candidate's answer, once its first bytes are here. Raises one of `_Lost`."""
+    if candidate.upstream and ask.continuation is not None:
+        raise EngineError("A server of another kind cannot go on in the middle of an answer.")
     # Counted before it is sent: the next request of a burst must see this one.
     mesh.routed(route, candidate.peer_id, ask.session)
     stack.callback(mesh.finished, route, candidate.peer_id)
     if candidate.local:
         if mesh.check(candidate.fence, route.digest) is not None:
             raise _FencedError("A newer decision was learned a moment ago.")
-        engine = mesh.engine(route.digest)
-        if engine is None:
-            raise EngineError(f"The model `{route.model}` was unloaded a moment ago.")
-        accepted = await answer_locally(engine, ask, route.digest, mesh.peer_id, stack)
+        accepted = await _answer_here(mesh, ask, route, stack)
     else:
         accepted = await _answer_remotely(mesh, pool, ask, route.digest, candidate, stack)
+    if accepted.passed is not None and accepted.status in _TRY_ELSEWHERE:
+        raise _ElsewhereError(replace(accepted, body=_once(await _whole(accepted.body))))
     if accepted.is_stream:
-        body = _from_first(await _first_bytes(accepted.body), accepted.body)
+        events = accepted.body
+        if accepted.passed is not None:
+            events = await stack.enter_async_context(aclosing(_whole_events(events)))
+        body = _from_first(await _first_bytes(events), events)
     else:
         body = _once(await _whole(accepted.body))
     return replace(accepted, body=await stack.enter_async_context(aclosing(body)))
+
+
+async def _answer_here(mesh: Mesh, ask: Ask, route: Route, stack: AsyncExitStack) -> Answer:
+    engine = mesh.engine(route.digest)
+    if engine is not None:
+        return await answer_locally(engine, ask, route.digest, mesh.peer_id, stack)
+    upstream = mesh.upstream(route.digest)
+    if upstream is None:
+        raise EngineError(f"The model `{route.model}` was unloaded a moment ago.")
+    return await answer_upstream(upstream, ask.target, ask.body, ask.via, mesh.peer_id, stack)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -347,6 +430,14 @@ async def _collected(
     raise EngineError("The engine ended without a finish.")
 
 
+async def _embedded(
+    embedded: Embedded, call: Embed | Rerank, id: str
+) -> AsyncGenerator[bytes, None]:
+    yield b""
+    vectors = [vector async for vector in embedded.vectors]
+    yield call.encode(id, vectors, embedded.prompt_tokens)
+
+
 # ---------------------------------------------------------------------------------------------
 # From a peer
 # ---------------------------------------------------------------------------------------------
@@ -371,31 +462,41 @@ async def _answer_remotely(
         (REQUEST_ID_HEADER.encode(), ask.id.encode()),
         (CREATED_HEADER.encode(), b"%d" % ask.created),
     ]
+    accept_s = UPSTREAM_ACCEPT_TIMEOUT_S if candidate.upstream else ACCEPT_TIMEOUT_S
     body = ask.body
     if ask.continuation is not None:
         come, body = join_continuation(ask.continuation, body)
         headers.append((CONTINUE_HEADER.encode(), come.encode()))
+    if ask.via:
+        headers.append((VIA_HEADER.encode(), ",".join(ask.via).encode()))
     if candidate.fence is not None:
         headers.append((FENCE_HEADER.encode(), str(candidate.fence).encode()))
     try:
-        with trio.fail_after(ACCEPT_TIMEOUT_S):
+        with trio.fail_after(accept_s):
             response = await stack.enter_async_context(
                 pool.request(peer_id, "POST", ask.target, headers, body)
             )
             content_type = (response.header(b"content-type") or b"application/json").decode(
                 "latin-1"
             )
-            if response.status == 409 and content_type == DECIDED_TYPE:
+            is_passed = response.header(UPSTREAM_HEADER.encode()) is not None
+            if not is_passed and response.status == 409 and content_type == DECIDED_TYPE:
                 mesh.learn(peer_id, await response.read(MESSAGE_BYTES_MAX))
                 raise _FencedError(f"Peer {peer_id} follows a newer decision.")
             if response.status == 503 and response.header(RETRY_HEADER.encode()) == b"elsewhere":
                 raise _refused(response, await response.read(REFUSAL_BYTES_MAX), peer_id)
     except trio.TooSlowError:
         raise PeerUnreachableError(
-            f"Peer {peer_id} did not accept the request within {ACCEPT_TIMEOUT_S:.0f} s."
+            f"Peer {peer_id} did not accept the request within {accept_s:.0f} s."
         ) from None
     except (trio.BrokenResourceError, trio.ClosedResourceError) as error:
         raise PeerUnreachableError(f"The tunnel to peer {peer_id} broke.") from error
+    if is_passed:
+        chunks = await stack.enter_async_context(aclosing(_bytes(response, peer_id)))
+        said = PassedAnswer(
+            response.status, _kept(response) | {"content-type": content_type}, chunks
+        )
+        return _passed(said, peer_id, "tunnel")
     if response.status != 200 and not 400 <= response.status < 500:
         raise RemoteProtocolError(f"Peer {peer_id} answered with status {response.status}.")
     passed_on = _events if content_type.startswith("text/event-stream") else _bytes
@@ -430,6 +531,14 @@ def _retry_after_s(response: HttpResponse) -> float:
     return float(value) if value.isdigit() and len(value) <= 2 else RETRY_AFTER_FAILURE_S
 
 
+def _kept(response: HttpResponse) -> dict[str, str]:
+    return {
+        name: value.decode("latin-1")
+        for name in _KEPT_HEADERS
+        if (value := response.header(name.encode())) is not None
+    }
+
+
 async def _bytes(response: HttpResponse, peer_id: str) -> AsyncGenerator[bytes, None]:
     try:
         async for chunk in response:
@@ -452,6 +561,30 @@ async def _events(response: HttpResponse, peer_id: str) -> AsyncGenerator[bytes,
                 raise RemoteProtocolError(f"Peer {peer_id} sent an event without an end.")
     if held:
         raise RemoteProtocolError(f"Peer {peer_id} ended its answer inside an event.")
+
+
+# ---------------------------------------------------------------------------------------------
+# From a server of another kind, behind this node or a peer
+# ---------------------------------------------------------------------------------------------
+
+_EVENT_ENDS = (b"\n\n", b"\r\n\r\n", b"\r\r")
+
+
+async def _whole_events(chunks: AsyncIterator[bytes]) -> AsyncGenerator[bytes, None]:
+    """The very bytes, cut where events end: after a loss ours can follow. A server that forgets
+    the last empty line is nobody's loss."""
+    held = b""
+    async for chunk in chunks:
+        held += chunk
+        end = max(found + len(mark) if (found := held.rfind(mark)) >= 0 else 0
+                  for mark in _EVENT_ENDS)  # fmt: skip
+        if end:
+            yield held[:end]
+            held = held[end:]
+        elif len(held) > EVENT_BYTES_MAX:
+            raise RemoteProtocolError("The server behind a node sent an event without an end.")
+    if held:
+        yield held
 
 
 # ---------------------------------------------------------------------------------------------
@@ -510,7 +643,21 @@ async def _carried_on(
         if successor is None:
             break
         begun = successor
-    yield encode_error_event(
+    yield _loss_of(begun)
+
+
+async def _to_its_end(mesh: Mesh, begun: Answer) -> AsyncGenerator[bytes, None]:
+    """A stream that nobody could go on with: to its end, or to an error event."""
+    try:
+        async for events in begun.body:
+            yield events
+    except _Lost:
+        mesh.failed(begun.served_by)
+        yield _loss_of(begun)
+
+
+def _loss_of(begun: Answer) -> bytes:
+    return encode_error_event(
         f"The replica {begun.served_by} was lost in the middle of its answer. Ask again.",
         "replica_lost",
     )
@@ -532,7 +679,7 @@ async def _resume(mesh: Mesh, pool: TunnelPool, ask: Ask, held: AsyncExitStack) 
 
 
 def _reason(error: Exception) -> str:
-    if isinstance(error, EngineBusyError):
+    if isinstance(error, EngineBusyError | _ElsewhereError):
         return "busy"
     if isinstance(error, EngineError):
         return "engine"

@@ -1,4 +1,4 @@
-"""The gateway's routes for clients: models, chat and text completions, health.
+"""The gateway's routes for clients: models, completions, embeddings, reranking, health.
 
 Decides which paths exist and who may take them: behind a door, whoever asks for more than health
 needs an API key. Does not know sockets (`server.py`), nor how a request is answered (`answer.py`).
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import secrets
-from collections.abc import Callable
+from collections.abc import AsyncGenerator, Callable, Iterator
 from contextlib import AsyncExitStack, aclosing
 from dataclasses import dataclass
 from typing import Any, cast
@@ -22,7 +22,7 @@ from quart_trio.wrappers import TrioRequest
 from werkzeug.exceptions import HTTPException
 
 from meshnode.errors import MeshnodeError, RequestError, UnknownModelError
-from meshnode.gateway import Mesh
+from meshnode.gateway import VIA_HEADER, Mesh
 from meshnode.gateway.answer import (
     REQUEST_ID_BYTES,
     REQUEST_ID_HEADER,
@@ -35,6 +35,18 @@ from meshnode.gateway.dialects import Asked
 from meshnode.gateway.dialects.answer import told_as_stream, told_whole
 from meshnode.gateway.dialects.routes import error_shape, mount_dialects
 from meshnode.gateway.door import Door
+from meshnode.gateway.embeddings import (
+    EMBED_PATH,
+    RERANK_ALIAS,
+    RERANK_PATH,
+    Embed,
+    Rerank,
+    Vectors,
+    decode_embed,
+    decode_rerank,
+    encode_floats,
+    read_vectors,
+)
 from meshnode.gateway.openai import (
     CHAT_PATH,
     TEXT_PATH,
@@ -46,8 +58,9 @@ from meshnode.gateway.openai import (
     encode_models,
 )
 from meshnode.gateway.openapi import encode_openapi
+from meshnode.gateway.passing import Passed, decode_via, understand
 from meshnode.gateway.refusal import refusal_of
-from meshnode.gateway.session import session_key
+from meshnode.gateway.session import session_key, spread
 from meshnode.transport.http import BODY_BYTES_MAX, TunnelPool
 
 __all__ = ["GatewayLimits", "create_api_app"]
@@ -84,7 +97,7 @@ def create_api_app(
 
     async def complete(decode: Callable[[bytes], Call]) -> Result:
         body = await _body()
-        ask = _ask(decode(body), request.path, body)
+        ask = _ask(understand(body, decode, mesh.is_fronted), request.path, body)
         return _result(await answer(mesh, pool, ask, _owned()))
 
     async def complete_translated(asked: Asked) -> Result:
@@ -102,6 +115,35 @@ def create_api_app(
             return told, 200, {**said.headers, "content-type": writer.stream_type}
         whole = b"".join([part async for part in said.body])
         return told_whole(whole, writer), 200, said.headers
+
+    async def read(call: Embed | Rerank | Passed, target: str, body: bytes) -> Answer:
+        via = decode_via(request.headers.get(VIA_HEADER))
+        ask = Ask(call, g.request_id, spread(), target, body, via=via)
+        return await answer(mesh, pool, ask, _owned())
+
+    async def embed(call: Embed, told: Callable[[Vectors], Body]) -> Result:
+        said = await read(call, EMBED_PATH, call.body)
+        if said.status != 200:
+            return _result(said)
+        whole = b"".join([part async for part in said.body])
+        return told(read_vectors(call, whole)), 200, said.headers
+
+    @app.post(EMBED_PATH)
+    async def embeddings() -> Result:
+        body = await _body()
+        call = understand(body, decode_embed, mesh.is_fronted)
+        if isinstance(call, Passed):
+            return _result(await read(call, EMBED_PATH, body))
+        if call.encoding_format == "base64":
+            return _result(await read(call, EMBED_PATH, call.body))
+        return await embed(call, lambda answer: _paced(encode_floats(call, answer)))
+
+    @app.post(RERANK_PATH)
+    @app.post(RERANK_ALIAS)
+    async def rerank() -> Result:
+        body = await _body()
+        call = understand(body, decode_rerank, mesh.is_fronted)
+        return _result(await read(call, RERANK_PATH, body))
 
     @app.post(CHAT_PATH)
     async def chat() -> Result:
@@ -123,7 +165,7 @@ def create_api_app(
                 return _json(encode_model(served))
         raise UnknownModelError(model_id, tuple(served.id for served in known))
 
-    mount_dialects(app, mesh, complete_translated)
+    mount_dialects(app, mesh, complete_translated, embed)
 
     @app.get("/openapi.json")
     async def described() -> Result:
@@ -163,10 +205,11 @@ def create_api_app(
     return app
 
 
-def _ask(call: Call, target: str, body: bytes) -> Ask:
+def _ask(call: Call | Passed, target: str, body: bytes) -> Ask:
     """The request of this moment: `body` says `call` to the route `target` of a peer."""
     session = session_key(call, header=request.headers.get("x-session-id"), tenant=g.tenant)
-    return Ask(call, g.request_id, session, target, body)
+    via = decode_via(request.headers.get(VIA_HEADER))
+    return Ask(call, g.request_id, session, target, body, via=via)
 
 
 def _token() -> str | None:
@@ -183,6 +226,13 @@ def _token() -> str | None:
 async def _body() -> bytes:
     body: bytes = await request.get_data(cache=False, as_text=False, parse_form_data=False)
     return body
+
+
+async def _paced(pieces: Iterator[bytes]) -> AsyncGenerator[bytes, None]:
+    """What takes long to write must not hold up everybody else."""
+    for piece in pieces:
+        await trio.lowlevel.checkpoint()
+        yield piece
 
 
 def _result(answer: Answer) -> Result:

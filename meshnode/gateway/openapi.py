@@ -15,6 +15,13 @@ from meshnode import __version__
 from meshnode.gateway.dialects import ollama
 from meshnode.gateway.dialects.anthropic import MESSAGES_SHAPE
 from meshnode.gateway.dialects.responses import RESPONSES_SHAPE
+from meshnode.gateway.embeddings import (
+    EMBED_PATH,
+    EMBED_SHAPE,
+    RERANK_ALIAS,
+    RERANK_PATH,
+    RERANK_SHAPE,
+)
 from meshnode.gateway.fields import Shape
 from meshnode.gateway.openai import CHAT_PATH, CHAT_SHAPE, TEXT_PATH, TEXT_SHAPE
 
@@ -26,10 +33,15 @@ _LINES = "application/x-ndjson"
 _POSTS: tuple[tuple[str, Shape, str | None], ...] = (
     (CHAT_PATH, CHAT_SHAPE, _STREAM),
     (TEXT_PATH, TEXT_SHAPE, _STREAM),
+    (EMBED_PATH, EMBED_SHAPE, None),
+    (RERANK_PATH, RERANK_SHAPE, None),
+    (RERANK_ALIAS, RERANK_SHAPE, None),
     ("/v1/responses", RESPONSES_SHAPE, _STREAM),
     ("/v1/messages", MESSAGES_SHAPE, _STREAM),
     ("/api/chat", ollama.CHAT_SHAPE, _LINES),
     ("/api/generate", ollama.GENERATE_SHAPE, _LINES),
+    ("/api/embed", ollama.EMBED_SHAPE, None),
+    ("/api/embeddings", ollama.OLD_EMBED_SHAPE, None),
     ("/api/show", ollama.SHOW_SHAPE, None),
 )
 # Method, path, and what is in the path.

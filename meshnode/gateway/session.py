@@ -8,11 +8,13 @@ another tenant's session.
 from __future__ import annotations
 
 import hashlib
+import secrets
 
 from meshnode.engine import ChatMessage
 from meshnode.gateway.openai import Call
+from meshnode.gateway.passing import Passed
 
-__all__ = ["SESSION_BYTES", "session_key"]
+__all__ = ["SESSION_BYTES", "session_key", "spread"]
 
 SESSION_BYTES = 16
 # A plain prompt grows at its end from turn to turn; its beginning is what the turns share.
@@ -20,7 +22,7 @@ OPENING_CHARS = 1024
 OPENING_TOKENS = 256
 
 
-def session_key(call: Call, *, header: str | None, tenant: bytes) -> bytes:
+def session_key(call: Call | Passed, *, header: str | None, tenant: bytes) -> bytes:
     """The key of a request: as its caller named it, else by how its conversation opened.
 
     In order: `prompt_cache_key`, `header` (X-Session-Id), `user`, else model, system text and
@@ -42,6 +44,12 @@ def session_key(call: Call, *, header: str | None, tenant: bytes) -> bytes:
         data = part.encode()
         digest.update(len(data).to_bytes(8, "big") + data)
     return digest.digest()
+
+
+def spread() -> bytes:
+    """A key for a request that is no turn of anything: one of so few that they displace nothing
+    that is remembered of chats, and of enough to give each replica its share."""
+    return secrets.token_bytes(1).rjust(SESSION_BYTES, b"\0")
 
 
 def _opening(prompt: tuple[ChatMessage, ...] | str | tuple[int, ...]) -> tuple[str, ...]:

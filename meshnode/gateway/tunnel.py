@@ -1,7 +1,8 @@
-"""The app for peers: what they forward is answered by an engine of this very node, or not at all.
+"""The app for peers: what they forward is answered by this very node, by an engine or a server
+behind it, or not at all.
 
-Two POST routes and nothing else; it forwards nothing, so there are no loops, and has no
-management route to reach. Plain ASGI instead of Quart: two fixed routes need no framework, and a
+Four POST routes and nothing else; it forwards nothing, so there are no loops, and has no
+management route to reach. Plain ASGI instead of Quart: fixed routes need no framework, and a
 request through it reaches the engine about a millisecond sooner (tests/bench/hop).
 """
 
@@ -18,7 +19,7 @@ import trio
 
 from meshnode.errors import MeshnodeError, RemoteProtocolError, RequestError
 from meshnode.fence import FENCE_HEADER, Fence, parse_fence
-from meshnode.gateway import Mesh
+from meshnode.gateway import VIA_HEADER, Mesh
 from meshnode.gateway.answer import (
     CREATED_HEADER,
     DECIDED_TYPE,
@@ -32,14 +33,25 @@ from meshnode.gateway.answer import (
     Answer,
     Ask,
     answer_locally,
+    answer_upstream,
+)
+from meshnode.gateway.embeddings import (
+    EMBED_PATH,
+    RERANK_PATH,
+    Embed,
+    Rerank,
+    decode_embed,
+    decode_rerank,
 )
 from meshnode.gateway.openai import (
     CHAT_PATH,
     TEXT_PATH,
+    Call,
     decode_chat,
     decode_text,
     encode_error,
 )
+from meshnode.gateway.passing import decode_via
 from meshnode.gateway.refusal import Refusal, refusal_of
 from meshnode.gateway.resume import CONTINUE_HEADER, split_continuation
 from meshnode.gateway.session import SESSION_BYTES
@@ -51,7 +63,12 @@ __all__ = ["TunnelApp"]
 BODY_TIMEOUT_S = 60
 """A gateway has the whole body before it forwards it; slower than this is a broken path."""
 
-_ROUTES = {CHAT_PATH: decode_chat, TEXT_PATH: decode_text}
+_ROUTES: dict[str, Callable[[bytes], Call | Embed | Rerank]] = {
+    CHAT_PATH: decode_chat,
+    TEXT_PATH: decode_text,
+    EMBED_PATH: decode_embed,
+    RERANK_PATH: decode_rerank,
+}
 _REQUEST_ID = re.compile(rf"[0-9a-f]{{{2 * REQUEST_ID_BYTES}}}")
 _SESSION = re.compile(rf"[0-9a-f]{{{2 * SESSION_BYTES}}}")
 _UNIX_SECONDS = re.compile(r"[0-9]{1,12}")
@@ -117,23 +134,27 @@ class TunnelApp:
         continuation = None
         if come := headers.get(CONTINUE_HEADER):
             continuation, body = split_continuation(come, body)
-        call = understand(body)
-        if continuation is not None and not call.stream:
-            raise RequestError("Only a stream can be continued.", param=CONTINUE_HEADER)
-        if continuation is not None and not call.is_resumable:
-            raise RequestError("This answer cannot be continued.", param=CONTINUE_HEADER)
         digest = headers.get(DIGEST_HEADER, "")
         fence = _fence(headers)
         # After the body, which may take a while: nothing comes between this and the engine.
         proof = self._mesh.check(fence, digest)
         if proof is not None:
             return _fenced(proof, fence)
+        upstream = self._mesh.upstream(digest)
+        if upstream is not None and continuation is None:
+            via = decode_via(headers.get(VIA_HEADER))
+            return await answer_upstream(upstream, path, body, via, self._mesh.peer_id, owned)
         engine = self._mesh.engine(digest)
         if engine is None:
-            message = f"The model `{call.model}` is not loaded on this node."
+            message = "The model is not loaded on this node."
             refusal = _refusal(503, message, "not_loaded")
             refusal.headers[RETRY_HEADER] = "elsewhere"
             return refusal
+        call = understand(body)
+        if continuation is not None and not call.stream:
+            raise RequestError("Only a stream can be continued.", param=CONTINUE_HEADER)
+        if continuation is not None and not call.is_resumable:
+            raise RequestError("This answer cannot be continued.", param=CONTINUE_HEADER)
         ask = Ask(call, request_id, _session(headers), path, body, _created(headers), continuation)
         return await answer_locally(engine, ask, digest, self._mesh.peer_id, owned)
 

@@ -82,7 +82,8 @@ _Value = int | float | bool | str | list[int | float | bool] | None
 class GgufHeader:
     """What the header of a whole, supported file says. Sizes in bytes, context in tokens.
 
-    `kv_bytes_per_token` is what a token costs in the KV cache, over all layers.
+    `kv_bytes_per_token` is what a token costs in the KV cache, over all layers. `embeds`: the file
+    says how its vectors are pooled, so it was made for embeddings or reranking, not to generate.
     """
 
     architecture: str
@@ -97,6 +98,7 @@ class GgufHeader:
     tensors: int
     weights_bytes: int
     size_bytes: int
+    embeds: bool = False
 
 
 def read_header(path: str | Path) -> GgufHeader:
@@ -278,6 +280,7 @@ def _describe(
         tensors=tensors,
         weights_bytes=weights_bytes,
         size_bytes=size_bytes,
+        embeds=_whole(metadata, f"{architecture}.pooling_type", 0) > 0,
     )
 
 
@@ -285,6 +288,8 @@ def _kv_bytes_per_token(
     metadata: dict[str, _Value], architecture: str, layers: int, embedding_length: int
 ) -> int:
     """Over all layers; an upper bound for architectures that do not say their heads."""
+    if metadata.get(f"{architecture}.attention.causal") is False:
+        return 0  # an encoder: it sees all at once, and keeps nothing
     heads = max(1, _largest(metadata, f"{architecture}.attention.head_count", 1))
     head_size = -(-embedding_length // heads)
     key_size = _whole(metadata, f"{architecture}.attention.key_length", head_size)

@@ -355,6 +355,10 @@ class Agreement:
                     return group.lease.holds(register.voters, register.quorum, now)
         return False
 
+    def registers(self) -> tuple[Register, ...]:
+        """One for each group: what a checker of invariants looks at."""
+        return tuple(group.register for group in self._groups.values())
+
     def watched(self) -> tuple[PeerId, ...]:
         """Whose heartbeats this node, as a voter, waits for."""
         peers: dict[str, None] = {}

@@ -78,7 +78,7 @@ RECORD_REFRESH_S = 10 * 60
 """Three chances to refresh a record before anybody forgets it."""
 PEERS_REPLY_BYTES_MAX = MESSAGE_BYTES_MAX // 2
 """64 ordinary records have 32 KiB; 64 of the longest legal ones would be no legal message."""
-MEMBERSHIP_CHECK_S = 1.0
+MEMBERSHIP_CHECK_S = 60.0
 """Certificates last for days: whether one has expired need not be asked with every message."""
 _STAYING = frozenset[Role]({"node", "bootstrap"})
 RECORD_DOMAIN = "meshnode-record"

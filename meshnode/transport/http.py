@@ -124,7 +124,7 @@ class HttpConnection:
     request may be repeated elsewhere without anybody having seen a part of an answer.
     """
 
-    def __init__(self, stream: trio.abc.HalfCloseableStream) -> None:
+    def __init__(self, stream: trio.abc.Stream) -> None:
         self.stream = stream
         self.response_bytes = 0
         self._h11 = h11.Connection(h11.CLIENT, max_incomplete_event_size=HEAD_BYTES_MAX)
@@ -200,9 +200,7 @@ class TunnelPool:
     Streams in use are not bounded here but by whoever admits requests.
     """
 
-    def __init__(
-        self, open_stream: Callable[[str], Awaitable[trio.abc.HalfCloseableStream]]
-    ) -> None:
+    def __init__(self, open_stream: Callable[[str], Awaitable[trio.abc.Stream]]) -> None:
         self._open_stream = open_stream
         # Oldest first, so that expiry looks at one end only.
         self._idle: deque[_Idle] = deque()

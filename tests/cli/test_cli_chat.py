@@ -52,6 +52,8 @@ def test_ctrl_c_stops_the_answer_and_not_the_conversation(node: FakeNode) -> Non
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        # Tests that run as a shell's background job have inherited that Ctrl-C is ignored.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     try:
         assert chat.stdin is not None

@@ -17,6 +17,7 @@ from meshnode.console.snapshot import (
     MeshSnapshot,
     ModelSnapshot,
     OrderSnapshot,
+    SpeculationSnapshot,
     TroubleSnapshot,
     VoterSnapshot,
 )
@@ -52,6 +53,23 @@ def test_a_loading_model_shows_how_far_it_is(meshnode: Run, node: FakeNode) -> N
     shown = meshnode("status").stdout
     assert "loading 42%" in shown
     assert "no: loading" in shown
+
+
+@pytest.mark.parametrize(
+    ("speculation", "shown"),
+    [
+        (SpeculationSnapshot(True, 50, 200, 120), "on; 60% of the guesses right, 2.4 more tokens"),
+        (SpeculationSnapshot(False, 50, 200, 20), "not now; 10% of the guesses right, 0.4 more"),
+        (SpeculationSnapshot(False, 0, 0, 0), "not now; no guesses yet"),
+    ],
+)
+def test_status_tells_whether_guessing_is_on(
+    meshnode: Run, node: FakeNode, speculation: SpeculationSnapshot, shown: str
+) -> None:
+    assert "guessing" not in meshnode("status").stdout
+    small = msgspec.structs.replace(node.snapshot.models[0], speculation=speculation)
+    node.snapshot = msgspec.structs.replace(node.snapshot, models=(small,))
+    assert f"small: {shown}" in meshnode("status").stdout
 
 
 def with_group(node: FakeNode, **changes: object) -> GroupSnapshot:

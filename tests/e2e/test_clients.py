@@ -1,6 +1,7 @@
 """The official clients of other APIs against a real node with a real model.
 
-What OpenAI's own client does with chats is in test_one_node.py; here it asks for responses.
+What OpenAI's own client does with chats is in test_one_node.py; here it asks for responses and
+embeddings.
 """
 
 from __future__ import annotations
@@ -40,6 +41,12 @@ def node(module_mesh: Mesh) -> NodeProcess:
 def responses(node: NodeProcess) -> openai.resources.Responses:
     client = openai.OpenAI(base_url=f"{node.url}/v1", api_key="none", max_retries=0)
     return client.responses
+
+
+@pytest.fixture(scope="module")
+def embeddings(node: NodeProcess) -> openai.resources.Embeddings:
+    client = openai.OpenAI(base_url=f"{node.url}/v1", api_key="none", max_retries=0)
+    return client.embeddings
 
 
 @pytest.fixture(scope="module")
@@ -116,6 +123,55 @@ def test_responses_refuse_by_name(responses: openai.resources.Responses) -> None
     with pytest.raises(openai.BadRequestError) as refused:
         responses.create(**ASK, input="x", background=True)
     assert refused.value.param == "background"
+
+
+# ---------------------------------------------------------------------------------------------
+# openai: embeddings
+# ---------------------------------------------------------------------------------------------
+
+TEXTS = [
+    "The cat sat on the mat.",
+    "A kitten was resting on the rug.",
+    "Quarterly revenue rose by nine percent.",
+]
+
+
+def likeness(one: list[float], other: list[float]) -> float:
+    """The cosine: vectors have length 1."""
+    return sum(a * b for a, b in zip(one, other, strict=True))
+
+
+def test_embeddings_as_floats_and_base64_alike(embeddings: openai.resources.Embeddings) -> None:
+    answer = embeddings.create(model=MODEL_NAME, input=TEXTS)  # the client asks for base64
+    floats = embeddings.create(model=MODEL_NAME, input=TEXTS, encoding_format="float")
+    cat, kitten, revenue = (row.embedding for row in answer.data)
+    assert likeness(cat, cat) == pytest.approx(1.0, abs=1e-5)
+    assert likeness(cat, kitten) > likeness(cat, revenue) + 0.05
+    for row, other in zip(answer.data, floats.data, strict=True):
+        assert likeness(row.embedding, other.embedding) > 0.999
+    assert answer.usage.prompt_tokens == answer.usage.total_tokens == floats.usage.total_tokens > 20
+    tokens = embeddings.create(model=MODEL_NAME, input=[[504, 2644], [1, 2, 3]])
+    assert [len(row.embedding) for row in tokens.data] == [len(cat)] * 2
+    assert tokens.usage.prompt_tokens == 5
+
+
+def test_embeddings_refuse_by_name(embeddings: openai.resources.Embeddings) -> None:
+    for fields, param in (
+        ({"input": ["a", "hello " * 2049]}, "input[1]"),
+        ({"input": ["a", ""]}, "input[1]"),
+        ({"input": ["a"] * 2049}, "input"),
+        ({"input": "a", "dimensions": 64}, "dimensions"),
+        ({"input": "a", "extra_body": {"late_chunking": True}}, "late_chunking"),
+    ):
+        with pytest.raises(openai.BadRequestError) as refused:
+            embeddings.create(model=MODEL_NAME, **fields)
+        assert refused.value.param == param
+
+
+def test_a_model_that_does_not_rank_says_so(node: NodeProcess) -> None:
+    asked = {"model": MODEL_NAME, "query": "a", "documents": ["b", "c"]}
+    reply = node.request("POST", "/v1/rerank", asked)
+    assert (reply.status, reply.body["error"]["param"]) == (400, "model")
 
 
 # ---------------------------------------------------------------------------------------------
@@ -213,6 +269,13 @@ def test_ollama_keeps_to_schemas_and_is_told_of_tools(llama: ollama.Client) -> N
     free = llama.chat(MODEL_NAME, messages=TURN, options=OPTIONS, tools=[tool])
     assert free.message.content or free.message.tool_calls
     assert "tools" in (llama.show(MODEL_NAME).capabilities or [])
+
+
+def test_ollama_embeds(llama: ollama.Client) -> None:
+    cat, kitten, revenue = llama.embed(MODEL_NAME, TEXTS).embeddings
+    assert likeness(list(cat), list(kitten)) > likeness(list(cat), list(revenue)) + 0.05
+    old = llama.embeddings(MODEL_NAME, TEXTS[0]).embedding
+    assert likeness(list(cat), list(old)) > 0.999
 
 
 def test_ollama_knows_the_models(llama: ollama.Client) -> None:

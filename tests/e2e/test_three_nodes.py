@@ -120,6 +120,21 @@ def test_a_model_of_one_node_is_reached_from_all(nodes: Nodes) -> None:
         assert "Paris" in reply.text
 
 
+def test_embeddings_from_every_gateway(nodes: Nodes) -> None:
+    """In full precision, whoever computed them; what one node has, all can use."""
+    asked = {"model": OTHER_NAME, "input": ["The cat sat on the mat.", "It rains."]}
+    replies = [node.request("POST", "/v1/embeddings", asked) for node in (nodes.c, nodes.gate)]
+    assert [(reply.status, reply.route) for reply in replies] == [(200, "local"), (200, "tunnel")]
+    here, there = replies
+    assert there.served_by == nodes.c.peer_id
+    assert there.body["usage"] == here.body["usage"]
+    for one, other in zip(here.body["data"], there.body["data"], strict=True):
+        likeness = sum(a * b for a, b in zip(one["embedding"], other["embedding"], strict=True))
+        assert likeness == pytest.approx(1.0, abs=1e-3)
+    old = {"model": OTHER_NAME, "prompt": asked["input"][0]}
+    assert len(nodes.gate.request("POST", "/api/embeddings", old).body["embedding"]) == 576
+
+
 @pytest.mark.parametrize("subject", ["tea", "rain", "iron"])
 def test_second_turn_through_another_gateway_finds_its_cache(nodes: Nodes, subject: str) -> None:
     opening = f"Tell me one thing about {subject}."

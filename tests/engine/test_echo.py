@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
+import struct
+
 import pytest
 import trio
 
-from meshnode.engine import ChatMessage, Delta, Engine, Finish, Request, Usage
+from meshnode.engine import ChatMessage, Delta, EmbedRequest, Engine, Finish, Request, Usage
 from meshnode.engine.echo import CONTEXT_TOKENS, SESSIONS_MAX, EchoEngine
 from meshnode.errors import ContextLengthError, EngineBusyError, EngineError
 from meshnode.errors import RequestError as BadRequestError
@@ -85,3 +88,24 @@ async def test_old_sessions_are_forgotten() -> None:
     for number in range(SESSIONS_MAX + 1):
         await collect(engine, ask("hi", session=bytes([number])))
     assert engine.stats().sessions == tuple(bytes([n]) for n in range(1, SESSIONS_MAX + 1))
+
+
+async def vectors(
+    engine: Engine, *inputs: str, query: str | None = None
+) -> list[tuple[float, ...]]:
+    async with engine.embed(EmbedRequest("r", inputs, query)) as embedded:
+        assert embedded.prompt_tokens == sum(len(text.split()) for text in inputs)
+        return [struct.unpack(f"<{len(v) // 4}f", v) async for v in embedded.vectors]
+
+
+async def test_common_words_bring_texts_closer() -> None:
+    engine = EchoEngine()
+    one, near, far = await vectors(engine, "a big cat", "a small cat", "no more")
+    assert math.hypot(*one) == pytest.approx(1.0)
+    assert math.dist(one, near) < math.dist(one, far)
+    assert await vectors(engine, "a cat", "a dog", "it", query="a cat") == [(2.0,), (1.0,), (0.0,)]
+    for inputs, dimensions in ((("a", ""), None), ((), None), (("a",), 8)):
+        with pytest.raises(BadRequestError):
+            await engine.embed(EmbedRequest("r", inputs, dimensions=dimensions)).__aenter__()
+    with pytest.raises(EngineError):
+        await vectors(EchoEngine(break_after_tokens=1), "a", "b")

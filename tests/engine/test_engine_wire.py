@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from meshnode.engine import ChatMessage, Request, Sampling, Usage, wire
+from meshnode.engine import ChatMessage, EmbedRequest, Request, Sampling, Usage, wire
 from meshnode.errors import LocalProtocolError
 
 SESSION = bytes(range(16))
@@ -30,6 +30,15 @@ def test_a_request_arrives_as_it_left(prompt: tuple[ChatMessage, ...] | str) -> 
     assert isinstance(received, wire.Generate)
     assert received.prompt == prompt
     assert received.sampling == request.sampling
+
+
+def test_inputs_and_vectors_arrive_as_they_left() -> None:
+    frame = wire.Embed.of(3, EmbedRequest("r", ("text", (1, 2)), query="q", dimensions=4))
+    (body,) = wire.FrameReader().feed(wire.encode(frame))
+    assert wire.decode_to_child(body) == frame
+    answers: list[wire.FromChild] = [wire.Vector(3, bytes(range(8))), wire.Embedded(3)]
+    data = b"".join(map(wire.encode, answers))
+    assert wire.decode_from_child(wire.FrameReader().feed(data)) == answers
 
 
 def test_frames_may_be_cut_anywhere() -> None:

@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from meshnode.engine import memory
-from meshnode.engine.memory import available_bytes, memory_budget_bytes
-from meshnode.errors import ConfigError
+from meshnode.engine.memory import (
+    available_bytes,
+    check_embedding_fits,
+    check_fits,
+    context_for,
+    draft_context,
+    memory_budget_bytes,
+    memory_need,
+)
+from meshnode.errors import ConfigError, ModelLoadError
+from meshnode.models.catalog import DEFAULT_ALIAS, resolve
+from meshnode.models.gguf import GgufHeader, read_header
 
 GIB = 1024**3
 
@@ -50,3 +61,34 @@ def test_what_is_available(machine: Path) -> None:
     assert available_bytes() == 3 * GIB
     limit_to(machine, str(4 * GIB), 5 * GIB)
     assert available_bytes() == 0
+
+
+def header(*, embeds: bool = False) -> GgufHeader:
+    return GgufHeader("llama", "m", "F16", 1, 512, 2, 64, 1024, True, 1, 1, 1, embeds)
+
+
+def test_a_context_beyond_training_is_cut_for_embeddings_only() -> None:
+    assert context_for("m", header(embeds=True), 2048) == 512
+    assert context_for("m", header(embeds=True), 128) == 128
+    with pytest.raises(ModelLoadError, match="nonsense"):
+        context_for("m", header(), 2048)
+
+
+def test_the_second_context_must_fit() -> None:
+    """1 MiB of KV cache, 4 MiB of activations for two steps, 16 MiB of logits, twice."""
+    check_embedding_fits("m", header(), 1024, 1024, 4096, 37 * 1024**2)
+    with pytest.raises(ModelLoadError, match=r"1 MiB KV cache.*36 MiB compute.*36 MiB are"):
+        check_embedding_fits("m", header(), 1024, 1024, 4096, 36 * 1024**2)
+
+
+def test_a_draft_model_is_counted_once_with_its_own_context(tmp_path: Path) -> None:
+    header = read_header(resolve(DEFAULT_ALIAS, tmp_path).path)
+    small = replace(header, context_tokens=256)
+    alone = memory_need(header, 1024)
+    assert draft_context(small, 1024) == 256
+    both = memory_need(header, 1024, small)
+    expected = alone.weights_bytes + alone.kv_bytes // 4 + alone.compute_bytes
+    assert both.total_bytes - alone.total_bytes == both.draft_bytes == expected
+    assert "draft model" not in str(alone)
+    with pytest.raises(ModelLoadError, match=r"\d+ MiB draft model"):
+        check_fits("x.gguf", both, alone.total_bytes)

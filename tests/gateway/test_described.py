@@ -31,6 +31,11 @@ LEAST = {
     "/api/chat": {"model": MODEL, "messages": [TURN], "stream": False},
     "/api/generate": {"model": MODEL, "prompt": "to be or", "stream": False},
     "/api/show": {"model": MODEL},
+    "/v1/embeddings": {"model": MODEL, "input": "to be"},
+    "/v1/rerank": {"model": MODEL, "query": "to be", "documents": ["or", "not"]},
+    "/rerank": {"model": MODEL, "query": "to be", "documents": ["or", "not"]},
+    "/api/embed": {"model": MODEL, "input": "to be"},
+    "/api/embeddings": {"model": MODEL, "prompt": "to be"},
 }
 POSTS = sorted(path for path, methods in DOCUMENT["paths"].items() if "post" in methods)
 JUNK = st.sampled_from([None, True, 0, -1, 1e300, "", "x", [], [None], {}, {"x": 1}, "\ud800"])

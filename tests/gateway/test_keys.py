@@ -404,6 +404,8 @@ async def test_without_a_key_everything_but_health_is_401(api, mesh, headers):
     for method, path in (
         ("POST", "/v1/chat/completions"),
         ("POST", "/v1/completions"),
+        ("POST", "/v1/embeddings"),
+        ("POST", "/v1/rerank"),
         ("GET", "/v1/models"),
         ("GET", f"/v1/models/{MODEL}"),
         ("GET", "/v1/nothing"),

@@ -65,6 +65,13 @@ def test_heads_per_layer_and_their_sizes(path: Path) -> None:
     assert read(path, write_gguf(metadata)).kv_bytes_per_token == (1 + 3) * (10 + 20) * 2
 
 
+def test_models_for_embeddings(path: Path) -> None:
+    header = read(path, write_gguf(LLAMA | {"llama.pooling_type": 3}))
+    assert (header.embeds, header.kv_bytes_per_token > 0) == (True, True)
+    header = read(path, write_gguf(LLAMA | {"llama.attention.causal": False}))
+    assert (header.embeds, header.kv_bytes_per_token) == (False, 0)
+
+
 def test_unknown_keys_and_the_older_version_are_fine(path: Path) -> None:
     metadata = LLAMA | {"x.flag": True, "x.number": 1.5, "x.many": list(range(5000))}
     assert read(path, write_gguf(metadata, version=2)).name == "Tiny"

@@ -137,6 +137,7 @@ def ask(
     Raises `RequestError`, which names the field by `names`.
     """
     chat = given(fields)
+    chat["messages"] = [_plain(message) for message in chat["messages"]]
     if chat.get("stream"):
         chat["stream_options"] = {"include_usage": True}
     body = msgspec.json.encode(chat)
@@ -169,6 +170,14 @@ def arguments_object(arguments: str) -> dict[str, Any] | None:
 def given(fields: Mapping[str, Any]) -> dict[str, Any]:
     """Without those that are None."""
     return {name: value for name, value in fields.items() if value is not None}
+
+
+def _plain(message: dict[str, Any]) -> dict[str, Any]:
+    """With a single text as a string: servers behind nodes may know no parts."""
+    match message.get("content"):
+        case [{"type": "text", "text": str(text), **more}] if not more:
+            return {**message, "content": text}
+    return message
 
 
 def stop_of(sequences: list[str] | None, param: str) -> list[str] | None:

@@ -10,6 +10,7 @@ or gone, is felt by the engine as it is without a translation.
 
 from __future__ import annotations
 
+import re
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator
 from typing import Literal
 
@@ -25,6 +26,7 @@ __all__ = ["EventReader", "told_as_stream", "told_whole"]
 _UNREADABLE = "The replica's answer cannot be read. Ask again."
 _CUT = "The answer ended before it was complete. Ask again."
 
+_EVENT_END = re.compile(rb"\n\n|\r\n\r\n|\r\r")
 _Reason = Literal["stop", "length", "tool_calls"]
 
 
@@ -39,8 +41,9 @@ class _Thoughts(msgspec.Struct):
 class _Usage(msgspec.Struct):
     prompt_tokens: int
     completion_tokens: int
-    prompt_tokens_details: _Details = msgspec.field(default_factory=_Details)
-    completion_tokens_details: _Thoughts = msgspec.field(default_factory=_Thoughts)
+    # vLLM's are null.
+    prompt_tokens_details: _Details | None = None
+    completion_tokens_details: _Thoughts | None = None
 
 
 class _Function(msgspec.Struct):
@@ -56,7 +59,16 @@ class _Call(msgspec.Struct):
 class _Text(msgspec.Struct):
     content: str | None = None
     reasoning_content: str | None = None
-    tool_calls: list[_Call] = []
+    reasoning: str | None = None  # vLLM's word for it
+    tool_calls: list[_Call] | None = None
+
+    @property
+    def thoughts(self) -> str:
+        return self.reasoning_content or self.reasoning or ""
+
+    @property
+    def calls(self) -> list[_Call]:
+        return self.tool_calls or []
 
 
 class _Choice(msgspec.Struct):
@@ -65,7 +77,7 @@ class _Choice(msgspec.Struct):
     delta: _Text | None = None
     message: _Text | None = None
     finish_reason: _Reason | None = None
-    stop_reason: str | None = None
+    stop_reason: str | int | None = None  # of some, a token
 
 
 class _Said(msgspec.Struct):
@@ -88,10 +100,10 @@ class EventReader:
 
     def feed(self, events: bytes) -> Iterator[Said | End | OpenAIError]:
         """Whole events, as `gateway.answer` passes them on."""
-        for event in events.split(b"\n\n"):
-            if not event.startswith(b"data: "):
+        for event in _EVENT_END.split(events):
+            data = _data(event)
+            if not data:
                 continue  # a comment, or nothing
-            data = event[6:]
             if data == b"[DONE]":
                 yield _end(self._reason, self._usage, self._stop) or OpenAIError(_UNREADABLE)
                 return
@@ -106,14 +118,14 @@ class EventReader:
             self._usage = said.usage or self._usage
             for choice in said.choices:
                 self._reason = choice.finish_reason or self._reason
-                self._stop = choice.stop_reason or self._stop
+                self._stop = _stop(choice) or self._stop
                 if choice.delta is None:
                     continue
-                if choice.delta.reasoning_content:
-                    yield Reasoning(choice.delta.reasoning_content)
+                if choice.delta.thoughts:
+                    yield Reasoning(choice.delta.thoughts)
                 if choice.delta.content:
                     yield Content(choice.delta.content)
-                for call in choice.delta.tool_calls:
+                for call in choice.delta.calls:
                     if not self._follows(call):
                         yield OpenAIError(_UNREADABLE)
                         return
@@ -127,6 +139,12 @@ class EventReader:
         if call.function.name:
             self._calls += 1
         return call.index == self._calls - 1
+
+
+def _data(event: bytes) -> bytes:
+    """What servers of other kinds send has any legal form, not only ours."""
+    lines = (line for line in event.splitlines() if line.startswith(b"data:"))
+    return b"\n".join(line[5:].removeprefix(b" ") for line in lines)
 
 
 async def told_as_stream(
@@ -156,14 +174,16 @@ def told_whole(body: bytes, writer: Writer) -> bytes:
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         raise EngineError(_UNREADABLE) from None
     choice = said.choices[0] if said.choices else _Choice()
-    end = _end(choice.finish_reason, said.usage, choice.stop_reason)
+    end = _end(choice.finish_reason, said.usage, _stop(choice))
     message = choice.message
-    if end is None or message is None or any(not each.function.name for each in message.tool_calls):
+    if end is None or message is None or any(not each.function.name for each in message.calls):
         raise EngineError(_UNREADABLE)
-    calls = tuple(
-        (each.function.name or "", each.function.arguments) for each in message.tool_calls
-    )
-    return writer.whole(Told(message.reasoning_content or "", message.content or "", calls), end)
+    calls = tuple((each.function.name or "", each.function.arguments) for each in message.calls)
+    return writer.whole(Told(message.thoughts, message.content or "", calls), end)
+
+
+def _stop(choice: _Choice) -> str | None:
+    return choice.stop_reason if isinstance(choice.stop_reason, str) else None
 
 
 def _last(piece: End | OpenAIError, writer: Writer) -> bytes:
@@ -174,6 +194,7 @@ def _end(reason: _Reason | None, usage: _Usage | None, stop: str | None) -> End 
     """None if an answer that ended did not say how, or what it cost."""
     if usage is None or reason is None:
         return None
-    cached = usage.prompt_tokens_details.cached_tokens
+    cached = usage.prompt_tokens_details.cached_tokens if usage.prompt_tokens_details else 0
+    details = usage.completion_tokens_details
     counts = Usage(usage.prompt_tokens, cached, usage.completion_tokens)
-    return End(reason, counts, usage.completion_tokens_details.reasoning_tokens, stop)
+    return End(reason, counts, details.reasoning_tokens if details else 0, stop)

@@ -29,6 +29,7 @@ from meshnode.gateway.dialects import (
     read_error,
     stop_of,
 )
+from meshnode.gateway.embeddings import Embed, Vectors, embed_of, floats
 from meshnode.gateway.fields import Shape, decode_body, refuse_unsupported, unsupported
 from meshnode.gateway.openai import TOKEN_ID_MAX
 from meshnode.gateway.openai import Call as ChatCall
@@ -37,11 +38,17 @@ from meshnode.gateway.said import Arguments, Call, Content, Reasoning, Said
 __all__ = [
     "API_VERSION",
     "CHAT_SHAPE",
+    "EMBED_SHAPE",
     "GENERATE_SHAPE",
+    "OLD_EMBED_SHAPE",
     "SHOW_SHAPE",
     "decode_chat",
+    "decode_embed_body",
     "decode_generate",
+    "decode_old_embed",
     "decode_show",
+    "encode_embeddings",
+    "encode_old_embedding",
     "encode_ollama_error",
     "encode_show",
     "encode_tags",
@@ -136,6 +143,22 @@ class _GenerateBody(_Body, forbid_unknown_fields=True, kw_only=True):
     template: Any = None
 
 
+class _AnyEmbedBody(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
+    model: Name
+    options: Any = None
+    keep_alive: str | float | None = None  # harmless: models stay loaded
+
+
+class _EmbedBody(_AnyEmbedBody, forbid_unknown_fields=True, kw_only=True):
+    input: str | list[str]
+    dimensions: Annotated[int, msgspec.Meta(ge=1)] | None = None
+    truncate: Any = None
+
+
+class _OldEmbedBody(_AnyEmbedBody, forbid_unknown_fields=True, kw_only=True):
+    prompt: Annotated[str, msgspec.Meta(min_length=1)]
+
+
 class _ShowBody(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     model: Name | None = None
     name: Name | None = None  # as older clients call it
@@ -161,6 +184,8 @@ _NEUTRAL_MESSAGE: Mapping[str, tuple[Any, ...]] = {
     "images": ([],),
 }
 _NEUTRAL_CALL: Mapping[str, tuple[Any, ...]] = {"description": ("",)}
+_NEUTRAL_OLD_EMBED: Mapping[str, tuple[Any, ...]] = {"options": ({},)}
+_NEUTRAL_EMBED: Mapping[str, tuple[Any, ...]] = {**_NEUTRAL_OLD_EMBED, "truncate": (False,)}
 _NEUTRAL_SHOW: Mapping[str, tuple[Any, ...]] = {"verbose": (False,)}
 _FIELD_ROLES = (("thinking", "assistant"), ("tool_calls", "assistant"), ("tool_name", "tool"),
                 ("tool_call_id", "tool"))  # fmt: skip
@@ -179,9 +204,13 @@ _NAMES = (
 )
 CHAT_SHAPE = Shape(_ChatBody, {**_WITHIN, _ChatBody: _NEUTRAL_BODY})
 GENERATE_SHAPE = Shape(_GenerateBody, {**_WITHIN, _GenerateBody: _NEUTRAL_GENERATE})
+EMBED_SHAPE = Shape(_EmbedBody, {_EmbedBody: _NEUTRAL_EMBED})
+OLD_EMBED_SHAPE = Shape(_OldEmbedBody, {_OldEmbedBody: _NEUTRAL_OLD_EMBED})
 SHOW_SHAPE = Shape(_ShowBody, {_ShowBody: _NEUTRAL_SHOW})
 _chat_decoder = msgspec.json.Decoder(_ChatBody)
 _generate_decoder = msgspec.json.Decoder(_GenerateBody)
+_embed_decoder = msgspec.json.Decoder(_EmbedBody)
+_old_embed_decoder = msgspec.json.Decoder(_OldEmbedBody)
 _show_decoder = msgspec.json.Decoder(_ShowBody)
 
 
@@ -256,6 +285,23 @@ def decode_generate(body: bytes) -> Asked:
     if asked.system:
         messages.insert(0, {"role": "system", "content": asked.system})
     return _ask(asked, messages, _generate_told)
+
+
+def decode_embed_body(body: bytes) -> Embed:
+    """Understand the body of /api/embed. Raises `RequestError` naming the field.
+
+    What is too long is refused, as with `truncate: false`: half a text has another meaning.
+    """
+    asked: _EmbedBody = decode_body(_embed_decoder, body)
+    refuse_unsupported(asked, _NEUTRAL_EMBED)
+    return embed_of(asked.model, asked.input, asked.dimensions)
+
+
+def decode_old_embed(body: bytes) -> Embed:
+    """Understand the body of /api/embeddings, for one text. Raises `RequestError` as well."""
+    asked: _OldEmbedBody = decode_body(_old_embed_decoder, body)
+    refuse_unsupported(asked, _NEUTRAL_OLD_EMBED)
+    return embed_of(asked.model, asked.prompt)
 
 
 def decode_show(body: bytes) -> str:
@@ -410,6 +456,23 @@ class _Writer:
                 "eval_count": end.usage.completion_tokens,
             }
         )
+
+
+def encode_embeddings(embed: Embed, answer: Vectors, took_ns: int) -> bytes:
+    """The answer of /api/embed."""
+    return _json.encode(
+        {
+            "model": embed.model,
+            "embeddings": [floats(vector) for vector in answer.vectors],
+            "total_duration": took_ns,
+            "prompt_eval_count": answer.prompt_tokens,
+        }
+    )
+
+
+def encode_old_embedding(answer: Vectors) -> bytes:
+    """The answer of /api/embeddings."""
+    return _json.encode({"embedding": floats(answer.vectors[0])})
 
 
 def _date(seconds: int) -> str:

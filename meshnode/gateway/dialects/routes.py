@@ -7,6 +7,7 @@ node's operator asks it things, but those routes are the console's, and it guard
 
 from __future__ import annotations
 
+import time
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -25,6 +26,7 @@ from meshnode.gateway.dialects.anthropic import (
 )
 from meshnode.gateway.dialects.kept import Kept, KeptResponses
 from meshnode.gateway.dialects.responses import decode_response, encode_deleted
+from meshnode.gateway.embeddings import Embed, Vectors
 
 __all__ = ["error_shape", "mount_dialects"]
 
@@ -37,6 +39,8 @@ Result = tuple[Any, int, dict[str, str]]
 _ERROR_SHAPES: dict[str, Callable[[int, bytes], bytes]] = {
     MESSAGES_PATH: encode_messages_error,
     COUNT_PATH: encode_messages_error,
+    "/api/embed": ollama.encode_ollama_error,
+    "/api/embeddings": ollama.encode_ollama_error,
     "/api/chat": ollama.encode_ollama_error,
     "/api/generate": ollama.encode_ollama_error,
     "/api/show": ollama.encode_ollama_error,
@@ -54,9 +58,13 @@ def error_shape(path: str) -> Callable[[int, bytes], bytes] | None:
 
 
 def mount_dialects(
-    app: QuartTrio, mesh: Mesh, complete: Callable[[Asked], Awaitable[Result]]
+    app: QuartTrio,
+    mesh: Mesh,
+    complete: Callable[[Asked], Awaitable[Result]],
+    embed: Callable[[Embed, Callable[[Vectors], bytes]], Awaitable[Result]],
 ) -> None:
-    """Add the routes to the API app; `complete` answers what was asked, in its writer's words."""
+    """Add the routes to the API app; `complete` answers what was asked, in its writer's words, and
+    `embed` in those that it is given."""
     kept = KeptResponses()
 
     @app.post(MESSAGES_PATH)
@@ -111,6 +119,21 @@ def mount_dialects(
     @app.post("/api/generate")
     async def ollama_generate() -> Result:
         return await complete(ollama.decode_generate(await _body()))
+
+    @app.post("/api/embed")
+    async def ollama_embed() -> Result:
+        call = ollama.decode_embed_body(await _body())
+        began = time.monotonic_ns()
+
+        def told(answer: Vectors) -> bytes:
+            return ollama.encode_embeddings(call, answer, time.monotonic_ns() - began)
+
+        return await embed(call, told)
+
+    @app.post("/api/embeddings")
+    async def ollama_old_embed() -> Result:
+        call = ollama.decode_old_embed(await _body())
+        return await embed(call, ollama.encode_old_embedding)
 
     @app.get("/api/tags")
     async def ollama_tags() -> Result:

@@ -14,7 +14,8 @@ from typing import Literal
 
 from meshnode.protocol.agreement import Action
 from meshnode.protocol.stack import GiveOrder
-from tests.protocol.agreement.invariants import RIGHTS, Invariants, watch
+from meshnode_simulations.checks.safety import Safety
+from tests.protocol.agreement.invariants import RIGHTS, watch
 from tests.protocol.agreement.scenes import (
     NAMES,
     OTHER,
@@ -60,7 +61,7 @@ class Life:
     seed: int
     count: int = 5
     cluster: Cluster = field(init=False)
-    checks: Invariants = field(init=False)
+    checks: Safety = field(init=False)
     history: list[Operation] = field(default_factory=list)
     asked: dict[tuple[str, str], tuple[Wish, float, int]] = field(default_factory=dict)
     """(machine, right) → kind, when, and in which run of the machine."""
@@ -72,14 +73,7 @@ class Life:
         self.rng = random.Random(f"life {self.seed}")
         cluster = self.cluster = Cluster(self.seed)
         self.checks = watch(cluster)
-        judge = cluster.check
-        assert judge is not None
-
-        def check() -> None:
-            judge()
-            self._answer()
-
-        cluster.check = check
+        cluster.world.loop.after_each.append(self._answer)
         for place, name in enumerate(NAMES[: self.count]):
             offers = [SMOL, OTHER] if self.rng.random() < 0.7 else [self.rng.choice((SMOL, OTHER))]
             models = tuple(
@@ -120,7 +114,7 @@ class Life:
             case "heal":
                 cluster.heal()
             case "lose":
-                cluster.loss = rng.choice((0.0, 0.01, 0.1))
+                cluster.world.network.loss = rng.choice((0.0, 0.01, 0.1))
             case "sleep" if name and len(asleep) < 2:
                 cluster.sleep(name)
             case "wake" if asleep:
@@ -194,7 +188,7 @@ class Life:
     def _heal(self) -> None:
         cluster = self.cluster
         cluster.heal()
-        cluster.loss = 0.0
+        cluster.world.network.loss = 0.0
         for name, machine in cluster.machines.items():
             machine.effects_left = None
             if machine.is_asleep:

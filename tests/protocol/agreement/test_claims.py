@@ -6,7 +6,7 @@ import pytest
 
 from meshnode.protocol.lease import LEASE_S, WAIT_S
 from meshnode.protocol.stack import GiveOrder
-from tests.protocol.agreement.invariants import Invariants, watch
+from tests.protocol.agreement.invariants import watch
 from tests.protocol.agreement.scenes import (
     leader,
     mesh_of,
@@ -115,7 +115,7 @@ def test_a_holder_that_is_cut_off_stops_before_another_begins() -> None:
     cluster = mesh_of(5, prepare=watch)
     ask(cluster, "dan", "claim")
     cluster.run_until(lambda: holds(cluster, "dan"), 5.0)
-    checks: Invariants = watch(cluster)
+    checks = watch(cluster)
     cluster.partition(["dan"], ["ada", "bob", "cleo", "eve"])
     ask(cluster, "eve", "claim")
     cluster.run(30.0)

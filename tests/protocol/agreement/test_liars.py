@@ -31,7 +31,7 @@ OPEN = MeshDescriptor(name="lab", root=ROOT.public.hex(), admission="open")
 
 
 def open_mesh(count: int = 5) -> Cluster:
-    cluster = Cluster(mesh=OPEN)
+    cluster = Cluster(is_open=True)
     watch(cluster)
     for place, name in enumerate(NAMES[:count]):
         models = ((SMOL, a_holding(SMOL, wanted=name == "bob")),)

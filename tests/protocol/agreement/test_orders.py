@@ -23,7 +23,7 @@ from tests.protocol.agreement.scenes import (
     view,
     voters,
 )
-from tests.protocol.cluster import Cluster, a_holding
+from tests.protocol.cluster import Cluster, Machine, a_holding
 
 DECIDED_S = 2.0
 
@@ -66,17 +66,14 @@ def test_anybody_in_a_private_mesh_may_pin_and_unpin(giver: str) -> None:
 @pytest.mark.parametrize("giver", ["bob", "ada", "dan"])
 def test_a_drain_cuts_over_without_a_moment_unserved(giver: str) -> None:
     cluster = mesh_of(4, prepare=watch)
-    judge = cluster.check
     gaps: list[tuple[float, str]] = []
 
     def check() -> None:
-        assert judge is not None
-        judge()
         gaps.extend(
             (cluster.now, name) for name in cluster.machines if not is_served(cluster, name)
         )
 
-    cluster.check = check
+    cluster.world.loop.after_each.append(check)
     give(cluster, giver, "drain", "", "bob")
     cluster.run_until(lambda: "bob" not in owners(cluster), DRAIN_S + 10.0)
     cluster.run(30.0)
@@ -138,15 +135,12 @@ def test_an_order_given_while_cut_off_is_heard_afterwards() -> None:
 def test_an_order_that_was_taken_back_cannot_be_brought_again() -> None:
     cluster = mesh_of(4, prepare=watch)
     said: list[Orders] = []
-    judge = cluster.watch
 
-    def hear(name: str, effect: Effect) -> None:
-        assert judge is not None
-        judge(name, effect)
+    def hear(machine: Machine, effect: Effect) -> None:
         if isinstance(effect, Send) and isinstance(effect.message, Orders):
             said.append(effect.message)
 
-    cluster.watch = hear
+    cluster.world.on_effect.append(hear)
     give(cluster, "dan", "pin", SMOL.digest, "dan")
     cluster.run(10.0)
     give(cluster, "dan", "unpin", SMOL.digest, "dan")

@@ -1,0 +1,34 @@
+"""A network simulator that runs meshnode's own cores in virtual time.
+
+    from meshnode_simulations import Simulation
+
+    result = Simulation("cold-join", seed=7, changes={"mesh.nodes": 200}).run()
+    result.figures["join_p99_s"]
+
+The parts, from the machine room up:
+
+* `kernel/`        virtual time, a network, machines with real stacks
+* `models/`        what surrounds them: latencies, gossip, DHT, NATs, churn, engines, clients
+* `faults/`        what goes wrong: schedules, chaos from a seed, adversaries
+* `checks/`        what must hold after every event, and what must come true once all is well
+* `scenario.py`    one question as a TOML file; `scenarios/` are those that come along
+* `simulation.py`  a scenario and a seed in, a `Result` (`record.py`) out
+* `study/`         many runs: sweeps, replays, shrinking; folders, plots, reports
+* `tiers/`         the same scenario with the real driver, and with real hosts
+* `cli.py`         `meshnode-sim`
+"""
+
+from meshnode_simulations.record import Result, Violation
+from meshnode_simulations.scenario import Scenario, changed, load, shipped
+from meshnode_simulations.simulation import Progress, Simulation
+
+__all__ = [
+    "Progress",
+    "Result",
+    "Scenario",
+    "Simulation",
+    "Violation",
+    "changed",
+    "load",
+    "shipped",
+]
