@@ -42,11 +42,8 @@ from meshnode.protocol.stack import (
     Stack,
     Stop,
 )
-from meshnode.transport import Stream
-from meshnode.transport.dht import Dht
+from meshnode.transport import CheckRecord, Dht, Gossip, Host, NewerRecord, OnAdvert, Stream
 from meshnode.transport.frames import receive_frame, send_frame
-from meshnode.transport.gossip import Gossip
-from meshnode.transport.libp2p import Libp2pHost
 
 logger = logging.getLogger(__name__)
 
@@ -99,25 +96,24 @@ class Driver:
     def __init__(
         self,
         stack: Stack,
-        host: Libp2pHost,
-        mesh_id: str,
+        host: Host,
+        gossip: Callable[[OnAdvert], Gossip],
+        dht: Callable[[CheckRecord, NewerRecord], Dht],
         on_event: Callable[[Event], None],
         persist: Callable[[str, bytes], None],
+        now: Callable[[], float] = clock.now,
     ) -> None:
-        """`persist(name, data)` returns when the data is durable. If it raises, the driver stops:
-        a node that cannot remember its votes must not cast any.
+        """`gossip` and `dht` make these for the driver's mesh, on `host`. `persist(name, data)`
+        returns when the data is durable. If it raises, the driver stops: a node that cannot
+        remember its votes must not cast any. `now` must pass as fast as trio's clock.
         """
         self.stack = stack
         self._persist = persist
         self._host = host
         self._on_event = on_event
-        self._gossip = Gossip(host, mesh_id, self._on_advert)
-        self._dht = Dht(
-            host,
-            mesh_id,
-            lambda value: stack.check_record(value, clock.now()),
-            stack.newest_record,
-        )
+        self._now = now
+        self._gossip = gossip(self._on_advert)
+        self._dht = dht(lambda value: stack.check_record(value, now()), stack.newest_record)
         self._outboxes: dict[PeerId, _Outbox] = {}
         self._deadline_moved = trio.Event()
         self._nursery: trio.Nursery | None = None
@@ -129,11 +125,11 @@ class Driver:
 
     def submit(self, sender: PeerId, message: Input) -> None:
         """Give the stack one message or command, now."""
-        self._perform(self.stack.receive(sender, message, clock.now()))
+        self._perform(self.stack.receive(sender, message, self._now()))
 
     def learn(self, peer: PeerId, decided: Decided) -> None:
         """Take a proof that came beside the control streams. Raises `RemoteProtocolError`."""
-        self._perform(self.stack.learn(peer, decided, clock.now()))
+        self._perform(self.stack.learn(peer, decided, self._now()))
 
     def connected(self, peer: PeerId) -> None:
         if self._nursery is None:
@@ -153,7 +149,7 @@ class Driver:
         self.submit(peer, Disconnected(reason))
 
     def _on_advert(self, envelope: bytes) -> bool:
-        may_spread = self.stack.gossip(envelope, clock.now())
+        may_spread = self.stack.gossip(envelope, self._now())
         self._deadline_moved.set()
         return may_spread
 
@@ -190,10 +186,10 @@ class Driver:
     async def _keep_time(self) -> None:
         while True:
             deadline = self.stack.deadline()
-            wait_s = math.inf if deadline is None else max(deadline - clock.now(), 0.0)
+            wait_s = math.inf if deadline is None else max(deadline - self._now(), 0.0)
             with trio.move_on_after(wait_s):
                 await self._deadline_moved.wait()
-            self._perform(self.stack.tick(clock.now()))
+            self._perform(self.stack.tick(self._now()))
             # After the effects, which set it: the deadline is looked at next in any case.
             self._deadline_moved = trio.Event()
 

@@ -69,6 +69,8 @@ from meshnode.protocol.stack import (
 from meshnode.store import DataDir, Membership
 from meshnode.transport import Stream
 from meshnode.transport.addresses import advertised, with_free_ports
+from meshnode.transport.dht import Dht
+from meshnode.transport.gossip import Gossip
 from meshnode.transport.http import serve_asgi
 from meshnode.transport.libp2p import HostEvents, Libp2pHost, split_peer
 from meshnode.transport.mdns import announced
@@ -179,7 +181,8 @@ class Node:
         self._driver = Driver(
             self._stack,
             self._host,
-            self._mesh.mesh_id,
+            partial(Gossip, self._host, self._mesh.mesh_id),
+            partial(Dht, self._host, self._mesh.mesh_id),
             self._on_event,
             partial(data.save_journal, self._mesh.mesh_id),
         )

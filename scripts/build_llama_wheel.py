@@ -125,7 +125,7 @@ def build(version: str, own_flags: str, target: Path) -> int:
         command = [sys.executable, "-m", "pip", "wheel", "-v", "--no-deps", "--no-cache-dir"]
         command += ["--no-binary=llama-cpp-python", f"--wheel-dir={scratch}"]
         command += [f"llama-cpp-python=={version}"]
-        status = run_with_progress(command, environment)
+        status = run_with_progress(command, environment, LOG)
         if status == 0:
             target.mkdir(exist_ok=True)
             for wheel in Path(scratch).glob("*.whl"):
@@ -133,11 +133,11 @@ def build(version: str, own_flags: str, target: Path) -> int:
     return status
 
 
-def run_with_progress(command: list[str], environment: dict[str, str]) -> int:
-    """Run the build, log every line and turn ninja's counters into progress."""
+def run_with_progress(command: list[str], environment: dict[str, str], log_path: Path) -> int:
+    """Run a build, log every line and turn ninja's counters into progress; its exit code."""
     progress = Progress()
     with (
-        LOG.open("w") as log,
+        log_path.open("w") as log,
         subprocess.Popen(
             command,
             env=environment,
@@ -145,13 +145,13 @@ def run_with_progress(command: list[str], environment: dict[str, str]) -> int:
             stderr=subprocess.STDOUT,
             text=True,
             errors="replace",
-        ) as pip,
+        ) as building,
     ):
-        assert pip.stdout is not None
-        print(f"CMAKE_ARGS={environment['CMAKE_ARGS']}", file=log)
+        assert building.stdout is not None
+        print(f"CMAKE_ARGS={environment.get('CMAKE_ARGS', '')}", file=log)
         print(f"$ {shlex.join(command)}", file=log, flush=True)
         compiling_since_s: float | None = None
-        for line in pip.stdout:
+        for line in building.stdout:
             log.write(line)
             log.flush()
             step = NINJA_STEP.match(line)
@@ -168,7 +168,7 @@ def run_with_progress(command: list[str], environment: dict[str, str]) -> int:
                 text += f", about {clock(spent_s * (total - done) / done)} left"
             progress.show(text)
         progress.close()
-    return pip.returncode
+    return building.returncode
 
 
 def fail(message: str) -> NoReturn:

@@ -69,7 +69,10 @@ class MeshFigures:
             case MemberJoined():
                 self._on_joined(machine)
             case MemberLost(peer) if peer in self._killed_s and self._run.is_warm:
-                self._seen_s.append(self._run.now_s - self._killed_s[peer])
+                seen_s = self._run.now_s - self._killed_s[peer]
+                self._seen_s.append(seen_s)
+                dead = self._run.world.by_peer[peer].name
+                self._run.recorder.row("deaths", node=machine.name, dead=dead, seen_s=seen_s)
 
     def _on_joined(self, machine: Machine) -> None:
         joining = self._joining.get(machine.index)

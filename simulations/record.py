@@ -8,11 +8,16 @@
 from __future__ import annotations
 
 import math
+import shlex
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
-from meshnode_simulations.scenario import Scenario
+from meshnode_simulations.scenario import Scenario, as_toml, value_of
+
+if TYPE_CHECKING:
+    import pyarrow
 
 Value = float | int | str | bool | None
 ROWS_MAX = 2_000_000
@@ -50,10 +55,14 @@ class Table:
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """One run. `series` has a column `time_s` (each interval's end) and one for each metric."""
+    """One run. `series` has a column `time_s` (each interval's end) and one for each metric.
+
+    `checked`: every promise was checked after every event, so that no violations means something.
+    """
 
     scenario: Scenario
     seed: int
+    checked: bool
     digest: str
     virtual_s: float
     cpu_s: float
@@ -62,11 +71,35 @@ class Result:
     tables: dict[str, Table]
     figures: dict[str, float]
     violations: tuple[Violation, ...]
+    made: dict[str, object] = field(default_factory=dict)
+    """Python, platform, versions and code that made it, if it was read from a folder; empty:
+    those of here and now."""
 
     @property
     def replay(self) -> str:
-        """The command that runs it again."""
-        return f"meshnode-sim replay {self.scenario.name} --seed {self.seed}"
+        """The command that runs it again; in Python, of a scenario that was made there."""
+        origin = self.scenario.origin
+        if not origin.source:
+            return f"Simulation(scenario, seed={self.seed}, check=True).run()"
+        words = ["meshnode-sim", "replay", origin.source, "--seed", str(self.seed)]
+        for key, value in origin.changes.items():
+            # A bare word reads better than a string in quotes, where it means the same.
+            bare = isinstance(value, str) and value_of(value) == value
+            words += ["--set", f"{key}={value if bare else as_toml(value)}"]
+        return shlex.join(words)
+
+    def frame(self, name: str = "series") -> pyarrow.Table:
+        """A table as Arrow has it: `series`, or one of `tables` such as `requests`.
+
+        `.to_pandas()` makes it a pandas one. Raises `KeyError` with the names there are.
+        """
+        import pyarrow
+
+        if name == "series":
+            return pyarrow.table(dict(self.series))
+        if name not in self.tables:
+            raise KeyError(f"no {name!r} here: {', '.join(('series', *self.tables))}")
+        return pyarrow.table(dict(self.tables[name].columns))
 
     def unmet(self) -> dict[str, tuple[float, tuple[float, float]]]:
         """Figures outside of what the scenario expects: name -> (found, (lowest, highest))."""

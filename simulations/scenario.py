@@ -67,6 +67,8 @@ class Mesh(_Table, frozen=True):
     join_over_s: Seconds = 1.0
     """The nodes are switched on evenly over so long."""
     admission: Literal["invite", "open"] = "invite"
+    sponsored: NodeCount = 1
+    """In an open mesh: the first so many have a certificate of its root, and may vote."""
 
 
 class Net(_Table, frozen=True):
@@ -137,7 +139,7 @@ class Routing(_Table, frozen=True):
 
 
 class Churn(_Table, frozen=True):
-    kind: Literal["none", "ipfs", "lab", "trace", "region", "replace"] = "none"
+    kind: Literal["none", "ipfs", "lab", "trace", "replace"] = "none"
     start_s: Seconds = 30.0
     trace: str = ""
     """A CSV file of node,up_s,down_s."""
@@ -166,17 +168,33 @@ class Chaos(_Table, frozen=True):
     start_s: Seconds = 20.0
     heal_at_s: Seconds = 0.0
     """From then on nothing goes wrong any more, and what must come true has to; 0: no end."""
+    buggify: Annotated[float, Meta(ge=0.0, le=0.9)] = 0.0
+    """For this share of all occasions what is legal but rare happens (`faults/buggify.py`)."""
 
 
 class Adversaries(_Table, frozen=True):
+    """Who lies: `faults/adversaries.py` says how."""
+
     kind: str = "none"
+    target: str = ""
+    """Which nodes, as of faults; empty: `count`, or `share` of all, drawn."""
     share: Share = 0.0
     count: Annotated[int, Meta(ge=0, le=100_000)] = 0
     start_s: Seconds = 0.0
 
 
+class Origin(_Table, frozen=True):
+    """Where a scenario is from: the name or file that was loaded, and what was changed since.
+
+    `source` is empty for one that was put together in Python.
+    """
+
+    source: str = ""
+    changes: dict[str, Any] = {}
+
+
 class Scenario(_Table, frozen=True):
-    """See the module. `name` is the file's."""
+    """See the module. `name` is the file's; it and `origin` are not for the file to say."""
 
     scenario: About
     mesh: Mesh = Mesh()
@@ -190,6 +208,7 @@ class Scenario(_Table, frozen=True):
     chaos: Chaos = Chaos()
     adversaries: Adversaries = Adversaries()
     name: str = ""
+    origin: Origin = Origin()
 
 
 def load(source: str | Path, changes: dict[str, Any] | None = None) -> Scenario:
@@ -213,18 +232,72 @@ def load(source: str | Path, changes: dict[str, Any] | None = None) -> Scenario:
         tables = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"{source}: {error}") from error
-    tables["name"] = path.stem
-    for key, value in (changes or {}).items():
+    for given in ("name", "origin"):
+        if given in tables:
+            raise ConfigError(f"{source}: unknown field `{given}`")
+    changes = changes or {}
+    for key, value in changes.items():
         _change(tables, key, value)
+    tables["name"] = path.stem
+    tables["origin"] = {"source": str(source), "changes": changes}
     return _converted(tables, str(source))
 
 
 def changed(scenario: Scenario, changes: dict[str, Any]) -> Scenario:
     """The same scenario with other values, by dotted name. Raises `ConfigError`."""
-    tables = msgspec.to_builtins(scenario)
+    # By way of JSON, for lists that can be changed in the place of tuples.
+    tables = msgspec.json.decode(msgspec.json.encode(scenario))
     for key, value in changes.items():
         _change(tables, key, value)
+    tables["origin"]["changes"] = {**scenario.origin.changes, **changes}
     return _converted(tables, scenario.name)
+
+
+def value_of(text: str) -> Any:
+    """A value as TOML reads it, such as `0.01`, `true` or `[1, 2]`; a bare word is a string."""
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text
+
+
+def as_toml(value: Any) -> str:
+    """The inverse of `value_of`: numbers, strings, lists and tables on one line."""
+    match value:
+        case bool():
+            return "true" if value else "false"
+        case str():
+            return msgspec.json.encode(value).decode()  # TOML's basic strings are JSON's
+        case list() | tuple():
+            return f"[{', '.join(map(as_toml, value))}]"
+        case dict():
+            inner = ", ".join(f"{as_toml(key)} = {as_toml(each)}" for key, each in value.items())
+            return f"{{{inner}}}"
+    return repr(value)
+
+
+def toml_of(scenario: Scenario) -> str:
+    """A file that loads as this scenario: what differs from the defaults."""
+    parts = []
+    for table in msgspec.structs.fields(scenario):
+        value = getattr(scenario, table.name)
+        if table.name in ("name", "origin") or value == table.default:
+            continue
+        for each in value if isinstance(value, tuple) else (value,):
+            header = f"[[{table.name}]]" if isinstance(value, tuple) else f"[{table.name}]"
+            parts.append("\n".join([header, *_lines(each)]))
+    return "\n\n".join(parts) + "\n"
+
+
+def _lines(table: Struct) -> list[str]:
+    told, lines = msgspec.to_builtins(table), []
+    for field in msgspec.structs.fields(table):
+        default = field.default
+        if field.default_factory is not msgspec.NODEFAULT:
+            default = field.default_factory()
+        if getattr(table, field.name) != default:
+            lines.append(f"{field.name} = {as_toml(told[field.name])}")
+    return lines
 
 
 def shipped() -> tuple[str, ...]:

@@ -15,13 +15,13 @@ from pathlib import Path
 
 from meshnode_simulations.checks.liveness import Epochs, Healing, Service
 from meshnode_simulations.checks.safety import Safety
+from meshnode_simulations.faults.adversaries import Adversaries
+from meshnode_simulations.faults.buggify import buggify
 from meshnode_simulations.faults.draw import drawn
-from meshnode_simulations.faults.schedule import Faults
+from meshnode_simulations.faults.schedule import RIGHTS, Faults
 from meshnode_simulations.figures import MeshFigures
 from meshnode_simulations.kernel.loop import NS_PER_S
 from meshnode_simulations.kernel.machine import Machine
-from meshnode_simulations.kernel.network import Constant, Latency, Network
-from meshnode_simulations.kernel.streams import stream
 from meshnode_simulations.kernel.world import World
 from meshnode_simulations.models.demand import Clients
 from meshnode_simulations.models.gateway import Gateways
@@ -29,6 +29,10 @@ from meshnode_simulations.models.hosting import Hosting
 from meshnode_simulations.record import Recorder, Result
 from meshnode_simulations.run import Run
 from meshnode_simulations.scenario import Fault, Scenario, load
+from meshnode_simulations.surroundings import let_come_and_go, network, surround
+
+ANY = "any"
+"""Promise: whichever breaks first."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,11 +73,14 @@ class Simulation:
         on_progress: Callable[[Progress], None] | None = None,
         *,
         until_broken: str | None = None,
+        on_ready: Callable[[Run], None] = lambda run: None,
     ) -> Result:
-        """Let all its time pass. `on_progress` is called once for each interval; the run ends
-        with the interval in which the promise `until_broken` breaks.
+        """Let all its time pass. `on_ready` is given the run before anything has happened, and
+        `on_progress` is called once for each interval; the run ends with the interval in which
+        the promise `until_broken`, or `ANY`, breaks.
         """
         run = self.prepare()
+        on_ready(run)
         loop, about = run.world.loop, self.scenario.scenario
         started_s = time.process_time()
         interval_ns = int(about.interval_s * NS_PER_S)
@@ -87,17 +94,23 @@ class Simulation:
             if on_progress is not None:
                 spent_s = time.process_time() - started_s
                 on_progress(Progress(loop.now_s, about.duration_s, spent_s, loop.events))
-            if any(broken.promise == until_broken for broken in run.recorder.violations):
+            broken = {violation.promise for violation in run.recorder.violations}
+            if until_broken in broken or (until_broken == ANY and broken):
                 break
+        return self.finish(run, time.process_time() - started_s)
+
+    def finish(self, run: Run, cpu_s: float) -> Result:
+        """What a run, now over, has come to."""
         for close in run.closers:
             close()
         return Result(
             scenario=self.scenario,
             seed=self.seed,
+            checked=self.check,
             digest=run.world.trace.digest(),
-            virtual_s=loop.now_s,
-            cpu_s=time.process_time() - started_s,
-            events=loop.events,
+            virtual_s=run.now_s,
+            cpu_s=cpu_s,
+            events=run.world.loop.events,
             series=run.recorder.series(),
             tables=dict(run.recorder.tables),
             figures=run.figures,
@@ -110,46 +123,59 @@ class Simulation:
             return self.schedule
         return (*self.scenario.faults, *drawn(self.scenario, self.seed))
 
-    def prepare(self) -> Run:
-        """The world at time 0, with everything scheduled that is to happen in it."""
+    def _claims(self) -> bool:
+        """Whether anybody will ask for a right."""
+        return any(fault.kind == "claim" for fault in self.faults())
+
+    def prepare(self, make_world: Callable[..., World] = World) -> Run:
+        """The world at time 0, with everything scheduled that is to happen in it. `make_world`
+        takes what `World` does.
+        """
         scenario, seed = self.scenario, self.seed
-        world = World(seed, _network(scenario, seed), open_mesh=scenario.mesh.admission == "open")
+        is_open = scenario.mesh.admission == "open"
+        world = make_world(seed, network(scenario, seed), open_mesh=is_open)
+        if scenario.chaos.buggify:
+            buggify(world, scenario.chaos.buggify)
         run = Run(scenario, seed, world, Recorder())
         MeshFigures(run)
         hosting = Hosting(run)
         machines = _machines(run)
         hosting.place(machines)
+        surround(world, scenario, machines)
+
+        def broken(promise: str, what: str) -> None:
+            run.recorder.violate(promise, run.now_s, what)
+
+        safety = None
+        if self.check:
+            safety = Safety(world, broken, rights=RIGHTS if self._claims() else ())
+            Epochs(run, safety)
+        gateways = None
         if scenario.demand.kind != "none":
-            Clients(run, Gateways(run, hosting))
+            gateways = Gateways(run, hosting, broken if self.check else None)
+            Clients(run, gateways)
         if scenario.models:
             Service(run)
-        if self.check:
-
-            def broken(promise: str, what: str) -> None:
-                run.recorder.violate(promise, run.now_s, what)
-
-            Epochs(run, Safety(world, broken))
+        Adversaries(run, safety, gateways)
         Faults(run, self.faults())
         if scenario.chaos.heal_at_s:
             Healing(run, scenario.chaos.heal_at_s)
         _switch_on_all(run, machines)
+        let_come_and_go(run, machines)
         return run
-
-
-def _network(scenario: Scenario, seed: int) -> Network:
-    net = scenario.network
-    return Network(_latency(scenario), stream(seed, "network"), jitter=net.jitter, loss=net.loss)
-
-
-def _latency(scenario: Scenario) -> Latency:
-    return Constant(int(scenario.network.one_way_ms * 1e6))
 
 
 def _machines(run: Run) -> list[Machine]:
     memory_bytes = int(run.scenario.hosts.memory_gib * 2**30)
+    mesh, world = run.scenario.mesh, run.world
     return [
-        run.world.add(f"n{index}", is_root=index == 0, memory_bytes=memory_bytes)
-        for index in range(run.scenario.mesh.nodes)
+        world.add(
+            f"n{index}",
+            is_root=index == 0,
+            memory_bytes=memory_bytes,
+            is_sponsored=index < mesh.sponsored,
+        )
+        for index in range(mesh.nodes)
     ]
 
 

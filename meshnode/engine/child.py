@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Literal, NoReturn
 
 from meshnode.engine import TokenLogprobs, Usage, wire
-from meshnode.engine.cores import usable_cores
+from meshnode.engine.cores import IdleCores, usable_cores
 from meshnode.engine.draft import DraftModel
 from meshnode.engine.llama import LlamaModel, Sampler, quantize_q4_0
 from meshnode.engine.pace import Rates, Threads
@@ -190,6 +190,7 @@ class Child:
         # Requests of a batch that holds only prefill: if one is cancelled, it is worth aborting.
         self._abortable: frozenset[int] = frozenset()
         self._threads = threads
+        self._idle_cores = IdleCores()
         self._rates = Rates()
         self._speculation = speculation
         self._status_sent_at = 0.0
@@ -399,7 +400,7 @@ class Child:
         draws, logprobs = self._draw(batch)
         pass_s = time.perf_counter() - started_at
         if batch.view is None:  # what a picture takes says nothing about tokens
-            threads.observe(cpu_s, wall_s)
+            threads.observe(cpu_s, wall_s, self._idle_cores.lately())
             self._rates.observe(prefill_tokens, len(draws) if decoding else 0, pass_s)
             if self._speculation is not None:
                 self._speculation.observe(batch, draws, pass_s)

@@ -1,13 +1,19 @@
-"""How many cores this process may really use; reads only what the operating system says."""
+"""How many cores this process may really use, and how many are idle; reads only what the operating
+system says."""
 
 from __future__ import annotations
 
 import math
 import os
+import time
 from pathlib import Path
+
+# Long enough for the kernel's ticks of 10 ms to add up, short enough to see a lull.
+IDLE_OVER_S = 0.25
 
 _CPUS = Path("/sys/devices/system/cpu")
 _CGROUP_QUOTA = Path("/sys/fs/cgroup/cpu.max")
+_STAT = Path("/proc/stat")
 
 
 def usable_cores() -> int:
@@ -19,6 +25,31 @@ def usable_cores() -> int:
     cores = {_read(_CPUS / f"cpu{number}/topology/thread_siblings_list") or number
              for number in threads}  # fmt: skip
     return max(1, math.ceil(min(len(cores), _quota_cores())))
+
+
+class IdleCores:
+    """How many of the machine's cores nobody used lately; 0.0 where the kernel does not tell."""
+
+    def __init__(self) -> None:
+        self._idle_s = _idle_s()
+        self._at = time.monotonic()
+        self._cores = 0.0
+
+    def lately(self) -> float:
+        """The average over the latest `IDLE_OVER_S` or more; cheap enough for every step."""
+        now = time.monotonic()
+        if now - self._at >= IDLE_OVER_S:
+            idle_s = _idle_s()
+            self._cores = (idle_s - self._idle_s) / (now - self._at)
+            self._idle_s, self._at = idle_s, now
+        return self._cores
+
+
+def _idle_s() -> float:
+    """Seconds that all cores together have been idle since the start of the machine."""
+    # cpu user nice system idle iowait ...
+    words = (_read(_STAT) or "").split(maxsplit=5)
+    return int(words[4]) / os.sysconf("SC_CLK_TCK") if words[:1] == ["cpu"] else 0.0
 
 
 def _quota_cores() -> float:

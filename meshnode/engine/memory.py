@@ -22,9 +22,9 @@ COMPUTE_STEP_TOKENS = 512
 COMPUTE_BYTES_PER_EMBEDDING = COMPUTE_STEP_TOKENS * 16 * 4
 # A block of 32 values takes 34 bytes as q8_0 and 64 as f16.
 KV_TYPE_BYTES_PER_F16 = {"f16": Fraction(1), "q8_0": Fraction(34, 64)}
-# What was preempted or evicted may take this part of the cache's size outside of it, and no more
-# than this: a second cache would be better spent on a larger context.
-SAVED_PART = 4
+# What was preempted, evicted or put aside may take this part of the cache's size outside of it, and
+# no more than this: all of it, since prompts are computed faster while idle sessions are not there.
+SAVED_PART = 1
 SAVED_BYTES_MAX = 256 * 1024**2
 LOGIT_BYTES = 4
 # The largest picture while it is decoded, scaled and cut: about 16 million pixels, 4 bytes, twice.

@@ -3,22 +3,29 @@
 Decides the thread count and the published rates. Reads no clock: durations come as arguments.
 
 Two threads on one free core are slower than one, since each waits at every barrier for the other
-to be scheduled; so a step that got much less CPU than its threads could use asks for fewer. More
-are tried again now and then, and less often each time that it did not pay. Wide and narrow
-batches are judged apart: even on an idle machine, a small model decodes fastest with one thread.
+to be scheduled. Threads that wait for each other spin (`process.CHILD_ENVIRONMENT`), so a step
+that got less CPU time than its threads could use was kept waiting by somebody else, and asks for
+fewer. More are tried as soon as the machine has an idle core, now and then without that sign, and
+less often each time that it did not last. Wide and narrow batches are judged apart.
 """
 
 from __future__ import annotations
 
-# Below this share of the possible CPU time, threads were waiting rather than computing. Measured
-# with a 135M model on two idle cores: prefill 0.90 and 1.7 times the speed of one thread, decode
-# 0.53 and half the speed of one thread.
-UTILISATION_MIN = 0.8
+import math
+
+# A step that lacks more than this of its threads' CPU time was kept waiting. Two spinning threads
+# lack 0.02 on two idle cores, and 0.5 to 1 beside one other program.
+LACKING_CORES_MAX = 0.4
+# A core as idle as this is worth a try.
+IDLE_CORES_MIN = 0.8
 # Steps under one count are judged together over this much time; a single step is too noisy.
-JUDGE_AFTER_S = 1.0
-# First pause before another thread is tried again, and its bound as it doubles.
+JUDGE_AFTER_S = 0.3
+# How long a count stands before another thread is tried: on the sign of an idle core, and without.
+RETRY_IDLE_AFTER_S = 0.5
 RETRY_AFTER_S = 10.0
-RETRY_AFTER_MAX_S = 300.0
+# More that lasted less than this was tried in vain. The waits then double, up to so many times.
+LASTING_S = 10.0
+PATIENCE_MAX = 32.0
 # Weight of the newest step in the published rates: about the last twenty steps.
 RATE_WEIGHT = 0.1
 # From this size on, a batch is matrix products, and more threads and tokens pay; below it is
@@ -36,10 +43,13 @@ class ThreadPolicy:
         self._cpu_s = self._wall_s = 0.0
         self._since_change_s = 0.0
         self._raised = False
-        self._retry_after_s = RETRY_AFTER_S
+        self._patience = 1.0
 
-    def observe(self, cpu_s: float, wall_s: float) -> None:
-        """A step took this long with `threads`; may change it for the next one."""
+    def observe(self, cpu_s: float, wall_s: float, idle_cores: float = 0.0) -> None:
+        """A step took this long with `threads`; may change it for the next one.
+
+        `idle_cores` is how much of the machine nobody has used lately.
+        """
         if not self._adaptive:
             return
         self._cpu_s += cpu_s
@@ -47,24 +57,28 @@ class ThreadPolicy:
         self._since_change_s += wall_s
         if self._wall_s < JUDGE_AFTER_S:
             return
-        utilisation = self._cpu_s / (self._wall_s * self.threads)
+        got_cores = self._cpu_s / self._wall_s
         self._cpu_s = self._wall_s = 0.0
-        if utilisation < UTILISATION_MIN:
-            if self.threads > 1:
-                self._lower()
-        elif self.threads < self.threads_max and self._since_change_s >= self._retry_after_s:
-            self._change(+1)
+        if self.threads > 1 and self.threads - got_cores > LACKING_CORES_MAX:
+            self._lower(got_cores)
+        elif self.threads < self.threads_max and self._is_due(idle_cores):
+            self._change(self.threads + 1)
 
-    def _lower(self) -> None:
-        """One thread less; if one more was tried only now, the next try comes later."""
-        in_vain = self._raised and self._since_change_s < self._retry_after_s
-        doubled_s = min(2 * self._retry_after_s, RETRY_AFTER_MAX_S)
-        self._retry_after_s = doubled_s if in_vain else RETRY_AFTER_S
-        self._change(-1)
+    def _is_due(self, idle_cores: float) -> bool:
+        after_s = RETRY_IDLE_AFTER_S if idle_cores >= IDLE_CORES_MIN else RETRY_AFTER_S
+        return self._since_change_s >= self._patience * after_s
+
+    def _lower(self, got_cores: float) -> None:
+        """As many as there was CPU time for, and one less at least; if one more was tried only
+        now, the next try comes later."""
+        in_vain = self._raised and self._since_change_s < LASTING_S
+        self._patience = min(2 * self._patience, PATIENCE_MAX) if in_vain else 1.0
+        enough = math.ceil(got_cores - LACKING_CORES_MAX)
+        self._change(max(1, min(self.threads - 1, enough)))
 
     def _change(self, threads: int) -> None:
-        self.threads += threads
-        self._raised = threads > 0
+        self._raised = threads > self.threads
+        self.threads = threads
         self._since_change_s = 0.0
 
 

@@ -73,10 +73,12 @@ READ_BYTES = 64 * 1024
 LOG_LINES_MAX = 20
 LOG_LINE_CHARS_MAX = 300
 
-# libgomp's threads spin at barriers by default; on a busy machine that is three times slower
-# than sleeping. ggml would start a debugger for a backtrace when it aborts.
+# libgomp's threads spin at barriers for milliseconds by default, which burns a core between steps
+# and stalls a busy machine. About 0.2 ms outlasts the barriers inside a step, where sleeping would
+# cost a third of the speed; that nobody spins for a thread that cannot run is up to `pace.py`.
+# ggml would start a debugger for a backtrace when it aborts.
 CHILD_ENVIRONMENT = {
-    "GOMP_SPINCOUNT": "0",
+    "GOMP_SPINCOUNT": "10000",
     "GGML_NO_BACKTRACE": "1",
     "OPENBLAS_NUM_THREADS": "1",
     "PYTHONUNBUFFERED": "1",

@@ -100,6 +100,10 @@ class SavedStates:
                 return [*changes, *room, Save(slot.number, state.key, size), *spill]
         return changes
 
+    def has_room(self, tokens: int) -> bool:
+        """Whether a state of this size goes into memory without anything giving way to it."""
+        return self.tokens + tokens <= self._memory_tokens
+
     def _drop_covered(self, state: State, spare: State | None) -> list[Change]:
         """What it begins with need not be kept twice."""
         covered = [

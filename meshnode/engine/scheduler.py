@@ -48,6 +48,9 @@ from meshnode.errors import ContextLengthError, EngineBusyError
 PREFILL_TOKENS_MAX = 512
 # Beside running answers a smaller chunk is used: their next token waits for the whole batch.
 PREFILL_TOKENS_BESIDE_DECODE_MAX = 128
+# Prompts of so many tokens are computed faster if idle sessions are put aside first: beside 5600
+# idle tokens, 512 cost 2.3 times the CPU time, 0.6 µs for each token of theirs and each of those.
+PUT_ASIDE_FOR_TOKENS_MIN = 128
 # A sequence is admitted only if every running one could still grow by this much; it keeps a
 # nearly full cache from admitting what it must preempt a few steps later.
 ADMIT_HEADROOM_TOKENS = 64
@@ -348,6 +351,8 @@ class Scheduler:
         running = [entry for entry in self._running() if not _is_at_view(entry)]
         decoding = [entry for entry in running if _pending(entry) == 1]
         prefilling = [entry for entry in running if _pending(entry) > 1]
+        if sum(map(_pending, prefilling)) >= PUT_ASIDE_FOR_TOKENS_MIN:
+            changes += self._put_aside()
         for entry in decoding:
             self._plan_chunk(entry, 1, planned, changes)
         if proposals:
@@ -588,6 +593,18 @@ class Scheduler:
             for slot in prefix.evicted_first(self._slots)
             if slot.tokens and not self._pool.is_within(slot, running)
         ]
+
+    def _put_aside(self) -> list[Change]:
+        """Save idle sessions while there is room for them: attention is computed over all cells
+        of the cache, whoever's they are."""
+        changes: list[Change] = []
+        for slot in self._evictable():
+            if slot.is_pinned or min(slot.tokens) < 0:  # not every picture can be saved
+                continue
+            pays = self._pool.own(slot) >= saved.SAVED_TOKENS_MIN
+            if pays and self.limits.copies and self._saved.has_room(len(slot.tokens)):
+                changes += self._evict(slot)
+        return changes
 
     def _evict(self, slot: Slot, spare: saved.State | None = None) -> list[Change]:
         """Empty an idle slot; what it holds may be saved, but not instead of `spare`."""

@@ -189,7 +189,9 @@ class Agreement:
             effects += self._beat(now)
         is_planning = self._plan_at <= now
         if is_planning:
-            self._plan_at = now + PLAN_EVERY_S
+            votes = any(group.register.votes for group in self._groups.values())
+            # Who does not vote drafts nothing, and lets old orders go with its next heartbeat.
+            self._plan_at = now + PLAN_EVERY_S if votes else self._beat_at
         for group in self._groups.values():
             if is_planning:
                 group.expire_orders()

@@ -245,8 +245,9 @@ class Register:
 
     @property
     def has_memory(self) -> bool:
-        """False if this node is named a voter, and has lost what it said as one: it abstains."""
-        return self._has_memory or self.own not in self._round.voters
+        """False if this node may have lost what it said as a voter: it abstains, and should not be
+        named one before a block stands that does not name it."""
+        return self._has_memory
 
     @property
     def view(self) -> int:
@@ -693,8 +694,10 @@ class Register:
         self.lineage = self.lineage.follow(decided, self._verify, self._open_recovery)
         if self._is_new:
             # Nobody is named a voter who has not known the group before. If we are, our disk has
-            # lost it, with what we have said: until others have replaced us we say nothing.
-            self._has_memory = False
+            # lost it, with what we have said: until others have replaced us we say nothing. But
+            # if its only founder tells us of no block, there is none, and nothing to have said.
+            is_empty = decided.newest is None and self.lineage.anchor == before
+            self._has_memory = is_empty and self.genesis.voters == (sender,)
         if decided.newest is None or decided.body is None:
             # Only a part of the voters' history: ask for the rest, if it was news.
             more = self.lineage.anchor > before

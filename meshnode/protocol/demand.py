@@ -83,6 +83,7 @@ class DemandBook:
     def __init__(self) -> None:
         self._heard: dict[str, _Heard] = {}
         self._models: dict[str, _Model] = {}
+        self._expires_at = math.inf  # nothing that we keep expires before
 
     # --- what is seen ---------------------------------------------------------------------------
 
@@ -106,6 +107,7 @@ class DemandBook:
             for entry in demand
         }
         self._heard[signer] = _Heard(rates, now + ttl_s)
+        self._expires_at = min(self._expires_at, now + ttl_s)
         for model in self._models:
             if model in rates:
                 self._judge(model, now)
@@ -123,6 +125,7 @@ class DemandBook:
         state = self._models[model]
         state.loads = loads
         state.expires_at = now + LOADS_TTL_S
+        self._expires_at = min(self._expires_at, state.expires_at)
         self._judge(model, now)
 
     # --- what follows ---------------------------------------------------------------------------
@@ -162,9 +165,7 @@ class DemandBook:
 
     def deadline(self) -> float | None:
         """When `tick` has work next; None for never."""
-        times = [heard.expires_at for heard in self._heard.values()]
-        times += [state.expires_at for state in self._models.values()]
-        return min(times, default=None)
+        return min(self._expiries(), default=None)
 
     # --- within ---------------------------------------------------------------------------------
 
@@ -185,6 +186,8 @@ class DemandBook:
         state.idle_since = _since(state.idle_since, is_idle, now)
 
     def _forget_expired(self, now: float) -> None:
+        if self._expires_at > now:
+            return
         gone = [signer for signer, heard in self._heard.items() if heard.expires_at <= now]
         affected = {model for signer in gone for model in self._heard.pop(signer).rates}
         for model in [model for model, state in self._models.items() if state.expires_at <= now]:
@@ -192,6 +195,11 @@ class DemandBook:
         for model in self._models:
             if model in affected:
                 self._judge(model, now)
+        self._expires_at = min(self._expiries(), default=math.inf)
+
+    def _expiries(self) -> list[float]:
+        times = [heard.expires_at for heard in self._heard.values()]
+        return times + [state.expires_at for state in self._models.values()]
 
 
 def _is_crowded(loads: tuple[Load, ...], refused_per_s: float) -> bool:

@@ -52,6 +52,8 @@ class _State(Enum):
 @dataclass(slots=True)
 class _Peer:
     told: dict[Source, tuple[str, ...]] = field(default_factory=dict)
+    addrs: tuple[str, ...] = ()
+    """Where to dial, the most credible first: no hint can hide what the peer has signed."""
     state: _State = _State.IDLE
     failures: int = 0
     dial_at: float = 0.0
@@ -61,11 +63,10 @@ class _Peer:
         """The operator named it: dialled for ever."""
         return Source.OPERATOR in self.told
 
-    @property
-    def addrs(self) -> tuple[str, ...]:
-        """Where to dial, the most credible first: no hint can hide what the peer has signed."""
+    def tell(self, source: Source, addrs: tuple[str, ...]) -> None:
+        self.told[source] = addrs
         believed = (address for source in Source for address in self.told.get(source, ()))
-        return tuple(dict.fromkeys(believed))[:ADDRS_MAX]
+        self.addrs = tuple(dict.fromkeys(believed))[:ADDRS_MAX]
 
 
 class Discovery:
@@ -100,7 +101,7 @@ class Discovery:
             )
         before = known.addrs
         earlier = known.told.get(source, ()) if source is Source.OPERATOR else ()
-        known.told[source] = (*earlier, *addrs)[:ADDRS_MAX]
+        known.tell(source, (*earlier, *addrs)[:ADDRS_MAX])
         if before and known.addrs != before:
             known.failures = 0
             known.dial_at = min(known.dial_at, now)

@@ -63,8 +63,8 @@ RUMOUR_BYTES_MAX = 512
 RUMOURS_MAX = 64
 """Of either kind in one message (`messages.Rumours`)."""
 
-_SUSPICION = b"/meshnode/suspicion/1"
-_ALIVE = b"/meshnode/alive/1"
+SUSPICION_TYPE = b"/meshnode/suspicion/1"
+ALIVE_TYPE = b"/meshnode/alive/1"
 
 Status = Literal["alive", "suspect", "dead", "left", "unknown"]
 _R = TypeVar("_R", Suspicion, Alive)
@@ -234,9 +234,9 @@ class Liveness:
         self._seal = seal
         self._rng = rng
         self._incarnation = incarnation
-        self._word = self._seal(_ALIVE, Alive(mesh_id, incarnation))
-        self._opened_words = _Opened(mesh_id, open_, _ALIVE, Alive)
-        self._opened_accusations = _Opened(mesh_id, open_, _SUSPICION, Suspicion)
+        self._word = self._seal(ALIVE_TYPE, Alive(mesh_id, incarnation))
+        self._opened_words = _Opened(mesh_id, open_, ALIVE_TYPE, Alive)
+        self._opened_accusations = _Opened(mesh_id, open_, SUSPICION_TYPE, Suspicion)
         self._peers: dict[PeerId, _Peer] = {}
         self._connected: dict[PeerId, None] = {}
         self._expected: dict[str, None] = {}
@@ -289,7 +289,7 @@ class Liveness:
             return
         state.doubted_at = now
         accusation = Suspicion(self._mesh_id, peer, state.incarnation)
-        envelope = self._seal(_SUSPICION, accusation)
+        envelope = self._seal(SUSPICION_TYPE, accusation)
         if len(state.accusations) < ACCUSERS_MAX:
             self._spread((peer,), suspicion=envelope, proof=state.word)
         state.accusations[self._own] = _Accusation(envelope, now)
@@ -528,7 +528,7 @@ class Liveness:
             return
         self._answer_at, self._answered_at = None, now
         self._incarnation += 1
-        self._word = self._seal(_ALIVE, Alive(self._mesh_id, self._incarnation))
+        self._word = self._seal(ALIVE_TYPE, Alive(self._mesh_id, self._incarnation))
         for peer in self._connected:
             self._write(peer, refutation=self._word)
         self._refuted = True

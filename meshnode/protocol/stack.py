@@ -270,7 +270,7 @@ class Stack:
             seal=self._seal,
             open_=self._open,
             peerage=Peerage(
-                lambda: tuple(self._members()),
+                lambda: tuple(self._members),
                 self._is_node,
                 self._may_vote,
                 self.liveness.is_alive,
@@ -288,7 +288,9 @@ class Stack:
         self.refused: Counter[str] = Counter()
         self._links: dict[PeerId, _Link] = {}
         self._unproven: dict[PeerId, _Link] = {}
-        """Those of them that are not members."""
+        """Those of `_links` that are not members."""
+        self._members: dict[PeerId, None] = {}
+        """Those that are, in the order in which they became it."""
         self._memberships_checked_at = -math.inf
         self._addrs: tuple[str, ...] = ()
         self._offers: tuple[Offer, ...] = ()
@@ -331,7 +333,7 @@ class Stack:
             case RecoverQuorum():
                 return self.agreement.recover(now)
             case Stop():
-                return [Send(peer, Leaving()) for peer in self._members()]
+                return [Send(peer, Leaving()) for peer in self._members]
             case Message():
                 return self._on_message(sender, message, now)
         return self.tick(now) if isinstance(message, Learn | DialFailed | RecordFound) else []
@@ -361,16 +363,18 @@ class Stack:
         return effects
 
     def deadline(self) -> float | None:
-        waits = [
+        waits = [link.hello_by for link in self._unproven.values()]
+        for at in (
             self.records.deadline(),
             self.adverts.deadline(),
             self.discovery.deadline(),
             self.liveness.deadline(),
             self.agreement.deadline(),
             self._refresh_at,
-            *(link.hello_by for link in self._unproven.values()),
-        ]
-        return min((at for at in waits if at is not None), default=None)
+        ):
+            if at is not None:
+                waits.append(at)
+        return min(waits, default=None)
 
     def learn(self, peer: PeerId, decided: Decided, now: float) -> list[Effect]:
         """Take a proof that a peer sent beside its control stream.
@@ -450,11 +454,13 @@ class Stack:
 
     def _on_connected(self, peer: PeerId, now: float) -> list[Effect]:
         self.discovery.connected(peer)
+        self._members.pop(peer, None)
         self._links[peer] = self._unproven[peer] = _Link(_Stage.GREETED, now + HELLO_TIMEOUT_S)
         return [Send(peer, self._hello(now))]
 
     def _on_disconnected(self, peer: PeerId, reason: str, now: float) -> list[Effect]:
         link = self._links.pop(peer, None)
+        self._members.pop(peer, None)
         self._unproven.pop(peer, None)
         self.discovery.disconnected(peer, now)
         if link is None or link.stage is not _Stage.MEMBER:
@@ -499,6 +505,7 @@ class Stack:
                 self.discovery.left(peer)
                 link.stage = _Stage.GREETED
                 self._unproven[peer] = link
+                del self._members[peer]
                 link.hello_by = now + HELLO_TIMEOUT_S
                 lost = self._lose(peer, "it left", now, left=True)
                 return [*lost, Disconnect(peer, "it left")]
@@ -528,6 +535,7 @@ class Stack:
 
     def _on_welcome(self, peer: PeerId, link: _Link, welcome: Welcome, now: float) -> list[Effect]:
         link.stage = _Stage.MEMBER
+        self._members[peer] = None
         del self._unproven[peer]
         self.adverts.connected(peer)
         self._on_record(welcome.record, now)
@@ -647,7 +655,7 @@ class Stack:
         self._refresh_at = now + RECORD_REFRESH_S * self._rng.uniform(0.75, 1.25)
         self._record = None
         record = self._own_record(now)
-        told = [Send(peer, Peers((record,))) for peer in self._members()]
+        told = [Send(peer, Peers((record,))) for peer in self._members]
         return [PublishRecord(record, self._models), *told]
 
     def _has_ended(self, membership: Membership, now: float) -> bool:
@@ -658,9 +666,6 @@ class Stack:
 
     def _open(self, envelope: bytes, kind: bytes) -> Signed:
         return open_envelope(envelope, RECORD_DOMAIN, kind, self._genuine)
-
-    def _members(self) -> list[PeerId]:
-        return [peer for peer, link in self._links.items() if link.stage is _Stage.MEMBER]
 
 
 def _seal_as(key: Signer, kind: bytes, message: Message) -> bytes:

@@ -12,10 +12,15 @@ request.
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Awaitable, Callable
+from contextlib import AbstractAsyncContextManager
+from typing import Protocol
 
 import trio
 
-__all__ = ["Stream"]
+from meshnode.identity import PeerId
+
+__all__ = ["CheckRecord", "Dht", "Gossip", "Handler", "Host", "NewerRecord", "OnAdvert", "Stream"]
 
 
 class Stream(trio.abc.HalfCloseableStream):
@@ -39,3 +44,62 @@ class Stream(trio.abc.HalfCloseableStream):
     @abstractmethod
     async def reset(self) -> None:
         """Abandon both directions at once; the peer sees a reset, not an end."""
+
+
+Handler = Callable[[Stream], Awaitable[None]]
+
+
+class Host(Protocol):
+    """Who is connected, and streams to them, as far as the driver needs it (`libp2p.py`)."""
+
+    def peers(self) -> tuple[PeerId, ...]: ...
+
+    def handle(self, protocol: str, handler: Handler, *, members_only: bool = True) -> None: ...
+
+    def admit(self, peer: PeerId) -> None: ...
+
+    def is_admitted(self, peer: PeerId) -> bool: ...
+
+    async def dial(self, peer: PeerId, addrs: tuple[str, ...]) -> None: ...
+
+    async def disconnect(self, peer: PeerId) -> None: ...
+
+    async def open_stream(self, peer: PeerId, protocol: str) -> Stream: ...
+
+
+OnAdvert = Callable[[bytes], bool]
+"""Sees every advert before it spreads, and returns whether it may."""
+
+
+class Gossip(Protocol):
+    """How adverts spread (`gossip.py`)."""
+
+    def running(self) -> AbstractAsyncContextManager[None]: ...
+
+    async def publish(self, advert: bytes) -> None: ...
+
+
+CheckRecord = Callable[[bytes], PeerId | None]
+"""Verifies a node record and returns its author; None refuses it."""
+NewerRecord = Callable[[list[bytes]], int]
+"""The index of the newest of several valid records."""
+
+
+class Dht(Protocol):
+    """Records and providers for those who know nobody (`dht.py`)."""
+
+    def running(self) -> AbstractAsyncContextManager[None]: ...
+
+    async def add_member(self, peer: PeerId, addrs: tuple[str, ...]) -> None: ...
+
+    def remove_member(self, peer: PeerId) -> None: ...
+
+    def size(self) -> int: ...
+
+    async def publish_record(self, author: PeerId, record: bytes) -> bool: ...
+
+    async def find_record(self, peer: PeerId) -> bytes | None: ...
+
+    async def provide(self, subject: str) -> bool: ...
+
+    async def find_providers(self, subject: str) -> dict[PeerId, tuple[str, ...]]: ...

@@ -27,6 +27,7 @@ from libp2p.records.validator import NamespacedValidator, Validator
 from libp2p.tools.anyio_service import background_trio_service
 
 from meshnode.identity import PeerId
+from meshnode.transport import CheckRecord, NewerRecord
 from meshnode.transport.libp2p import STREAM_ERRORS, Libp2pHost, try_parse
 from meshnode.transport.mesh_host import MeshHost
 
@@ -37,9 +38,6 @@ OPERATION_TIMEOUT_S = 25.0
 PROVIDERS_MAX = 8
 """Enough to reach the mesh or a model by; more makes the look-up walk on and return duplicates."""
 _NAMESPACE = "node"
-
-CheckRecord = Callable[[bytes], PeerId | None]
-NewerRecord = Callable[[list[bytes]], int]
 
 
 class Dht:

@@ -8,7 +8,7 @@ mesh), so every setting is explicit. Gossip is for small rare messages: it costs
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any, cast
 
@@ -20,6 +20,7 @@ from libp2p.pubsub.pubsub import Pubsub
 from libp2p.tools.anyio_service import background_trio_service
 
 from meshnode.messages import ADVERT_BYTES_MAX
+from meshnode.transport import OnAdvert
 from meshnode.transport.libp2p import Libp2pHost
 from meshnode.transport.mesh_host import MeshHost
 
@@ -28,8 +29,6 @@ logger = logging.getLogger(__name__)
 # Degrees of the gossipsub v1.0 specification's table of parameters.
 DEGREE, DEGREE_LOW, DEGREE_HIGH = 6, 4, 12
 HEARTBEAT_S = 1
-
-OnAdvert = Callable[[bytes], bool]
 
 
 class Gossip:

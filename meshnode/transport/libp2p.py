@@ -48,7 +48,7 @@ from multiaddr.exceptions import Error as MultiaddrError
 
 from meshnode.errors import ConfigError, PeerUnreachableError, RemoteProtocolError
 from meshnode.identity import PeerId, public_key_of
-from meshnode.transport import Stream, multistream
+from meshnode.transport import Handler, Stream, multistream
 from meshnode.transport.addresses import resolved
 from meshnode.transport.quic.libp2p import QuicTransport
 from meshnode.transport.yamux import WatchedYamux
@@ -70,7 +70,6 @@ END_TIMEOUT_S = 1.0
 """Ending a stream only queues a frame; a peer that does not take even that is left."""
 READ_BYTES = 64 * 1024
 
-Handler = Callable[[Stream], Awaitable[None]]
 # It makes its own Yamux, whatever class the options say.
 muxer_multistream.Yamux = WatchedYamux  # type: ignore[attr-defined]
 STREAM_ERRORS = (StreamError, MuxedStreamError, MuxedConnError, IOException, SwarmException)

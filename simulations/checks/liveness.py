@@ -3,7 +3,8 @@
 * L1  once nothing is wrong any more, everybody knows one newest epoch, and every model that some
       running node has the file of is served, within `WELL_S`
 * L2  a model whose owner was killed is served again (figures `promotion_p50_s`, `_p99_s`)
-* L3  without faults nothing moves: at most one load per node and minute (`loads_per_node_min`)
+* L3  without faults nothing moves: at most one load per node and minute (`loads_per_node_min`);
+      once all is well nobody has loaded what is not its own
 * L4  a new epoch is known by everybody who is connected (`epoch_known_p50_s`, `_p99_s`)
 
 L1 is judged from the scenario's `heal_at_s` on and counts from when all are connected again, since
@@ -21,6 +22,8 @@ from meshnode_simulations.run import Run
 
 WELL_S = 10.0
 """L1's bound at 1 % of loss."""
+SETTLED_S = 15.0
+"""By then after the last fault whoever has loaded too much has let go of it."""
 RECONNECT_S = 75.0
 """Redialling backs off to 60 s, and a quarter more."""
 
@@ -36,6 +39,7 @@ class Service:
         self._warm_loads: int | None = None
         run.world.on_power.append(self._on_power)
         run.world.on_models.append(self._on_models)
+        run.recorder.gauge("replicas", self._replicas)
         run.recorder.gauge("models_served", lambda: sum(map(self._is_served, self._digests)))
         run.closers.append(self._close)
         warm_ns = int(run.scenario.scenario.warmup_s * NS_PER_S)
@@ -45,6 +49,10 @@ class Service:
         return any(
             machine.is_awake and digest in machine.loaded for machine in self._run.world.machines
         )
+
+    def _replicas(self) -> float:
+        """Of all models together."""
+        return float(sum(len(m.loaded) for m in self._run.world.machines if m.is_awake))
 
     def _on_warm(self) -> None:
         self._warm_loads = self._loads()
@@ -84,20 +92,27 @@ class Service:
 
 
 class Epochs:
-    """How new epochs spread: one row of `epochs` for each node and epoch."""
+    """How new epochs spread: one row of `epochs` for each node and epoch. What a node learns that
+    was decided while it was off counts for no figure."""
 
     def __init__(self, run: Run, safety: Safety) -> None:
         self._run = run
         self._behind_s: list[float] = []
         safety.on_epoch.append(self._on_epoch)
         self._safety = safety
+        self._awake_since_s: dict[int, float] = {}
+        run.world.on_power.append(self._on_power)
         run.closers.append(self._close)
+
+    def _on_power(self, machine: Machine, power: Power) -> None:
+        self._awake_since_s[machine.index] = self._run.now_s
 
     def _on_epoch(self, machine: Machine, group: str, epoch: int, behind_s: float) -> None:
         self._run.recorder.row(
             "epochs", time_s=self._run.now_s, node=machine.name, epoch=epoch, behind_s=behind_s
         )
-        if self._run.is_warm:
+        decided_s = self._run.now_s - behind_s
+        if self._run.is_warm and self._awake_since_s[machine.index] <= decided_s:
             self._behind_s.append(behind_s)
 
     def _close(self) -> None:
@@ -142,11 +157,25 @@ class Healing:
                 return
         elif self._is_well():
             run.figures["healed_s"] = run.now_s - self._whole_s
+            run.closers.append(self._close)
             return
         elif run.now_s > self._whole_s + WELL_S:
             run.recorder.violate("L1", run.now_s, self._what_is_wrong())
             return
         run.world.loop.after(NS_PER_S // 10, self._look)
+
+    def _close(self) -> None:
+        """L3: in the end nobody has loaded what it neither owns nor was told to by its operator."""
+        run = self._run
+        if run.now_s < self._heal_s + SETTLED_S:
+            return
+        for machine in run.world.running():
+            for digest in machine.loaded:
+                assigned = machine.live.agreement.assigned(digest)
+                states = {} if assigned is None else assigned.states()
+                if machine.peer_id not in states and not machine.models[digest][1].wanted:
+                    name = machine.models[digest][0].name
+                    run.recorder.violate("L3", run.now_s, f"{machine.name} has loaded {name}")
 
     def _is_connected(self) -> bool:
         """Whether everybody is a member of enough others, and of all voters."""

@@ -2,13 +2,14 @@
 
 * S1  one finalized block per group and epoch
 * S2  every applied block has a quorum of distinct valid voters of that epoch
-* S3  a node's applied epoch never falls, restarts included
+* S3  a node's applied epoch never falls, restarts included, unless its disk is lost
 * S4  one owner per group, epoch, shard and replica
 * S5  no instant of true time with two holders of an exclusive right
 * S7  an assignment covers all layers of every replica
 * S8  committed bytes are at most those advertised
 * S9  the voters of the next epoch are certified by those of this one
 * S10 no honest node contradicts itself, crash and restart included
+* `spin` no stack wants to be ticked again at the instant it was ticked
 
 (S6, that nobody takes work under an older epoch than it knows, is checked where work is taken:
 `models/gateway.py`.) A block is judged once, when the first node holds it; votes when they are
@@ -20,15 +21,14 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
 
 import msgspec
 
 from meshnode.identity import Verify, open_envelope, verify_by
-from meshnode.messages import Body, Consent, Header, Order, Proposal, Vote
+from meshnode.messages import Body, Consent, Header, Order, Proposal, QuorumCertificate, Vote
 from meshnode.protocol import Effect, Send
 from meshnode.protocol.consensus import Head, Register
-from meshnode.protocol.quorum import certificate_is_valid, header_hash, may_follow
+from meshnode.protocol.quorum import Faults, header_hash, may_follow, vote_bytes
 from meshnode.protocol.stack import RECORD_DOMAIN
 from meshnode.protocol.words import CONSENT_TYPE, ORDER_TYPE
 from meshnode_simulations.kernel.machine import Machine
@@ -67,7 +67,13 @@ class Safety:
 
     def __post_init__(self) -> None:
         self.world.on_effect.append(self._on_effect)
+        self.world.on_disk_lost.append(self._on_disk_lost)
+        self.world.on_spin.append(lambda machine: self.broken("spin", f"{machine.name} would spin"))
         self.world.loop.after_each.append(self._check)
+
+    def _on_disk_lost(self, machine: Machine) -> None:
+        for key in [key for key in self.epochs if key[0] == machine.index]:
+            del self.epochs[key]
 
     def _on_effect(self, machine: Machine, effect: Effect) -> None:
         if not isinstance(effect, Send) or machine.index in self.liars:
@@ -152,15 +158,40 @@ class Safety:
                 self.broken("S9", f"the voters of epoch {head.epoch} are not those named before")
         if not may_follow(voters, head.header.voters, faults):
             self.broken("S9", f"epoch {head.epoch} replaces too many voters at once")
-        judge = partial(verify_by, genuine=self.world.scheme.genuine)
         certificate = proof.certificate
-        if certificate is None or not certificate_is_valid(certificate, voters, faults, judge):
+        genuine = self.world.scheme.genuine
+        if certificate is None or not _is_decided(certificate, voters, faults, genuine):
             self.broken("S2", f"the certificate of epoch {head.epoch} is void")
         elif certificate.block != header_hash(head.header):
             self.broken("S2", f"the certificate of epoch {head.epoch} is another block's")
 
     def _check_body(self, body: Body, group: str) -> None:
         check_body(body, group, self.world.scheme.genuine, self.broken)
+
+
+def _is_decided(
+    certificate: QuorumCertificate, voters: tuple[str, ...], faults: Faults, genuine: Verify
+) -> bool:
+    """Whether enough distinct voters of the epoch have signed that this block is final."""
+    places = {ballot.voter for ballot in certificate.ballots}
+    count, of = len(places), len(voters)
+    are_enough = 2 * count > of if faults == "crash" else 3 * count > 2 * of
+    signed = vote_bytes(
+        certificate.group,
+        certificate.epoch,
+        certificate.view,
+        certificate.kind,
+        certificate.block,
+    )
+    return (
+        certificate.kind == "finalize"
+        and are_enough
+        and max(places) < of
+        and all(
+            verify_by(voters[ballot.voter], ballot.signature, signed, genuine=genuine)
+            for ballot in certificate.ballots
+        )
+    )
 
 
 def check_body(body: Body, group: str, genuine: Verify, broken: Broken = stop) -> None:

@@ -5,6 +5,7 @@
 | `kill` | power off, without a word | switched on again |
 | `stop` | shut down in good order | switched on again |
 | `crash` | power off in the middle of a step, `value` effects later | switched on again |
+| `wipe` | power off, and its disk is lost with all that it had voted | switched on again |
 | `freeze` | nothing runs, the clock goes on: SIGSTOP, suspend, a stalled host | goes on |
 | `cut` | the connection to `other` breaks; they may dial again | |
 | `sever` | no way between the targets and `other` | healed |
@@ -16,10 +17,12 @@
 | `rate` | the targets' clocks run at `value` seconds a second | at 1 |
 | `jump` | the targets' wall clocks are wrong by `value` seconds | right again |
 | `drain` | the operator of the target drains it | undone |
+| `claim` | the targets ask for an exclusive right | given back |
 
 A target is `n7` (a node by name), `random`, `random:3`, `share:0.2`, `leader` (of the newest
 block), `voter`, `owner:MODEL`, `standby:MODEL`, `bootstrap`; the set is worked out when the fault
-strikes. Nodes that are switched off are struck by nothing but `jump` and `rate`.
+strikes. Nodes that are switched off are struck by nothing but `jump` and `rate`; the mesh's root is
+never wiped, since its key is on that disk.
 """
 
 from __future__ import annotations
@@ -32,6 +35,7 @@ from meshnode.errors import ConfigError
 from meshnode.identity import PeerId
 from meshnode.messages import Item
 from meshnode.protocol.agreement import Action
+from meshnode.protocol.consensus import Head
 from meshnode.protocol.stack import GiveOrder
 from meshnode_simulations.kernel.loop import NS_PER_S
 from meshnode_simulations.kernel.machine import Machine
@@ -42,9 +46,12 @@ from meshnode_simulations.scenario import Fault
 Undo = Callable[[], None]
 
 KINDS = (
-    "kill", "stop", "crash", "freeze", "cut", "sever", "block", "part", "clog", "lose", "slow",
-    "rate", "jump", "drain",
+    "kill", "stop", "crash", "wipe", "freeze", "cut", "sever", "block", "part", "clog", "lose",
+    "slow", "rate", "jump", "drain", "claim",
 )  # fmt: skip
+
+RIGHTS = ("the-pen",)
+"""What is claimed."""
 
 
 class Faults:
@@ -88,6 +95,12 @@ class Faults:
                 for machine in up:
                     end(machine)
                 return partial(self._switch_on, up)
+            case "wipe":
+                wiped = [machine for machine in up if not machine.is_root]
+                for machine in wiped:
+                    world.kill(machine)
+                    world.lose_disk(machine)
+                return partial(self._switch_on, wiped)
             case "crash":
                 for machine in up:
                     world.crash_within(machine, int(fault.value))
@@ -131,6 +144,10 @@ class Faults:
             case "drain":
                 self._order(up, "drain")
                 return partial(self._order, up, "undrain")
+            case "claim":
+                for machine in up:
+                    self._ask(machine, "claim")
+                return partial(self._release, up)
         return None
 
     def _switch_on(self, machines: list[Machine]) -> None:
@@ -167,8 +184,18 @@ class Faults:
 
     def _order(self, machines: list[Machine], action: Action) -> None:
         for machine in machines:
-            if machine.stack is not None and machine.stack.agreement.registers():
+            if machine.is_awake and machine.live.agreement.registers():
                 self._world.tell(machine, GiveOrder(action, "", machine.peer_id))
+
+    def _ask(self, machine: Machine, action: Action) -> None:
+        if machine.is_awake and machine.live.agreement.registers():
+            self._world.tell(machine, GiveOrder(action, RIGHTS[0], ""))
+
+    def _release(self, machines: list[Machine]) -> None:
+        for machine in machines:
+            now_s = self._world.now_of(machine)
+            if machine.is_awake and machine.live.agreement.holds_right(RIGHTS[0], now_s):
+                self._ask(machine, "release")
 
 
 def check_target(target: str) -> None:
@@ -214,30 +241,27 @@ def _by_peers(run: Run, peers: list[str]) -> list[Machine]:
     return [run.world.by_peer[PeerId(peer)] for peer in peers]
 
 
-def _newest(running: list[Machine]) -> list[Machine]:
-    """Who knows the newest epoch, first."""
-    known = [machine for machine in running if machine.live.agreement.registers()]
-    known.sort(key=lambda machine: -machine.live.agreement.registers()[0].head.epoch)
-    return known
+def newest_head(machines: list[Machine]) -> Head | None:
+    """The newest decision that any of these running machines knows."""
+    registers = [
+        register for machine in machines for register in machine.live.agreement.registers()[:1]
+    ]
+    return max(registers, key=lambda register: register.head.epoch).head if registers else None
 
 
 def _leader(running: list[Machine]) -> str | None:
-    for machine in _newest(running):
-        return machine.live.agreement.registers()[0].head.header.proposer or None
-    return None
+    head = newest_head(running)
+    return None if head is None else head.header.proposer or None
 
 
 def _voters(running: list[Machine]) -> list[str]:
-    for machine in _newest(running):
-        return list(machine.live.agreement.registers()[0].voters)
-    return []
+    head = newest_head(running)
+    return [] if head is None else list(head.header.voters)
 
 
 def _items(running: list[Machine], model: str) -> list[Item]:
-    for machine in _newest(running):
-        head = machine.live.agreement.registers()[0].head
-        return [item for item in head.body.items if item.name == model]
-    return []
+    head = newest_head(running)
+    return [] if head is None else [item for item in head.body.items if item.name == model]
 
 
 def _is_share(text: str) -> bool:

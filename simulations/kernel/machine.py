@@ -102,6 +102,10 @@ class Machine:
     down: Access | None = None
     lag_ns: int = 0
     """A grey failure: it takes everything so much later than it arrives."""
+    spins: bool = False
+    """Its stack wants to be ticked for ever: a bug."""
+    busy_until_ns: int = 0
+    """It does not tick before."""
     armed_ns: int | None = None
     """When it will be asked next whether it is time to tick; not after its deadline."""
 

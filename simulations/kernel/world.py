@@ -8,6 +8,7 @@ its seed.
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from functools import partial
@@ -15,7 +16,7 @@ from typing import Literal, Protocol, cast
 
 from meshnode.credentials import MeshDescriptor, issue_certificate
 from meshnode.identity import PeerId
-from meshnode.messages import Control, Offer, Role, decode, encode
+from meshnode.messages import Control, Decided, Offer, Role, decode, encode
 from meshnode.protocol import (
     Connect,
     Disconnect,
@@ -57,6 +58,8 @@ LOAD_S = 0.7
 """A warm standby has a small model in memory after this long (measured: 0.4 to 0.6 s)."""
 SEQUENCES_PER_START = 1_000_000
 """Numbers that a node may use between two starts; in production its clock keeps them apart."""
+SPIN_NS = NS_PER_S // 1000
+"""A stack that spins gets on this slowly, instead of not at all."""
 SILENCE_NS = int(SILENCE_S * NS_PER_S)
 DIAL_TIMEOUT_NS = int(DIAL_TIMEOUT_S * NS_PER_S)
 
@@ -73,6 +76,8 @@ class Dht(Protocol):
     """Where node records are kept for those who know nobody yet."""
 
     def publish(self, machine: Machine, record: bytes, models: tuple[str, ...]) -> None: ...
+
+    def switched_on(self, machine: Machine) -> None: ...
 
 
 Power = Literal["on", "killed", "stopped", "asleep", "awake"]
@@ -92,12 +97,13 @@ class World:
         scheme: Scheme = KEYED_HASH,
         open_mesh: bool = False,
         strict: bool = False,
+        loop: Loop | None = None,
     ) -> None:
         """`strict`: every message is encoded and decoded again, as on the wire, and no stack may
         want to be ticked twice at one instant. `open_mesh`: peers certify themselves.
         """
         self.seed = seed
-        self.loop = Loop()
+        self.loop = Loop() if loop is None else loop
         self.trace = Trace()
         if network is None:
             network = Network(Constant(int(LATENCY_S * NS_PER_S)), stream(seed, "network"))
@@ -135,6 +141,18 @@ class World:
         """Who did something in the event that is happening, or happened last."""
         self.tamper: Callable[[Machine, Machine, Control], Iterable[Control]] | None = None
         """What becomes of a message on its way out: adversaries change what their own node says."""
+        self.rng_of: Callable[[Machine], random.Random] = lambda machine: stream(
+            seed, "stack", machine.name, machine.starts
+        )
+        """What a stack that is started draws from."""
+        self.tick_late_ns: Callable[[Machine], int] | None = None
+        """For how long after a tick a machine is too busy for the next."""
+        self.write_ns: Callable[[Machine], int] | None = None
+        """How long its disk takes for one write."""
+        self.on_disk_lost: list[Callable[[Machine], None]] = []
+        """Told when a machine has lost what it had stored."""
+        self.on_spin: list[Callable[[Machine], None]] = []
+        """Told of a stack that wants to be ticked again at the instant it was ticked."""
         self._strict = strict
         self._weighed: tuple[Control | None, int] = (None, 0)
 
@@ -147,13 +165,17 @@ class World:
         roles: tuple[Role, ...] = ("node",),
         memory_bytes: int = 2**33,
         is_root: bool = False,
+        is_sponsored: bool = False,
         chain: tuple[bytes, ...] | None = None,
     ) -> Machine:
-        """A machine that is switched off. `is_root`: it made the mesh and has the root's key."""
+        """A machine that is switched off. `is_root`: it made the mesh and has the root's key;
+        `is_sponsored`: in an open mesh too, its certificate is the root's and not its own.
+        """
         index = len(self.machines)
         key = self.scheme.key_of(name)
         if chain is None:
-            issuer = key if self.mesh.admission == "open" and not is_root else self.root
+            is_own = self.mesh.admission == "open" and not (is_root or is_sponsored)
+            issuer = key if is_own else self.root
             chain = (issue_certificate(issuer, self.mesh, key.peer_id, roles, EPOCH_S),)
         high, low = divmod(index + 1, 250)
         address = f"/ip4/10.{high // 250}.{high % 250}.{low + 1}/udp/9338/quic-v1"
@@ -196,13 +218,20 @@ class World:
             machine.roles,
             Node(memory_bytes=machine.memory_bytes, cores=2, accelerator="cpu"),
             unix_of=machine.unix_s,
-            rng=stream(self.seed, "stack", machine.name, machine.starts),
+            rng=self.rng_of(machine),
             first_sequence=machine.starts * SEQUENCES_PER_START,
             root=self.root if machine.is_root else None,
             journals=machine.disk,
             genuine=self.scheme.genuine,
         )
         self.pubsub.switched_on(machine)
+        self.dht.switched_on(machine)
+        self._begin(machine, tuple(bootstrap), offers)
+
+    def _begin(
+        self, machine: Machine, bootstrap: tuple[Machine, ...], offers: tuple[Offer, ...]
+    ) -> None:
+        """Tell a new stack what a node tells its own when it starts."""
         self._do_duties(machine, DutiesChanged((), is_drained=False))
         self.tell(machine, SetAddrs((machine.address,)))
         self.tell(machine, SetOffers(offers))
@@ -215,6 +244,16 @@ class World:
         """Give a stack one input now, from itself unless said otherwise."""
         sender = machine.peer_id if sender is None else sender
         self._perform(machine, machine.live.receive(sender, message, self.now_of(machine)))
+
+    def say(self, machine: Machine, other: Machine, message: Control) -> None:
+        """Send what the machine's stack has not decided to send: liars do."""
+        link = machine.links.get(other.index)
+        if link is not None:
+            self._transmit(link, machine, other, message)
+
+    def learn(self, machine: Machine, peer: Machine, proof: Decided) -> None:
+        """Give a stack a decision that a peer has sent beside its control stream."""
+        self._perform(machine, machine.live.learn(peer.peer_id, proof, self.now_of(machine)))
 
     def hear(self, machine: Machine, advert: bytes) -> bool:
         """Give a stack an advert; returns whether it may spread further."""
@@ -243,6 +282,14 @@ class World:
         self._tell_power(machine, "stopped")
         self.tell(machine, Stop())
         self._switch_off(machine, 2 * self.network.rtt_ns(machine.index, machine.index))
+
+    def lose_disk(self, machine: Machine) -> None:
+        """Everything that a machine which is switched off was asked to persist is gone."""
+        assert machine.stack is None, f"{machine.name} is running"
+        self._note("wipe", machine)
+        machine.disk.clear()
+        for listen in self.on_disk_lost:
+            listen(machine)
 
     def _tell_power(self, machine: Machine, power: Power) -> None:
         self._note(power, machine)
@@ -357,6 +404,9 @@ class World:
         if deadline > machine.clock.now_s(now_ns):
             due_ns = machine.clock.when_ns(deadline)
         due_ns += machine.lag_ns
+        if machine.spins:
+            due_ns += SPIN_NS
+        due_ns = max(due_ns, machine.busy_until_ns)
         if machine.armed_ns is None or due_ns < machine.armed_ns:
             machine.armed_ns = due_ns
             self.loop.at(due_ns, self._ring, machine, machine.starts)
@@ -372,15 +422,22 @@ class World:
         deadline = machine.stack.deadline()
         now_s = machine.clock.now_s(now_ns)
         if deadline is not None and deadline <= now_s:
-            self._perform(machine, machine.stack.tick(now_s))
-            if self._strict and machine.stack is not None:
-                again = machine.stack.deadline()
-                assert again is None or again > now_s, f"{machine.name} would spin"
+            if self.tick_late_ns is not None:
+                machine.busy_until_ns = now_ns + self.tick_late_ns(machine)
+            effects = machine.stack.tick(now_s)
+            again = machine.stack.deadline()
+            machine.spins = again is not None and again <= now_s
+            if machine.spins:
+                assert not self._strict, f"{machine.name} would spin"
+                for listen in self.on_spin:
+                    listen(machine)
+            self._perform(machine, effects)
             return
         self._arm(machine)
 
     def _perform(self, machine: Machine, effects: list[Effect]) -> None:
         self.acted = machine
+        written_ns = 0
         for effect in effects:
             if machine.effects_left is not None:
                 if machine.effects_left == 0:
@@ -392,7 +449,7 @@ class World:
                 watch(machine, effect)
             match effect:
                 case Send(peer, message):
-                    self._send(machine, self.by_peer[peer], message)
+                    self._send(machine, self.by_peer[peer], message, written_ns)
                 case Connect(peer, addrs):
                     self._dial(machine, peer, addrs)
                 case Disconnect(peer, _):
@@ -405,17 +462,23 @@ class World:
                     self.dht.publish(machine, record, models)
                 case Persist(file, data):
                     machine.disk[file] = data
+                    if self.write_ns is not None:
+                        written_ns += self.write_ns(machine)
                 case Emit(event):
-                    self._note(type(event).__name__, machine)
-                    machine.events.append(event)
-                    for listen in self.on_event:
-                        listen(machine, event)
-                    if isinstance(event, DutiesChanged):
-                        self._do_duties(machine, event)
+                    self._emit(machine, event)
         if machine.stack is not None:
             self._arm(machine)
 
-    def _send(self, machine: Machine, other: Machine, message: Control) -> None:
+    def _emit(self, machine: Machine, event: Event) -> None:
+        """A stack tells the rest of its node something."""
+        self._note(type(event).__name__, machine)
+        machine.events.append(event)
+        for listen in self.on_event:
+            listen(machine, event)
+        if isinstance(event, DutiesChanged):
+            self._do_duties(machine, event)
+
+    def _send(self, machine: Machine, other: Machine, message: Control, written_ns: int) -> None:
         link = machine.links.get(other.index)
         if link is None:
             return
@@ -424,12 +487,19 @@ class World:
             held = link.held.get(other.index)
             if held is not None:
                 held.append((link, machine, other, said))
+            elif written_ns:
+                self.loop.after(written_ns, self._transmit, link, machine, other, said)
             else:
                 self._transmit(link, machine, other, said)
 
     def _transmit(self, link: Link, source: Machine, target: Machine, message: Control) -> None:
-        """In order, and all of it: what is lost arrives later, and what follows waits for it."""
         size_bytes = self._weigh(message)
+        at_ns = self.arrival_ns(link, source, target, size_bytes)
+        self.loop.at(at_ns, self._deliver, link, source, target, message, size_bytes)
+
+    def arrival_ns(self, link: Link, source: Machine, target: Machine, size_bytes: int) -> int:
+        """When arrives what is sent over a link now. In order, and all of it: what is lost
+        arrives later, and what follows waits for it."""
         at_ns = self.loop.now_ns
         if source.up is not None:
             at_ns = source.up.pass_at(at_ns, size_bytes)
@@ -438,7 +508,7 @@ class World:
             at_ns = target.down.pass_at(at_ns, size_bytes)
         at_ns = max(at_ns + target.lag_ns, link.arrivals_ns[target.index])
         link.arrivals_ns[target.index] = at_ns
-        self.loop.at(at_ns, self._deliver, link, source, target, message, size_bytes)
+        return at_ns
 
     def _weigh(self, message: Control) -> int:
         """Bytes on the wire. The same message often goes to many peers at once."""
@@ -641,6 +711,9 @@ class _Shelf:
 
     def __init__(self) -> None:
         self.records: dict[int, bytes] = {}
+
+    def switched_on(self, machine: Machine) -> None:
+        pass
 
     def publish(self, machine: Machine, record: bytes, models: tuple[str, ...]) -> None:
         self.records[machine.index] = record

@@ -1,6 +1,13 @@
 """What surrounds the cores in a simulation, each a small model with its source.
 
-* `engine.py`   how long an engine takes, and which prefixes it has kept
-* `gateway.py`  a client's request on its way: routed, answered, continued elsewhere
-* `demand.py`   who asks what, and when
+* `latency.py`    how far machines are from each other: measured, by region, or drawn
+* `access.py`     what homes and data centres can send and receive
+* `transfers.py`  big transfers, which share links fairly
+* `nat.py`        who can be dialled
+* `churn.py`      who is there when
+* `pubsub.py`     gossipsub, as production sets it up
+* `kademlia.py`   the DHT, and what a node's driver does with it
+* `engine.py`     how long an engine takes, and which prefixes it has kept
+* `gateway.py`    a client's request on its way: routed, answered, continued elsewhere
+* `demand.py`     who asks what, and when
 """

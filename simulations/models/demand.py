@@ -13,6 +13,7 @@ from __future__ import annotations
 import gzip
 import hashlib
 import json
+import random
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.resources import files
@@ -33,7 +34,11 @@ after it."""
 
 
 class Clients:
-    """Asks through gateways drawn at random from the nodes that run."""
+    """Asks through gateways drawn at random from the nodes that run.
+
+    Each chat draws from a stream of its own: what others do, and when, changes nothing of what it
+    asks, so that two policies or tiers can be compared request by request.
+    """
 
     def __init__(self, run: Run, gateways: Gateways) -> None:
         self._run = run
@@ -75,56 +80,55 @@ class Clients:
     def _arrive(self) -> None:
         demand = self._demand
         self._chats += 1
-        prompt = self._length(demand.prompt_tokens)
+        rng = stream(self._run.seed, "chat", self._chats)
+        prompt = _length(rng, demand.prompt_tokens)
         if demand.kind == "chats":
-            self._take_turn(_Chat(self._chats, self._model(), demand.turns), prompt)
+            self._take_turn(_Chat(self._chats, rng, self._model(rng), demand.turns), prompt)
         else:
-            self._ask(self._model(), self._chats, prompt, self._length(demand.answer_tokens))
+            answer = _length(rng, demand.answer_tokens)
+            self._ask(self._model(rng), self._chats, prompt, answer, rng)
         self._arrive_later()
 
-    def _length(self, mean: int) -> int:
-        """Exponential: many are short, some are long."""
-        return max(1, int(self._rng.expovariate(1.0 / mean)))
-
-    def _model(self) -> str:
-        return self._rng.choices(self._names, self._weights)[0]
+    def _model(self, rng: random.Random) -> str:
+        return rng.choices(self._names, self._weights)[0]
 
     # --- one request ----------------------------------------------------------------------------
 
-    def _gateway(self) -> Machine | None:
+    def _gateway(self, rng: random.Random) -> Machine | None:
         running = [machine for machine in self._world.machines if machine.is_awake]
-        return self._rng.choice(running) if running else None
+        return rng.choice(running) if running else None
 
-    def _ask(self, model: str, session: int, prompt: int, answer: int) -> None:
-        gateway = self._gateway()
+    def _ask(self, model: str, session: int, prompt: int, answer: int, rng: random.Random) -> None:
+        gateway = self._gateway(rng)
         if gateway is not None:
             ask = Ask(model, _key(session), prompt, answer, (), CHAT_BLOCK_TOKENS)
             self._gateways.ask(gateway, ask)
 
     def _take_turn(self, chat: _Chat, said_tokens: int) -> None:
         """The chat so far and what is said now are the prompt."""
-        gateway = self._gateway()
+        gateway = self._gateway(chat.rng)
         if gateway is None:
             return
         chat.tokens += said_tokens
-        answer = self._length(self._demand.answer_tokens)
+        answer = _length(chat.rng, self._demand.answer_tokens)
         limit = next(m.context_tokens for m in self._run.scenario.models if m.name == chat.model)
         if chat.tokens + answer > limit:
             return  # a new chat is begun when this one is full
-        blocks = tuple(
-            number(chat.number, place) for place in range(chat.tokens // CHAT_BLOCK_TOKENS)
-        )
+        said = chat.tokens // CHAT_BLOCK_TOKENS
+        told = (chat.tokens + answer) // CHAT_BLOCK_TOKENS
+        blocks = tuple(number(chat.number, place) for place in range(told))
 
         def answered(whole: bool) -> None:
             chat.turns -= 1
             chat.tokens += answer
             if whole and chat.turns > 0:
-                pause_s = self._rng.expovariate(1.0 / max(self._demand.think_s, 1e-3))
-                said = self._length(self._demand.prompt_tokens)
-                self._world.loop.after(int(pause_s * NS_PER_S), self._take_turn, chat, said)
+                pause_s = chat.rng.expovariate(1.0 / max(self._demand.think_s, 1e-3))
+                more = _length(chat.rng, self._demand.prompt_tokens)
+                self._world.loop.after(int(pause_s * NS_PER_S), self._take_turn, chat, more)
 
         key = _key(chat.number)
-        ask = Ask(chat.model, key, chat.tokens, answer, blocks, CHAT_BLOCK_TOKENS, answered)
+        ask = Ask(chat.model, key, chat.tokens, answer, blocks[:said], CHAT_BLOCK_TOKENS, answered)
+        ask.answer_blocks = blocks[said:]
         self._gateways.ask(gateway, ask)
 
     # --- the trace ------------------------------------------------------------------------------
@@ -136,10 +140,10 @@ class Clients:
             self._world.loop.at(at_ns, self._replay, request, start_ns)
 
     def _replay(self, request: _Traced, start_ns: int) -> None:
-        gateway = self._gateway()
+        gateway = self._gateway(self._rng)
         if gateway is not None:
             ask = Ask(
-                self._model(),
+                self._model(self._rng),
                 request.session,
                 request.prompt_tokens,
                 request.answer_tokens,
@@ -150,9 +154,15 @@ class Clients:
         self._next_of_trace(start_ns)
 
 
+def _length(rng: random.Random, mean: int) -> int:
+    """Tokens, exponential: many texts are short, some are long."""
+    return max(1, int(rng.expovariate(1.0 / mean)))
+
+
 @dataclass(slots=True)
 class _Chat:
     number: int
+    rng: random.Random
     model: str
     turns: int
     tokens: int = 0

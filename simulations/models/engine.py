@@ -29,7 +29,8 @@ WAITING_MAX = 32
 
 @dataclass(eq=False, slots=True)
 class Job:
-    """One request in an engine. `blocks` are the ids of its prompt's prefix, `block_tokens` each.
+    """One request in an engine. `blocks` are the ids of its prompt's prefix, `block_tokens` each;
+    `answer_blocks` those that its answer completes, which are kept when it is over.
 
     `started(cached_tokens)` is called when a slot is free, `first()` with the first token,
     `done()` with the last.
@@ -42,6 +43,7 @@ class Job:
     session: bytes
     first: Callable[[], None]
     done: Callable[[], None]
+    answer_blocks: tuple[int, ...] = ()
     cached_tokens: int = 0
     uncomputed: float = 0.0
     ends_at: float = math.inf
@@ -74,6 +76,10 @@ class Engine:
     _orders: int = 0
     _version: int = 0
     _is_dead: bool = False
+    since_ns: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.since_ns = self.loop.now_ns
 
     # --- what a gateway asks --------------------------------------------------------------------
 
@@ -178,7 +184,7 @@ class Engine:
             begun.append(self._begin(self.prefilling.popleft()))
         for job in finished:
             job.is_over = True
-            self._keep(job)
+            self._keep(job, job.blocks + job.answer_blocks)
         self._admit()
         self._changed()
         for job in begun:
@@ -192,7 +198,7 @@ class Engine:
         job.ends_at = self._count + job.answer_tokens - 1
         self._orders += 1
         heapq.heappush(self.decoding, (job.ends_at, self._orders, job))
-        self._keep(job)
+        self._keep(job, job.blocks)
         return job
 
     def _admit(self) -> None:
@@ -214,11 +220,11 @@ class Engine:
             found += self.kept[block]
         return min(found, job.prompt_tokens - 1)
 
-    def _keep(self, job: Job) -> None:
+    def _keep(self, job: Job, blocks: tuple[int, ...]) -> None:
         if job.session:
             self.sessions[job.session] = None
             self.sessions.move_to_end(job.session)
-        for block in job.blocks:
+        for block in blocks:
             if block not in self.kept:
                 self.kept[block] = job.block_tokens
                 self.kept_tokens += job.block_tokens

@@ -9,8 +9,12 @@ are compared by is the choice and nothing else:
 * `bounded-hrw`: the first in hash order with at most 1.25 times the mean load
   (Mirrokni, Thorup and Zadimoghaddam 2016)
 
-When the node that answers is lost, the request goes on elsewhere with what came so far as part of
-its prompt; the client sees a pause.
+As in production (`gateway/answer.py`), every request under "ours" carries the decision that its
+route follows, and who knows a newer one sends the proof of it instead of working (S6); who has not
+accepted after `ACCEPT_TIMEOUT_S` is passed over; when the node that answers is lost, the request
+goes on elsewhere with what came so far as part of its prompt, and the client sees a pause, or an
+error if nobody can go on in time. A client that nobody answers asks again; one whose gateway is
+gone is cut off, and counts as such.
 """
 
 from __future__ import annotations
@@ -20,7 +24,7 @@ from dataclasses import dataclass
 
 from meshnode.errors import NoReplicaError, UnknownModelError
 from meshnode.identity import PeerId
-from meshnode.messages import Offer
+from meshnode.messages import Decided, Offer, decode
 from meshnode.protocol import Event, MemberLost
 from meshnode.protocol.dispatch import OVERLOAD, Replica, hash_order
 from meshnode.protocol.stack import CountDemand, CountRefused
@@ -33,12 +37,22 @@ from meshnode_simulations.models.hosting import Hosting, digest_of
 from meshnode_simulations.record import quantile
 from meshnode_simulations.run import Run
 
+# As in `meshnode.gateway.answer`, whose constants have the reasons, and which is not imported, as
+# Trio would be with it.
+ACCEPT_TIMEOUT_S = 10.0
+RESUMES_MAX = 2
+RESUME_WITHIN_S = 15.0
+RESUME_EVERY_S = 0.25
+
 BYTES_PER_TOKEN = 4
 """Of text; what a gateway knows of a prompt is its bytes (`dispatch.BYTES_PER_TOKEN`)."""
 RETRY_S = 1.0
 """Nobody can answer now: asked again after this long, as a client's library does."""
 GIVE_UP_S = 60.0
-"""A client waits this long for a first token, or for the next."""
+"""A client looks this long for somebody who takes its request."""
+
+Broken = Callable[[str, str], None]
+"""Told of a broken promise: which, and how."""
 
 
 @dataclass(eq=False, slots=True)
@@ -63,6 +77,8 @@ class Ask:
     told_tokens: int = 0
     cached_tokens: int = 0
     tries: int = 0
+    resumes: int = 0
+    answer_blocks: tuple[int, ...] = ()
     server: Machine | None = None
     """Where it was sent last, until that is over."""
     engine: Engine | None = None
@@ -72,13 +88,21 @@ class Ask:
 class Gateways:
     """All requests of a run.
 
-    Figures, of requests asked after the warm-up: `requests`, `answered_share`, `ttft_p50_s`,
-    `ttft_p95_s`, `ttft_p99_s`, `hit_share` (prompt tokens found in a KV cache), `interrupted` and
-    `pause_p99_s` (of answers whose replica was lost), `refused` (turned away at least once).
+    Figures, of requests asked after the warm-up: `requests`, `cut_off` (their gateway died or was
+    stopped), `answered_share` (whole answers, of those that are over and were not cut off),
+    `unanswered` (nothing has come yet at the end), `ttft_p50_s`, `ttft_p95_s`, `ttft_p99_s`,
+    `hit_share` (prompt tokens found in a KV cache), `interrupted` and `pause_p99_s` (of answers
+    whose replica was lost), `refused` (turned away at least once), `fenced` (routed again because
+    somebody knew a newer decision), `utilisation` (mean share of time with an answer under way, of
+    all engines).
     """
 
-    def __init__(self, run: Run, hosting: Hosting) -> None:
+    def __init__(self, run: Run, hosting: Hosting, broken: Broken | None = None) -> None:
+        """`broken` is told of work that was taken under an older decision than its taker knew."""
         self._run = run
+        self._broken = broken
+        self.mute: dict[int, None] = {}
+        """Machines that take requests and never answer: liars."""
         self._world = run.world
         self._hosting = hosting
         self._policy = run.scenario.routing.policy
@@ -88,7 +112,7 @@ class Gateways:
         self._under_way: dict[Ask, None] = {}
         self._ttft_s: list[float] = []
         self._pauses_s: list[float] = []
-        self._asked = self._whole = self._refused = 0
+        self._asked = self._whole = self._refused = self._cut_off = self._over = self._fenced = 0
         self._prompt_tokens = self._cached_tokens = 0
         run.world.on_event.append(self._on_event)
         run.world.on_power.append(self._on_power)
@@ -111,50 +135,74 @@ class Gateways:
 
     def _try(self, ask: Ask) -> None:
         """Send it to the best replica that takes it."""
-        if ask not in self._under_way:
+        if ask not in self._under_way or ask.server is not None:
             return
         gateway = ask.gateway
-        if gateway is None or not gateway.is_awake:
-            self._end(ask, whole=False)
+        if gateway is None or gateway.stack is None:
+            self._cut(ask)
+            return
+        if gateway.is_asleep:
+            gateway.missed.append(lambda: self._try(ask))
             return
         ask.tries += 1
         for server in self._ranked(gateway, ask):
             if server.is_awake and not self._world.network.joins(gateway.index, server.index):
                 continue
             engine = self._hosting.engine(server, self._digests[ask.model])
-            if engine is not None and not engine.is_full:
+            if server.is_asleep or (engine is not None and not engine.is_full):
                 self._send(ask, gateway, server)
                 return
         if ask.tries == 1:
             self._refused += self._run.is_warm
             self._world.tell(gateway, CountRefused(ask.model))
-        if self._run.now_s - ask.heard_s > GIVE_UP_S:
+        is_resuming = ask.first_s is not None
+        patience_s = RESUME_WITHIN_S if is_resuming else GIVE_UP_S
+        if self._run.now_s - ask.heard_s > patience_s:
             self._end(ask, whole=False)
         else:
-            self._world.loop.after(int(RETRY_S * NS_PER_S), self._try, ask)
+            pause_s = RESUME_EVERY_S if is_resuming else RETRY_S
+            self._world.loop.after(int(pause_s * NS_PER_S), self._try, ask)
 
     def _send(self, ask: Ask, gateway: Machine, server: Machine) -> None:
         ask.server = server
         digest = self._digests[ask.model]
-        dispatcher = gateway.live.dispatcher
+        stood_on = None
         if self._policy == "ours":
-            dispatcher.routed(digest, ask.session, server.peer_id)
-        delay_ns = 0
-        if server is not gateway:
-            delay_ns = self._world.network.delay_ns(gateway.index, server.index)
-        self._world.loop.after(delay_ns, self._arrive, ask, server, server.starts)
+            gateway.live.dispatcher.routed(digest, ask.session, server.peer_id)
+            assigned = gateway.live.agreement.assigned(digest)
+            stood_on = None if assigned is None else (assigned.group, assigned.epoch)
+        self._travel(gateway, server, self._arrive, ask, server, server.starts, stood_on)
+        timeout_ns = int(ACCEPT_TIMEOUT_S * NS_PER_S)
+        self._world.loop.after(timeout_ns, self._on_timeout, ask, server, ask.tries)
 
-    def _arrive(self, ask: Ask, server: Machine, run: int) -> None:
-        if ask not in self._under_way or ask.server is not server:
+    def _travel(
+        self, source: Machine, target: Machine, then: Callable[..., None], *rest: object
+    ) -> None:
+        """Let something happen at `target` once a message from `source` has got there."""
+        delay_ns = 0
+        if source is not target:
+            delay_ns = self._world.network.delay_ns(source.index, target.index) + target.lag_ns
+        self._world.loop.after(delay_ns, then, *rest)
+
+    def _arrive(
+        self, ask: Ask, server: Machine, run: int, stood_on: tuple[str, int] | None
+    ) -> None:
+        if ask not in self._under_way or ask.server is not server or server.index in self.mute:
+            return
+        if server.is_asleep:
+            server.missed.append(lambda: self._arrive(ask, server, run, stood_on))
             return
         engine = self._hosting.engine(server, self._digests[ask.model])
         if engine is None or server.starts != run:
             return  # dead: its loss will be noticed
+        if self._policy == "ours" and self._fences(ask, server, stood_on):
+            return
         job = Job(
             prompt_tokens=ask.prompt_tokens + ask.told_tokens,
             answer_tokens=max(ask.answer_tokens - ask.told_tokens, 1),
             blocks=ask.blocks,
             block_tokens=ask.block_tokens,
+            answer_blocks=ask.answer_blocks,
             session=ask.session,
             first=lambda: self._back(ask, server, self._on_first),
             done=lambda: self._back(ask, server, self._on_done),
@@ -164,21 +212,56 @@ class Gateways:
             ask.engine = ask.job = None
             self._back(ask, server, self._on_refusal)
 
+    def _fences(self, ask: Ask, server: Machine, stood_on: tuple[str, int] | None) -> bool:
+        """Whether the server knows better than the gateway, and sends the proof instead."""
+        agreement = server.live.agreement
+        digest = self._digests[ask.model]
+        proof = agreement.overtakes(digest, stood_on)
+        if proof is not None:
+            self._back(ask, server, lambda ask, _: self._on_fenced(ask, server, proof))
+            return True
+        known = {register.group: register.head.epoch for register in agreement.registers()}
+        if stood_on is not None and known.get(stood_on[0], -1) > stood_on[1] and self._broken:
+            group, epoch = stood_on
+            self._broken("S6", f"{server.name} works under epoch {epoch} and knows {known[group]}")
+        return False
+
+    def _on_fenced(self, ask: Ask, server: Machine, proof: bytes) -> None:
+        self._fenced += self._run.is_warm
+        gateway = ask.gateway
+        self._leave(ask)
+        if gateway is not None and gateway.is_awake:
+            self._world.learn(gateway, server, decode(proof, Decided))
+        self._try(ask)
+
+    def _on_timeout(self, ask: Ask, server: Machine, tries: int) -> None:
+        """The peer has not accepted the request by now: the next one may."""
+        if ask.server is server and ask.tries == tries and ask.job is None:
+            self._give_up_on(ask, server)
+
+    def _give_up_on(self, ask: Ask, server: Machine) -> None:
+        gateway = ask.gateway
+        if gateway is not None and gateway.stack is not None:
+            gateway.stack.dispatcher.failed(server.peer_id, self._world.now_of(gateway))
+        self._leave(ask)
+        self._try(ask)
+
     def _back(self, ask: Ask, server: Machine, then: Callable[[Ask, Job | None], None]) -> None:
         """Let the gateway hear of it, one way later, if they still hear each other."""
         gateway = ask.gateway
         assert gateway is not None
-        delay_ns = 0
-        if server is not gateway:
-            delay_ns = self._world.network.delay_ns(server.index, gateway.index)
         job = ask.job
 
         def arrive() -> None:
+            for stalled in (server, gateway):
+                if stalled.is_asleep:
+                    stalled.missed.append(arrive)
+                    return
             linked = server is gateway or server.index in gateway.links
             if ask in self._under_way and ask.server is server and linked and ask.job is job:
                 then(ask, job)
 
-        self._world.loop.after(delay_ns, arrive)
+        self._travel(server, gateway, arrive)
 
     def _on_refusal(self, ask: Ask, job: Job | None) -> None:
         """It filled up while the request was on its way."""
@@ -213,20 +296,29 @@ class Gateways:
             for ask in self._of(lambda ask: ask.gateway is machine):
                 if ask.server is not None and ask.server.peer_id == event.peer:
                     self._stop(ask)
-                    dispatcher = machine.live.dispatcher
-                    dispatcher.failed(event.peer, self._world.now_of(machine))
-                    self._leave(ask)
-                    self._try(ask)
+                    if ask.first_s is not None:
+                        ask.resumes += 1
+                    if ask.resumes > RESUMES_MAX:
+                        self._leave(ask)
+                        self._end(ask, whole=False)
+                    else:
+                        self._give_up_on(ask, ask.server)
 
     def _on_power(self, machine: Machine, power: Power) -> None:
-        if power not in ("killed", "stopped"):
+        if power == "on":
             return
         for ask in self._of(lambda ask: ask.gateway is machine):
-            self._stop(ask)  # with the gateway its clients are gone too
+            self._stop(ask)
             self._leave(ask)
-            self._end(ask, whole=False)
+            self._cut(ask)
         for ask in self._of(lambda ask: ask.server is machine):
             self._stop(ask)
+
+    def _cut(self, ask: Ask) -> None:
+        """The gateway is gone, and with it the connection to its client."""
+        if ask.asked_s >= self._run.scenario.scenario.warmup_s:
+            self._cut_off += 1
+        self._end(ask, whole=False, cut_off=True)
 
     def _of(self, chosen: Callable[[Ask], bool]) -> list[Ask]:
         return [ask for ask in self._under_way if chosen(ask)]
@@ -242,11 +334,12 @@ class Gateways:
         ask.engine.cancel(ask.job)
         ask.job = ask.engine = None
 
-    def _end(self, ask: Ask, *, whole: bool) -> None:
+    def _end(self, ask: Ask, *, whole: bool, cut_off: bool = False) -> None:
         del self._under_way[ask]
         run = self._run
-        run.recorder.count("answered" if whole else "given_up")
+        run.recorder.count("answered" if whole else "cut_off" if cut_off else "given_up")
         if ask.asked_s >= run.scenario.scenario.warmup_s:
+            self._over += not cut_off
             self._whole += whole
             if ask.first_s is not None:
                 self._ttft_s.append(ask.first_s - ask.asked_s)
@@ -336,10 +429,12 @@ class Gateways:
             ask.asked_s >= self._run.scenario.scenario.warmup_s and ask.first_s is None
             for ask in self._under_way
         )
-        decided = max(self._asked - len(self._under_way), 1)
         self._run.figures.update(
             requests=float(self._asked),
-            answered_share=min(self._whole / decided, 1.0),
+            answered_share=self._whole / max(self._over, 1),
+            cut_off=float(self._cut_off),
+            fenced=float(self._fenced),
+            utilisation=self._hosting.utilisation(),
             unanswered=float(waited),
             refused=float(self._refused),
             ttft_p50_s=quantile(self._ttft_s, 0.5),

@@ -109,6 +109,12 @@ class Hosting:
             self._engines[machine.index, digest] = found
         return found
 
+    def utilisation(self) -> float:
+        """The mean share of its life that an engine has had an answer under way."""
+        now_ns = self._world.loop.now_ns
+        lives_s = sum((now_ns - engine.since_ns) / NS_PER_S for engine in self._engines.values())
+        return sum(engine.busy_s for engine in self._engines.values()) / max(lives_s, 1e-9)
+
     def _load_ns(self, machine: Machine, holding: Holding) -> int:
         hosts = self._run.scenario.hosts
         return int(holding.weight_bytes / (hosts.disk_mb_per_s * 1e6) * NS_PER_S)

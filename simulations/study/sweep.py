@@ -1,23 +1,28 @@
 """Many runs at once: seeds and parameters, over all cores of this machine or over a Dask cluster.
 
 Runs know nothing of each other, so they are spread one by one; what is done is written at once,
-and an interrupted sweep keeps it. A run that was done before, with the same configuration and
-seed, is not done again.
+and an interrupted sweep keeps it. A run that was done before, with the same configuration, seed
+and code, is not done again.
 """
 
 from __future__ import annotations
 
 import itertools
+import math
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+import signal
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import CancelledError, Future, ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass
-from multiprocessing import get_context
+from multiprocessing import active_children, get_context, parent_process
+from multiprocessing.process import BaseProcess
 from pathlib import Path
+from threading import Thread
 from typing import Any, Protocol
 
-from meshnode.errors import ConfigError
+from meshnode.errors import ConfigError, MeshnodeError
 from meshnode_simulations.record import Result
 from meshnode_simulations.scenario import Scenario, changed
 from meshnode_simulations.simulation import Simulation
@@ -25,15 +30,25 @@ from meshnode_simulations.study import results
 
 RUNS_MAX = 100_000
 """Of one sweep: whoever asks for more has forgotten how products grow."""
+CONNECT_S = 10.0
+"""A Dask scheduler that does not answer by then is not there."""
+
+
+class RunFailedError(MeshnodeError):
+    """A run could not be done, or did not come out as it must."""
 
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """One run of a sweep."""
+    """One run of a sweep. `code` is that of whoever wants it done (`results.code_hash`)."""
 
     scenario: Scenario
     seed: int
     check: bool = False
+    code: str = ""
+
+    def __str__(self) -> str:
+        return f"seed {self.seed} of {self.scenario.name or 'the scenario'}"
 
 
 def plan(
@@ -48,17 +63,24 @@ def plan(
     Raises `ConfigError` for a value that the scenario does not take, or too many runs.
     """
     over = over or {}
-    if len(seeds) * _product(len(values) for values in over.values()) > RUNS_MAX:
+    if len(seeds) * math.prod(map(len, over.values())) > RUNS_MAX:
         raise ConfigError(f"these are more than {RUNS_MAX} runs")
     variants = [
         changed(scenario, dict(zip(over, values, strict=True))) if over else scenario
         for values in itertools.product(*over.values())
     ]
-    return [Job(variant, seed, check) for variant in variants for seed in seeds]
+    code = results.code_hash()
+    return [Job(variant, seed, check, code) for variant in variants for seed in seeds]
 
 
 def run_job(job: Job) -> Result:
-    """In whatever process."""
+    """In whatever process, on whatever machine. Raises `RunFailedError` if the code there is not
+    the one of whoever asked: the results of a sweep must be of one kind."""
+    if job.code and job.code != results.code_hash():
+        raise RunFailedError(
+            f"{job}: this worker has another version of the simulator, {results.code_hash()} "
+            f"and not {job.code}; install the same on every machine of the cluster"
+        )
     return Simulation(job.scenario, seed=job.seed, check=job.check).run()
 
 
@@ -67,7 +89,10 @@ class Pool(Protocol):
 
     def submit(self, job: Job) -> Future[Result]: ...
 
-    def finished(self, futures: Sequence[Future[Result]]) -> Iterator[Future[Result]]: ...
+    def finished(self, futures: Iterable[Future[Result]]) -> Iterator[Future[Result]]: ...
+
+    def result(self, future: Future[Result]) -> Result:
+        """Of one that has finished. Raises `RunFailedError` if its worker is gone."""
 
 
 @contextmanager
@@ -77,14 +102,8 @@ def pool_on(where: str, workers: int | None = None) -> Iterator[Pool]:
     Raises `ConfigError` for anything else, or if the cluster does not answer.
     """
     if where == "processes":
-        with ProcessPoolExecutor(
-            workers or os.cpu_count() or 1,
-            mp_context=get_context("spawn"),  # a fork would inherit threads of pyarrow
-        ) as executor:
-            try:
-                yield _Processes(executor)
-            finally:
-                executor.shutdown(wait=False, cancel_futures=True)
+        with _processes(workers or os.cpu_count() or 1) as pool:
+            yield pool
     elif where.startswith("dask://"):
         with _dask(where.removeprefix("dask://")) as pool:
             yield pool
@@ -92,37 +111,94 @@ def pool_on(where: str, workers: int | None = None) -> Iterator[Pool]:
         raise ConfigError(f"runs can go to processes or dask://HOST:PORT, not to {where!r}")
 
 
-@dataclass(frozen=True, slots=True)
-class _Processes:
-    executor: ProcessPoolExecutor
+@contextmanager
+def _processes(workers: int) -> Iterator[Pool]:
+    """Workers of this machine. Whoever leaves with an exception, such as Ctrl-C, does not wait
+    for runs that nobody wants any more."""
+    others = set(active_children())
+    executor = ProcessPoolExecutor(
+        workers,
+        mp_context=get_context("spawn"),  # a fork would inherit threads of pyarrow
+        initializer=_end_with_parent,
+    )
 
-    def submit(self, job: Job) -> Future[Result]:
-        return self.executor.submit(run_job, job)
+    class Processes:
+        def submit(self, job: Job) -> Future[Result]:
+            # A terminal sends Ctrl-C to all of us. Workers inherit that it is held back: this
+            # process decides what happens to them.
+            held = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+            try:
+                return executor.submit(run_job, job)
+            finally:
+                signal.pthread_sigmask(signal.SIG_SETMASK, held)
 
-    def finished(self, futures: Sequence[Future[Result]]) -> Iterator[Future[Result]]:
-        return as_completed(futures)
+        def finished(self, futures: Iterable[Future[Result]]) -> Iterator[Future[Result]]:
+            return as_completed(futures)
+
+        def result(self, future: Future[Result]) -> Result:
+            try:
+                return future.result()
+            except BrokenProcessPool as error:
+                raise RunFailedError(
+                    "a worker process died in the middle of its run, perhaps for want of memory: "
+                    "try fewer at once (--jobs); what was done is kept"
+                ) from error
+
+    try:
+        yield Processes()
+    except BaseException:
+        executor.shutdown(wait=False, cancel_futures=True)
+        for worker in set(active_children()) - others:
+            worker.terminate()
+        raise
+    finally:
+        executor.shutdown()
+
+
+def _end_with_parent() -> None:
+    """In a worker: whoever wanted its runs may be killed, and can then not tell it."""
+
+    def watch(parent: BaseProcess) -> None:
+        parent.join()
+        os._exit(1)
+
+    parent = parent_process()
+    if parent is not None:
+        Thread(target=watch, args=(parent,), daemon=True).start()
 
 
 @contextmanager
 def _dask(address: str) -> Iterator[Pool]:
     try:
-        from distributed import Client
+        from distributed import Client, KilledWorker
         from distributed import as_completed as completed
     except ImportError as error:
         raise ConfigError("for Dask, install it: pip install 'meshnode[sim-cluster]'") from error
     try:
-        client = Client(f"tcp://{address}", timeout="10s")
-    except OSError as error:
+        client = Client(f"tcp://{address}", timeout=f"{CONNECT_S:g}s")
+    except (OSError, ValueError) as error:
         raise ConfigError(f"no Dask scheduler answers at {address}: {error}") from error
 
     class Cluster:
         def submit(self, job: Job) -> Future[Result]:
-            # Pure: a run that the cluster has done already need not be done again.
-            future: Future[Result] = client.submit(run_job, job, pure=True)
+            # By name: a run that the cluster is doing already for somebody is not done twice.
+            config = results.config_hash(job.scenario)
+            key = f"run-{config}-{job.seed}-{job.check}-{job.code}"
+            future: Future[Result] = client.submit(run_job, job, key=key, retries=0)
             return future
 
-        def finished(self, futures: Sequence[Future[Result]]) -> Iterator[Future[Result]]:
+        def finished(self, futures: Iterable[Future[Result]]) -> Iterator[Future[Result]]:
             return iter(completed(futures))
+
+        def result(self, future: Future[Result]) -> Result:
+            try:
+                return future.result()
+            except KilledWorker as error:
+                raise RunFailedError(
+                    f"every Dask worker that took on a run died of it: {error}"
+                ) from error
+            except CancelledError as error:
+                raise RunFailedError(f"the Dask cluster at {address} is gone") from error
 
     try:
         yield Cluster()
@@ -138,31 +214,26 @@ def sweep(
 ) -> list[Path]:
     """Run what is not under `out` yet; returns the folders of all jobs.
 
-    `on_done` is called for each run, without a result if it was there before.
+    `on_done` is called for each run, without a result if it was there before. Raises
+    `RunFailedError` if a worker is lost; what was done by then is kept.
     """
-    folders: list[Path] = []
-    futures: list[Future[Result]] = []
-    for job in jobs:
-        folder = results.place(out, job.scenario, job.seed)
-        if (folder / "manifest.json").is_file():
-            folders.append(folder)
+    places = {results.place(out, job.scenario, job.seed): job for job in jobs}
+    waiting: dict[Future[Result], Job] = {}
+    for folder, job in places.items():
+        if results.is_there(out, job.scenario, job.seed, checked=job.check):
             on_done(folder, None)
         else:
-            futures.append(pool.submit(job))
+            waiting[pool.submit(job)] = job
     try:
-        for future in pool.finished(futures):
-            result = future.result()
-            folder = results.write(result, out)
-            folders.append(folder)
-            on_done(folder, result)
+        for future in pool.finished(tuple(waiting)):
+            job = waiting.pop(future)  # a result is large: none is kept once it is written
+            try:
+                result = pool.result(future)
+            except Exception as error:
+                error.add_note(f"in {job}")
+                raise
+            on_done(results.write(result, out), result)
     finally:
-        for future in futures:
+        for future in waiting:
             future.cancel()
-    return sorted(folders)
-
-
-def _product(sizes: Iterator[int]) -> int:
-    total = 1
-    for size in sizes:
-        total *= size
-    return total
+    return list(places)

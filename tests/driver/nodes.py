@@ -10,6 +10,7 @@ import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
+from functools import partial
 
 import trio
 
@@ -21,6 +22,8 @@ from meshnode.protocol import Event, MemberJoined, MemberLost
 from meshnode.protocol.adverts import Node
 from meshnode.protocol.stack import Learn, SetAddrs, SetOffers, Stack
 from meshnode.transport import Stream
+from meshnode.transport.dht import Dht
+from meshnode.transport.gossip import Gossip
 from meshnode.transport.libp2p import HostEvents, Libp2pHost
 
 LISTEN = ("/ip4/127.0.0.1/udp/0/quic-v1",)
@@ -101,7 +104,14 @@ def make_node(
             disconnected=lambda peer, reason: driver.disconnected(peer, reason),
         ),
     )
-    driver = Driver(stack, host, MESH.mesh_id, events.append, disk.__setitem__)
+    driver = Driver(
+        stack,
+        host,
+        partial(Gossip, host, MESH.mesh_id),
+        partial(Dht, host, MESH.mesh_id),
+        events.append,
+        disk.__setitem__,
+    )
     host.handle(HTTP_PROTOCOL, echo)
     return LiveNode(key, stack, host, driver, events)
 

@@ -77,7 +77,7 @@ def test_eyes_count(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("kv_type", "context_tokens", "kv_mib", "saved_mib"),
-    [("f16", 1024, 64, 16), ("q8_0", 1024, 34, 8.5), ("f16", 32768, 2048, 256)],
+    [("f16", 1024, 64, 64), ("q8_0", 1024, 34, 34), ("f16", 32768, 2048, 256)],
 )
 def test_the_cache_and_what_is_saved_of_it_are_reckoned(
     kv_type: KvType, context_tokens: int, kv_mib: float, saved_mib: float

@@ -2,16 +2,35 @@
 
 from __future__ import annotations
 
-from meshnode.engine.cores import usable_cores
-from meshnode.engine.pace import JUDGE_AFTER_S, RETRY_AFTER_S, Rates, ThreadPolicy, Threads
+import os
+from pathlib import Path
+
+import pytest
+
+from meshnode.engine import cores
+from meshnode.engine.cores import IDLE_OVER_S, IdleCores, usable_cores
+from meshnode.engine.pace import (
+    JUDGE_AFTER_S,
+    RETRY_AFTER_S,
+    RETRY_IDLE_AFTER_S,
+    Rates,
+    ThreadPolicy,
+    Threads,
+)
 
 
-def settle(policy: ThreadPolicy, free_cores: float, wall_s: float) -> list[int]:
-    """Counts used over `wall_s` of steps of 0.1 s while so many cores are free."""
+def settle(
+    policy: ThreadPolicy, free_cores: float, wall_s: float, *, tells: bool = False
+) -> list[int]:
+    """Counts used over `wall_s` of steps of 0.1 s while so many cores are free.
+
+    `tells`: the machine says how many of these are idle.
+    """
     counts = []
     for _ in range(round(wall_s / 0.1)):
         counts.append(policy.threads)
-        policy.observe(0.1 * min(free_cores, policy.threads), 0.1)
+        got = min(free_cores, policy.threads)
+        policy.observe(0.1 * got, 0.1, free_cores - got if tells else 0.0)
     return counts
 
 
@@ -21,8 +40,16 @@ def test_a_free_machine_keeps_all_threads() -> None:
 
 def test_a_busy_machine_gets_down_to_what_is_free_and_not_below_one() -> None:
     policy = ThreadPolicy(4)
-    settle(policy, free_cores=0.5, wall_s=5 * JUDGE_AFTER_S)
+    settle(policy, free_cores=2.9, wall_s=JUDGE_AFTER_S)
+    assert policy.threads == 3, "one judgement is enough"
+    settle(policy, free_cores=0.5, wall_s=JUDGE_AFTER_S)
     assert policy.threads == 1
+
+
+def test_one_busy_core_of_many_is_noticed() -> None:
+    policy = ThreadPolicy(16)
+    settle(policy, free_cores=15.4, wall_s=2 * JUDGE_AFTER_S)
+    assert policy.threads == 15
 
 
 def test_prefill_and_decode_are_judged_apart() -> None:
@@ -38,6 +65,14 @@ def test_threads_come_back_when_the_machine_is_free_again() -> None:
     settle(policy, free_cores=1, wall_s=2 * JUDGE_AFTER_S)
     assert policy.threads == 1
     settle(policy, free_cores=2, wall_s=RETRY_AFTER_S + 2 * JUDGE_AFTER_S)
+    assert policy.threads == 2
+
+
+def test_threads_come_back_at_once_to_an_idle_core() -> None:
+    policy = ThreadPolicy(2)
+    settle(policy, free_cores=1, wall_s=2 * JUDGE_AFTER_S, tells=True)
+    assert policy.threads == 1
+    settle(policy, free_cores=2, wall_s=RETRY_IDLE_AFTER_S + 2 * JUDGE_AFTER_S, tells=True)
     assert policy.threads == 2
 
 
@@ -70,3 +105,24 @@ def test_rates_take_pure_steps_only() -> None:
 
 def test_there_is_at_least_one_core() -> None:
     assert usable_cores() >= 1
+
+
+def test_idle_cores_are_what_the_kernel_counts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stat, now_s, ticks_per_s = tmp_path / "stat", 100.0, os.sysconf("SC_CLK_TCK")
+    monkeypatch.setattr(cores, "_STAT", stat)
+    monkeypatch.setattr("time.monotonic", lambda: now_s)
+
+    def tell(idle_s: float) -> None:
+        stat.write_text(f"cpu  7 0 7 {round(idle_s * ticks_per_s)} 0 0\ncpu0 1 1 1 1\n")
+
+    tell(idle_s=50.0)
+    idle = IdleCores()
+    tell(idle_s=50.3)
+    assert idle.lately() == 0.0, "too soon to look"
+    now_s += IDLE_OVER_S
+    assert idle.lately() == pytest.approx(0.3 / IDLE_OVER_S)
+    stat.unlink()
+    now_s += IDLE_OVER_S
+    assert idle.lately() <= 0.0, "another kernel"

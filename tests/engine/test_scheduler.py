@@ -10,7 +10,9 @@ from hypothesis import strategies as st
 
 from meshnode.engine.cells import cells
 from meshnode.engine.prepare import prepare
+from meshnode.engine.saved import Restore, Save
 from meshnode.engine.scheduler import (
+    PUT_ASIDE_FOR_TOKENS_MIN,
     Batch,
     Change,
     Chunk,
@@ -524,3 +526,26 @@ def test_invariants_hold_and_every_request_ends(
             break
     assert not patience, "a request never ended"
     assert scheduler.load().slots_busy == 0
+
+
+def test_idle_sessions_are_put_aside_for_a_long_prompt_and_come_back() -> None:
+    long = PUT_ASIDE_FOR_TOKENS_MIN
+    scheduler = make(
+        slots=4, context_tokens=500, kv_tokens=2000, prefill_tokens=500, saved_tokens=long + 8
+    )
+    history = [1] * long
+    scheduler.submit(1, b"a", history, max_tokens=1)
+    run(scheduler)
+    scheduler.submit(2, b"b", [2] * (long - 1), max_tokens=1)
+    batch, _ = step(scheduler)
+    assert batch.changes == (), "it does not pay for a shorter one"
+    run(scheduler)
+    scheduler.submit(3, b"c", [3] * long, max_tokens=1)
+    batch, _ = step(scheduler)
+    assert [type(change) for change in batch.changes] == [Save, Trim], "there is room for one"
+    run(scheduler)
+    scheduler.submit(4, b"a", [*history, 9], max_tokens=1)
+    batch, _ = step(scheduler)
+    assert isinstance(batch.changes[0], Restore)
+    batch, _ = step(scheduler)
+    assert only_chunk(batch).tokens == (9,)

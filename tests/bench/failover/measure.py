@@ -21,19 +21,17 @@ import importlib.util
 import itertools
 import math
 import os
-import platform
 import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import trio
 
-from meshnode import __version__
 from meshnode.models.quantize import requantized
+from tests.bench.machine import machine, machine_lines
 from tests.e2e.agreed import epoch, owners
 from tests.e2e.crew import Crew
 from tests.e2e.load import Clients
@@ -74,7 +72,8 @@ def measure(kills: int = KILLS_DEFAULT) -> Report:
         crew.wait_whole()
         for _ in range(kills):
             _kill_once(crew, report)
-    report.machine = _machine(load_before)
+    packages = ("llama_cpp_python", "libp2p", "aioquic", "trio")
+    report.machine = machine(packages) | {"load_before": load_before}
     return report
 
 
@@ -145,26 +144,6 @@ def _models(folder: Path) -> Models:
     return Models(trio.run(requantized, shipped, "0" * 64, folder), shipped)
 
 
-def _machine(load_before: tuple[float, float, float]) -> dict[str, Any]:
-    cpu = next(
-        (
-            line.partition(":")[2].strip()
-            for line in Path("/proc/cpuinfo").read_text().splitlines()
-            if line.startswith("model name")
-        ),
-        platform.machine(),
-    )
-    packages = ("llama_cpp_python", "libp2p", "aioquic", "trio")
-    return {
-        "platform": platform.platform(),
-        "cpu": cpu,
-        "cpus": os.cpu_count(),
-        "python": platform.python_version(),
-        "packages": {"meshnode": __version__} | {name: version(name) for name in packages},
-        "load_before": load_before,
-    }
-
-
 # --- to read --------------------------------------------------------------------------------------
 
 
@@ -173,11 +152,9 @@ def as_json(report: Report) -> dict[str, Any]:
 
 
 def as_text(report: Report) -> str:
-    machine = report.machine
     lines = [
-        f"{machine['platform']}, {machine['cpus']} × {machine['cpu']}, Python {machine['python']}",
-        ", ".join(f"{name} {number}" for name, number in machine["packages"].items()),
-        "load before: " + " ".join(f"{load:.2f}" for load in machine["load_before"]),
+        *machine_lines(report.machine),
+        "load before: " + " ".join(f"{load:.2f}" for load in report.machine["load_before"]),
         f"{report.kills} owners killed under load; {report.answers} answers, "
         f"{report.answers_refused} refused, {report.answers_broken} broken",
         "",

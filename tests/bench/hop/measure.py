@@ -12,22 +12,19 @@ direct, the router with bare, and bare with direct.
 from __future__ import annotations
 
 import os
-import platform
 import statistics
 import tempfile
-import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from meshnode import __version__
 from tests.bench.hop.client import Clients, Load, Seen
 from tests.bench.hop.engine import MODEL
 from tests.bench.hop.routers import ROUTER, installed_router, running_router
+from tests.bench.machine import cpu_used_s, machine, machine_lines
 from tests.e2e.mesh import Mesh, Models, NodeProcess, serves
 
 ROUNDS_DEFAULT = 5
@@ -150,19 +147,14 @@ class _Round:
 
     @classmethod
     def of(cls, way: Way, load: Load) -> _Round:
-        before = {name: _cpu_s(pid) for name, pid in way.pids.items()}
+        before = {name: cpu_used_s(pid) for name, pid in way.pids.items()}
         seen = way.clients.run(load)
-        cpu_s = {name: _cpu_s(pid) - before[name] for name, pid in way.pids.items()}
+        cpu_s = {name: cpu_used_s(pid) - before[name] for name, pid in way.pids.items()}
         return cls(seen, cpu_s)
 
     @property
     def later_s(self) -> list[float]:
         return self.seen.later_s or self.seen.gap_s
-
-
-def _cpu_s(pid: int) -> float:
-    """CPU seconds a process has used, to the nanosecond: its clock (clock_getcpuclockid(3))."""
-    return time.clock_gettime((~pid << 3) | 2)
 
 
 def _row(kind: str, clients: int, way: str, rounds: list[_Round], base: list[_Round]) -> Row:
@@ -205,23 +197,9 @@ def _quantile(ordered: list[float], share: float) -> float:
 
 
 def _machine(rounds: int, load_before: tuple[float, float, float]) -> dict[str, Any]:
-    cpu = next(
-        (
-            line.partition(":")[2].strip()
-            for line in Path("/proc/cpuinfo").read_text().splitlines()
-            if line.startswith("model name")
-        ),
-        "unknown CPU",
-    )
-    packages = ("libp2p", "aioquic", "trio", "hypercorn", "quart-trio", "h11")
-    return {
-        "platform": platform.platform(),
-        "cpu": cpu,
-        "cpus": os.cpu_count(),
-        "python": platform.python_version(),
-        "packages": {"meshnode": __version__}
-        | {name: version(name) for name in packages}
-        | dict([ROUTER.split("==")]),
+    described = machine(("libp2p", "aioquic", "trio", "hypercorn", "quart-trio", "h11"))
+    described["packages"] |= dict([ROUTER.split("==")])
+    return described | {
         "load_before": load_before[0],
         "load_after": os.getloadavg()[0],
         "rounds": rounds,
@@ -233,13 +211,11 @@ def as_json(report: Report) -> dict[str, Any]:
 
 
 def as_text(report: Report) -> str:
-    machine = report.machine
-    versions = ", ".join(f"{name} {number}" for name, number in machine["packages"].items())
+    where = report.machine
     lines = [
-        f"{machine['platform']}, {machine['cpus']} × {machine['cpu']}, Python {machine['python']}",
-        versions,
-        f"load {machine['load_before']:.1f} before, {machine['load_after']:.1f} after; "
-        f"{machine['rounds']} rounds; smoothed RTT of the tunnel {report.rtt_ms:.2f} ms",
+        *machine_lines(where),
+        f"load {where['load_before']:.1f} before, {where['load_after']:.1f} after; "
+        f"{where['rounds']} rounds; smoothed RTT of the tunnel {report.rtt_ms:.2f} ms",
         "times in ms; CPU in seconds per 1000 tokens: S serving node, G gateway, R router, B bare",
     ]
     for kind, title in (

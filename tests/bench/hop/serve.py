@@ -24,6 +24,7 @@ from meshnode.cli.foreground import run_in_foreground
 from meshnode.cli.logs import set_up_logging
 from meshnode.config import Config, load
 from meshnode.engine import Finish
+from meshnode.engine.memory import memory_budget_bytes
 from meshnode.gateway.door import open_door
 from meshnode.gateway.openai import Encoder, decode_chat
 from meshnode.hosted import find_models
@@ -51,9 +52,9 @@ async def run_node(
         key = data.key()
         membership = await find_membership(config, data, key)
         models = (PacedModel(), *find_models(config))
-        await Node(config, data, key, membership, models, open_door(config)).run(
-            task_status=task_status
-        )
+        memory_bytes = memory_budget_bytes(config.memory_bytes)
+        node = Node(config, data, key, membership, models, memory_bytes, open_door(config))
+        await node.run(task_status=task_status)
 
 
 def bare_app() -> QuartTrio:

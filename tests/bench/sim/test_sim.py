@@ -1,0 +1,15 @@
+"""`make bench` measures the simulator; one that is slower than SimPy, or busy idling, fails."""
+
+from __future__ import annotations
+
+from tests.bench.sim.measure import IDLE_S, as_text, measure
+
+IDLE_EVENTS_PER_NODE_S_MAX = 20.0
+
+
+def test_sim() -> None:
+    report = measure()
+    print("\n" + as_text(report))
+    assert report.loop_events_per_s > report.simpy_events_per_s
+    for mesh in report.meshes:
+        assert mesh.idle_events / mesh.nodes / IDLE_S <= IDLE_EVENTS_PER_NODE_S_MAX
