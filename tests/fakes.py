@@ -15,6 +15,7 @@ import trio.testing
 
 from meshnode import messages
 from meshnode.engine import (
+    ChatStyle,
     Delta,
     Embedded,
     EmbedRequest,
@@ -31,6 +32,7 @@ from meshnode.errors import (
     NoReplicaError,
     PeerUnreachableError,
     RemoteProtocolError,
+    RequestError,
     UnknownModelError,
 )
 from meshnode.fence import Fence
@@ -63,14 +65,16 @@ class WordEngine:
     die_after: int | None = None
     busy: bool = False
     tells_ids: bool = False
+    style: ChatStyle = field(default_factory=ChatStyle)
     running: int = 0
     produced: int = 0
     requests: list[Request | EmbedRequest] = field(default_factory=list)
 
     def stats(self) -> EngineStats:
         return EngineStats(
-            card(), "ready", 1.0, None, 512, 1, self.running, 0, 512, 0.0, 0.0, 1, ()
-        )
+            card(), "ready", 1.0, None, 512, 1, self.running, 0, 512, 0.0, 0.0, 1, (),
+            style=self.style,
+        )  # fmt: skip
 
     def generate(
         self, request: Request
@@ -81,6 +85,8 @@ class WordEngine:
     async def _generate(self, request: Request):  # type: ignore[no-untyped-def]
         if self.busy:
             raise EngineBusyError("The queue is full.", 3.0)
+        if request.prompt == ():
+            raise RequestError("The `prompt` is empty.", param="prompt")
         self.requests.append(request)
         self.running += 1
         try:

@@ -3,6 +3,7 @@
 An engine runs one model. It knows tokens, sequences and KV caches; it knows nothing of peers,
 routing or HTTP. The parts, in data-flow order:
 
+* `style.py`      how a model's chat template has it think and call tools
 * `scheduler.py`  sans-IO policy: waiting and running sequences in, the next batch out
 * `kv.py`         what the scheduler knows of the KV cache: slots, and the cells they share
 * `prefix.py`     its choices of what a sequence begins with, and `saved.py` of what is kept outside
@@ -13,6 +14,7 @@ routing or HTTP. The parts, in data-flow order:
                   `vision.py` and `native.py`, which all need, import llama_cpp
 * `vision.py`     mechanism: libmtmd, which makes embeddings of pictures
 * `pictures.py`   decodes pictures, within bounds
+* `trigger.py`    where in an answer a grammar begins to bind
 * `speculate.py`  sans-IO: guesses at the next tokens, and which of them stand
 * `payoff.py`     sans-IO: whether guessing pays, by what it did
 * `draft.py`      a small model that guesses for a large one
@@ -62,7 +64,10 @@ __all__ = [
     "IMAGE_BYTES_MAX",
     "PENALTY_TOKENS_MAX",
     "TOP_LOGPROBS_MAX",
+    "After",
+    "CallStyle",
     "ChatMessage",
+    "ChatStyle",
     "Continuation",
     "Delta",
     "EmbedRequest",
@@ -70,6 +75,7 @@ __all__ = [
     "Engine",
     "EngineStats",
     "Finish",
+    "FunctionCall",
     "Grammar",
     "Image",
     "Logprob",
@@ -78,6 +84,7 @@ __all__ = [
     "Sampling",
     "Speculate",
     "SpeculationStats",
+    "Thinking",
     "TokenLogprobs",
     "Usage",
     "images_of",
@@ -113,15 +120,53 @@ class Image:
 
 
 @dataclass(frozen=True, slots=True)
-class ChatMessage:
-    """One turn. `content` is plain text; it can never become a control token.
+class FunctionCall:
+    """A tool that was called in an earlier turn; `arguments` is a JSON object as text."""
 
-    `images` are in the order in which they stand.
+    id: str
+    name: str
+    arguments: str
+
+
+@dataclass(frozen=True, slots=True)
+class ChatMessage:
+    """One turn. All of it is plain text that can never become a control token, and pictures.
+
+    `images` are in the order in which they stand in `content`. `reasoning` and `calls` are an
+    assistant's, `call_id` names the call that a `tool` answers.
     """
 
     role: str
     content: str
     images: tuple[Image, ...] = ()
+    reasoning: str = ""
+    calls: tuple[FunctionCall, ...] = ()
+    call_id: str = ""
+
+
+Thinking = Literal["none", "may", "opened"]
+"""Whether an answer begins with thoughts, up to `</think>`: never, if it begins with `<think>`, or
+always, because the prompt ends with that tag."""
+
+CallStyle = Literal["hermes", "llama", "mistral"]
+"""How calls of tools are written; see `gateway/calls.py`."""
+
+
+@dataclass(frozen=True, slots=True)
+class ChatStyle:
+    """How a model's chat template has it think and call tools.
+
+    `thinking` is what it does unless told otherwise, `thinking_on` and `thinking_off` what it does
+    when told (None: it has no such switch), `has_effort` whether it can be told how hard to think.
+    `calls` is how it writes the calls of tools that its template was given; None if it knows no
+    tools, or has words for them that nobody here can read.
+    """
+
+    thinking: Thinking = "none"
+    thinking_on: Thinking | None = None
+    thinking_off: Thinking | None = None
+    has_effort: bool = False
+    calls: CallStyle | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,14 +201,29 @@ class Sampling:
 
 
 @dataclass(frozen=True, slots=True)
+class After:
+    """Where a grammar begins to bind: after the first of `words` (none of them empty).
+
+    `at_start`: such a word counts only at the beginning of the answer, blanks aside. Words in
+    thoughts do not count.
+    """
+
+    words: tuple[str, ...]
+    at_start: bool = False
+    thinking: Thinking = "none"
+
+
+@dataclass(frozen=True, slots=True)
 class Grammar:
     """What an answer must match, in llama.cpp's GBNF; its first rule is `root`.
 
     `param` is the field of the client's request that it comes from, to be named if it is none.
+    With `after`, the answer is free up to there, and only the rest must match.
     """
 
     gbnf: str
     param: str = "grammar"
+    after: After | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,10 +232,13 @@ class Continuation:
 
     `tokens` have been decoded, and `chars` characters of their text have been shown. (These are
     more than the tokens release by themselves if the end of the answer was shown but not told.)
+    `thoughts` counts the tokens of an answer's thoughts; with `thinking`, these go on.
     """
 
     tokens: tuple[int, ...]
     chars: int
+    thoughts: int = 0
+    thinking: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,6 +252,9 @@ class Request:
     `max_tokens` None means up to the end of the context.
     `logprobs` asks for every token's probability beside so many of the likeliest (0 to
     `TOP_LOGPROBS_MAX`); None for none.
+    `tools` are what a model may call, each in OpenAI's JSON, for its own chat template to tell;
+    only for one whose `ChatStyle` knows calls. `thinking` and `effort` are for the template, too.
+    `shown` are control tokens of which the answer's text tells; of all others it does not.
     `continuation`: the answer goes on from there; what it counts, `max_tokens` and the usage
     include what came before, and stop strings may begin in it.
     """
@@ -203,6 +269,10 @@ class Request:
     logprobs: int | None = None
     grammar: Grammar | None = None
     n: int = 1
+    tools: tuple[str, ...] = ()
+    thinking: bool | None = None
+    effort: str | None = None
+    shown: tuple[str, ...] = ()
 
 
 def images_of(prompt: tuple[ChatMessage, ...] | str | tuple[int, ...]) -> tuple[Image, ...]:
@@ -256,11 +326,15 @@ class Delta:
 
 @dataclass(frozen=True, slots=True)
 class Finish:
-    """The end of the answer number `index`; its last event. `Request.n` of them come."""
+    """The end of the answer number `index`; its last event. `Request.n` of them come.
+
+    `stop` is the stop string that ended it, if one did.
+    """
 
     reason: Literal["stop", "length"]
     usage: Usage
     index: int = 0
+    stop: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -326,6 +400,7 @@ class EngineStats:
     memory_bytes: int
     sessions: tuple[bytes, ...]
     saved_tokens: int = 0
+    style: ChatStyle = ChatStyle()
     speculation: SpeculationStats | None = None
 
 

@@ -16,7 +16,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -83,13 +83,14 @@ class _Start:
     resumed: _Resumed
     logprobs: int | None
     views: dict[int, View]
+    shown: Mapping[int, bytes]
 
 
 class _Answer:
     """What the main thread keeps of a sequence, which is one choice, besides its tokens."""
 
     __slots__ = ("bytes_fed", "bytes_released", "chars_beyond", "ids_unsent", "index",
-                 "logprobs", "logprobs_unsent", "number", "resumed", "sampler",
+                 "logprobs", "logprobs_unsent", "number", "resumed", "sampler", "shown",
                  "text", "views")  # fmt: skip
 
     def __init__(self, start: _Start, index: int) -> None:
@@ -97,6 +98,8 @@ class _Answer:
         self.index = index
         self.sampler = start.samplers[index]
         self.text = start.texts[index]
+        # Control tokens that are told as text.
+        self.shown = start.shown
         self.resumed = start.resumed
         self.chars_beyond = start.resumed.chars_beyond
         self.ids_unsent: list[int] = []
@@ -216,11 +219,14 @@ class Child:
         try:
             refuse_unsuitable(self._model.embedder, "generate")
             views: dict[int, View] = {}
-            prompt = self._model.prompt_tokens(frame.prompt, views)
+            prompt = self._model.prompt_tokens(
+                frame.prompt, views, frame.tools, frame.thinking, frame.effort
+            )
             if not self._limits.fits(len(prompt), frame.max_tokens):
                 self._pipe.send(wire.TooLong(frame.number, len(prompt)))
                 return
-            text, resumed = self._resume(frame)
+            shown = self._model.shown_pieces(frame.shown)
+            text, resumed = self._resume(frame, shown)
             samplers = self._samplers(frame)
         except RequestError as error:
             self._refuse(frame.number, error)
@@ -239,6 +245,7 @@ class Child:
             resumed,
             frame.logprobs,
             views,
+            shown,
         )
         full = not self._limits.fits(len(prompt), max_tokens)
         if start.texts[0].stopped or full or (max_tokens is not None and max_tokens <= 0):
@@ -278,7 +285,9 @@ class Child:
             raise
         return tuple(samplers)
 
-    def _resume(self, frame: wire.Generate) -> tuple[AnswerText, _Resumed]:
+    def _resume(
+        self, frame: wire.Generate, shown: Mapping[int, bytes]
+    ) -> tuple[AnswerText, _Resumed]:
         """The answer's text as the lost engine had it: held back is what that one held back."""
         text = AnswerText(frame.stop)
         if frame.continuation is None:
@@ -286,7 +295,7 @@ class Child:
         tokens = frame.continuation.tokens
         if any(not 0 <= token < self._model.vocabulary_size for token in tokens):
             raise RequestError("The answer to be continued is not this model's.")
-        pieces = [self._model.piece(token) for token in tokens]
+        pieces = [shown.get(token) or self._model.piece(token) for token in tokens]
         released = "".join(map(text.feed, pieces))
         chars_beyond = frame.continuation.chars - len(released)
         if chars_beyond < 0:
@@ -303,7 +312,7 @@ class Child:
         if text:
             self._pipe.send(wire.Text(start.number, text, 0, ()))
         usage = start.resumed.usage(Usage(len(start.prompt), 0, 0))
-        self._pipe.send(wire.Done(start.number, reason, usage))
+        self._pipe.send(wire.Done(start.number, reason, usage, stop=answer.text.stop))
 
     # -- the main thread -----------------------------------------------------------------------
 
@@ -448,7 +457,8 @@ class Child:
         if logprobs is not None:
             answer.observe(logprobs)
         if finish != "stop":
-            text = answer.feed(sampled.token, self._model.piece(sampled.token))
+            piece = answer.shown.get(sampled.token) or self._model.piece(sampled.token)
+            text = answer.feed(sampled.token, piece)
         if answer.text.stopped:
             if finish is None:
                 self._scheduler.end(sampled.sequence)
@@ -463,7 +473,7 @@ class Child:
         if finish is not None:
             self._answers.pop(sampled.sequence).sampler.close()
             usage = answer.resumed.usage(sampled.usage)
-            yield wire.Done(answer.number, finish, usage, answer.index)
+            yield wire.Done(answer.number, finish, usage, answer.index, answer.text.stop)
 
     def _send_status(self) -> None:
         now = time.monotonic()
@@ -526,7 +536,7 @@ def serve() -> None:
     )
     child = Child(pipe, model, limits, threads, states, speculation)
     threading.Thread(target=child.read, args=(frames,), daemon=True).start()
-    pipe.send(wire.Ready(model.context_tokens))
+    pipe.send(wire.Ready(model.context_tokens, model.style))
     child.run()
 
 

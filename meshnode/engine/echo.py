@@ -132,9 +132,9 @@ class EchoEngine:
         """See `Engine.embed`."""
         await trio.lowlevel.checkpoint()
         if request.dimensions not in (None, DIMENSIONS):
-            raise RequestError(f"An echo has {DIMENSIONS} dimensions.", param="dimensions")
+            raise RequestError(f"`dimensions`: an echo has {DIMENSIONS}.", param="dimensions")
         if not 1 <= len(request.inputs) <= EMBED_INPUTS_MAX:
-            raise RequestError(f"1 to {EMBED_INPUTS_MAX} inputs.", param="input")
+            raise RequestError(f"`input`: 1 to {EMBED_INPUTS_MAX} inputs.", param="input")
         inputs = [[word.strip() for word in _prompt_words(each)] for each in request.inputs]
         for index, words in enumerate(inputs):
             if len(words) > CONTEXT_TOKENS or not words:

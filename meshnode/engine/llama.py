@@ -30,7 +30,9 @@ from meshnode.config import KvType
 from meshnode.engine import (
     GRAMMAR_BYTES_MAX,
     PENALTY_TOKENS_MAX,
+    After,
     ChatMessage,
+    ChatStyle,
     Grammar,
     Logprob,
     Sampling,
@@ -41,7 +43,9 @@ from meshnode.engine.chat import ChatTemplate, Picture, Segment
 from meshnode.engine.embedder import Embedder
 from meshnode.engine.native import pointer, tokenise
 from meshnode.engine.scheduler import PREFILL_TOKENS_MAX, Batch, Chunk, Copy, Trim
+from meshnode.engine.style import find_style
 from meshnode.engine.trial import survives
+from meshnode.engine.trigger import Trigger
 from meshnode.engine.vision import Positions, Projector, View
 from meshnode.errors import ModelLoadError, RequestError
 
@@ -55,6 +59,8 @@ _MIROSTAT_TOKENS = 100
 _GRAMMARS_KEPT_MAX = 64
 # How far a trial walks: most of what explodes does so within the first tokens.
 _GRAMMAR_TRIAL_TOKENS = 16
+# The rule that stands before a grammar's `root`; no sane grammar has one of this name.
+_START = "meshnode-start"
 # llama_token_data as numpy lays it out.
 _CANDIDATE = np.dtype([("id", np.int32), ("logit", np.float32), ("p", np.float32)])
 # A piece is seldom longer than 16 bytes; a longer one reports its length and is read again.
@@ -103,34 +109,40 @@ class _Log:
 _log = _Log()
 
 
-class GrammarSampler:
-    """How far an answer has come in its grammar, and which tokens may come next.
+class Candidates:
+    """All tokens of a vocabulary, for samplers to sort and strike."""
 
-    llama.cpp ends the process if it is given a token to accept that the grammar does not admit.
-    """
-
-    def __init__(self, sampler: Any, vocabulary_size: int) -> None:
-        """Takes over a sampler of llama.cpp's that is not NULL."""
-        self._sampler = sampler
+    def __init__(self, vocabulary_size: int) -> None:
         self._table = np.zeros(vocabulary_size, _CANDIDATE)
         self._ids = np.arange(vocabulary_size, dtype=np.int32)
 
-    def candidates(self, logits: np.ndarray[Any, Any]) -> Any:
-        """All tokens, for samplers to sort and strike. One set at a time is good."""
+    def fill(self, logits: np.ndarray[Any, Any]) -> Any:
+        """All of them, as yet unsorted. One set at a time is good."""
         self._table["id"] = self._ids
         self._table["logit"] = logits
         self._table["p"] = 0.0
         data = self._table.ctypes.data_as(ctypes.POINTER(_llama.llama_token_data))
         return _llama.llama_token_data_array(data, len(self._table), -1, False)
 
+    @property
+    def logits(self) -> np.ndarray[Any, Any]:
+        """Minus infinity where struck."""
+        return self._table["logit"]
+
+
+class GrammarSampler:
+    """How far an answer has come in its grammar, and which tokens may come next.
+
+    llama.cpp ends the process if it is given a token to accept that the grammar does not admit.
+    """
+
+    def __init__(self, sampler: Any) -> None:
+        """Takes over a sampler of llama.cpp's that is not NULL."""
+        self._sampler = sampler
+
     def strike(self, candidates: Any) -> None:
         """Make impossible what may not come next: 15 ms for a vocabulary."""
         _llama.llama_sampler_apply(self._sampler, ctypes.byref(candidates))
-
-    @property
-    def logits(self) -> np.ndarray[Any, Any]:
-        """Of the latest `candidates`; minus infinity where struck."""
-        return self._table["logit"]
 
     def admits(self, token: int) -> bool:
         """Whether this token may come next."""
@@ -148,6 +160,33 @@ class GrammarSampler:
             self._sampler = None
 
 
+class LazyGrammar:
+    """A grammar that binds an answer only from some word on."""
+
+    def __init__(
+        self,
+        after: After,
+        bind: Callable[[bytes], GrammarSampler],
+        piece: Callable[[int], bytes],
+    ) -> None:
+        """`bind` gives the grammar with some text before it, `piece` any token's bytes."""
+        self._trigger = Trigger(after)
+        self._bind = bind
+        self._piece = piece
+
+    def bound_by(self, token: int) -> GrammarSampler | None:
+        """The grammar, if this token would complete the word.
+
+        What of the token is not after the word stands before the grammar, so that it can judge
+        the token; the word cannot be unsaid.
+        """
+        before = self._trigger.begins(self._piece(token))
+        return None if before is None else self._bind(before)
+
+    def accept(self, token: int) -> None:
+        self._trigger.accept(self._piece(token))
+
+
 class Sampler:
     """The chain that draws one sequence's tokens; it remembers them for penalties and seed."""
 
@@ -156,9 +195,11 @@ class Sampler:
         vocabulary: Any,
         vocabulary_size: int,
         sampling: Sampling,
-        grammar: GrammarSampler | None = None,
+        grammar: GrammarSampler | LazyGrammar | None = None,
     ) -> None:
-        self._grammar = grammar
+        self._grammar = grammar if isinstance(grammar, GrammarSampler) else None
+        self._lazy = grammar if isinstance(grammar, LazyGrammar) else None
+        self._candidates = None if grammar is None else Candidates(vocabulary_size)
         self._chain = _llama.llama_sampler_chain_init(_llama.llama_sampler_chain_default_params())
         if not self._chain:
             raise DecodeError("no memory for a sampler")
@@ -221,20 +262,31 @@ class Sampler:
 
         None if the grammar admits no token of this vocabulary, not even an end.
         """
-        grammar = self._grammar
-        if grammar is None:
+        if self._candidates is None:
             return int(_llama.llama_sampler_sample(self._chain, context, row))
-        # Asking the grammar about all tokens doubles a step, and it seldom minds the first choice.
-        token = self._choose(grammar.candidates(logits))
-        if not grammar.admits(token):
-            candidates = grammar.candidates(logits)
-            grammar.strike(candidates)
-            token = self._choose(candidates)
+        token = self._choose(self._candidates.fill(logits))
+        grammar = self._binding(token)
+        if grammar is not None:
+            # To ask about all tokens doubles a step, and it seldom minds the first choice.
             if not grammar.admits(token):
-                return None
-        grammar.accept(token)
+                candidates = self._candidates.fill(logits)
+                grammar.strike(candidates)
+                token = self._choose(candidates)
+                if not grammar.admits(token):
+                    return None
+            grammar.accept(token)
         _llama.llama_sampler_accept(self._chain, token)
         return token
+
+    def _binding(self, token: int) -> GrammarSampler | None:
+        """The grammar that has a say in this token; None if the answer is free still."""
+        if self._lazy is not None:
+            self._grammar = self._lazy.bound_by(token)
+            if self._grammar is None:
+                self._lazy.accept(token)
+            else:
+                self._lazy = None
+        return self._grammar
 
     def _choose(self, candidates: Any) -> int:
         _llama.llama_sampler_apply(self._chain, ctypes.byref(candidates))
@@ -246,11 +298,12 @@ class Sampler:
         Raises `RequestError` if the grammar would not have let it draw them.
         """
         for token in tokens:
-            if self._grammar is not None:
-                if not self._grammar.admits(token):
+            grammar = self._binding(token)
+            if grammar is not None:
+                if not grammar.admits(token):
                     self.close()
                     raise RequestError("The answer to be continued breaks its grammar.")
-                self._grammar.accept(token)
+                grammar.accept(token)
             _llama.llama_sampler_accept(self._chain, token)
 
     def close(self) -> None:
@@ -306,6 +359,7 @@ class LlamaModel:
         self._positions = Positions()
         self._model = self._load_model(path, on_progress)
         self._embedder: Embedder | None = None
+        self._template: ChatTemplate | None = None
         self.end_tokens: frozenset[int] = frozenset()
         try:
             self._vocabulary = _checked(_llama.llama_model_get_vocab(self._model), path, "vocab")
@@ -486,16 +540,24 @@ class LlamaModel:
 
     # -- text and tokens -----------------------------------------------------------------------
 
+    @property
+    def style(self) -> ChatStyle:
+        """How its chat template has it think and call; plainly, if it has none."""
+        return ChatStyle() if self._template is None else find_style(self._template)
+
     def prompt_tokens(
         self,
         prompt: Sequence[ChatMessage] | str | tuple[int, ...],
         views: dict[int, View] | None = None,
+        tools: Sequence[str] = (),
+        thinking: bool | None = None,
+        effort: str | None = None,
     ) -> list[int]:
         """A prompt as tokens, with cells where it shows pictures; their views go into `views`.
 
-        People's text never becomes a control token. Segments are tokenised apart. That is what
-        makes them safe, and it puts the same token boundaries into a conversation's next prompt as
-        generation put into its KV cache.
+        For the rest see `Request`. People's text never becomes a control token. Segments are
+        tokenised apart. That is what makes them safe, and it puts the same token boundaries into a
+        conversation's next prompt as generation put into its KV cache.
         Raises `RequestError` if it is empty, has unknown tokens or a picture that is none, or the
         template refuses it.
         """
@@ -509,7 +571,8 @@ class LlamaModel:
                     param="messages",
                 )
             tokens = []
-            for segment in self._template.render([m for m in prompt if isinstance(m, ChatMessage)]):
+            messages = [message for message in prompt if isinstance(message, ChatMessage)]
+            for segment in self._template.render(messages, tools, thinking, effort):
                 if isinstance(segment, Picture):
                     tokens += self._look(segment, views)
                 else:
@@ -520,7 +583,7 @@ class LlamaModel:
         if self._add_bos and tokens[:1] != [self._bos]:
             tokens.insert(0, self._bos)
         if not tokens:
-            raise RequestError("The prompt is empty.", param="prompt")
+            raise RequestError("The `prompt` is empty.", param="prompt")
         if tokens[-1] < 0:
             raise RequestError(
                 "The model's chat template ends in an image; say something after it.",
@@ -551,11 +614,24 @@ class LlamaModel:
             piece = self._pieces[token] = self._read_piece(token)
         return piece
 
-    def _read_piece(self, token: int) -> bytes:
+    def shown_pieces(self, words: Sequence[str]) -> dict[int, bytes]:
+        """Of these words, those that are tokens by themselves, and their bytes."""
+        shown = {}
+        for word in words:
+            tokens = self._tokenise(Segment(word, trusted=True))
+            if len(tokens) == 1:
+                shown[tokens[0]] = word.encode()
+        return shown
+
+    def _whole_piece(self, token: int) -> bytes:
+        """The bytes of a token as a grammar sees them: control tokens have some, too."""
+        return self._read_piece(token, special=True)
+
+    def _read_piece(self, token: int, *, special: bool = False) -> bytes:
         size = _PIECE_BYTES
         for _ in range(2):
             buffer = ctypes.create_string_buffer(size)
-            count = _llama.llama_token_to_piece(self._vocabulary, token, buffer, size, 0, False)
+            count = _llama.llama_token_to_piece(self._vocabulary, token, buffer, size, 0, special)
             if count >= 0:
                 return buffer.raw[:count]
             size = -count
@@ -572,11 +648,14 @@ class LlamaModel:
         numbers = [setting for setting in settings if isinstance(setting, float)]
         if not all(map(math.isfinite, [*numbers, *(bias for _, bias in sampling.logit_bias)])):
             raise RequestError("Sampling settings must be finite numbers.")
-        rules = None if grammar is None else self._checked_grammar(grammar)
+        rules: GrammarSampler | LazyGrammar | None = None
+        if grammar is not None:
+            self._check_grammar(grammar)
+            rules = self._binding(grammar)
         return Sampler(self._vocabulary, self.vocabulary_size, sampling, rules)
 
-    def _checked_grammar(self, grammar: Grammar) -> GrammarSampler:
-        """Compile a grammar that has survived its trial. Raises `RequestError`."""
+    def _check_grammar(self, grammar: Grammar) -> None:
+        """Raises `RequestError` for one that does not survive its trial."""
         if grammar.gbnf not in self._grammars:
             if len(grammar.gbnf.encode()) > GRAMMAR_BYTES_MAX:
                 raise RequestError(
@@ -593,26 +672,41 @@ class LlamaModel:
             if len(self._grammars) >= _GRAMMARS_KEPT_MAX:
                 del self._grammars[next(iter(self._grammars))]
             self._grammars[grammar.gbnf] = None
-        compiled = self._compile(grammar)
-        if compiled is None:
-            raise DecodeError("a grammar that compiled before does not compile again")
-        return compiled
 
-    def _compile(self, grammar: Grammar) -> GrammarSampler | None:
+    def _binding(self, grammar: Grammar) -> GrammarSampler | LazyGrammar:
+        """A checked grammar, from the beginning of an answer on or from somewhere in it."""
+
+        def bind(before: bytes) -> GrammarSampler:
+            compiled = self._compile(grammar.gbnf, before)
+            if compiled is None:
+                raise DecodeError("a grammar that compiled before does not compile again")
+            return compiled
+
+        if grammar.after is None:
+            return bind(b"")
+        return LazyGrammar(grammar.after, bind, self._whole_piece)
+
+    def _compile(self, gbnf: str, before: bytes = b"") -> GrammarSampler | None:
+        """`before`: what must be said before that which matches `gbnf`."""
+        root = "root"
+        if before:
+            root = _START
+            # Half a character cannot be said in a grammar; a token with one is then drawn anew.
+            gbnf += f"\n{root} ::= {_literal(before.decode('utf-8', 'ignore'))} root\n"
         sampler = _llama.llama_sampler_init_grammar(
-            self._vocabulary, grammar.gbnf.encode("utf-8", "replace"), b"root"
+            self._vocabulary, gbnf.encode("utf-8", "replace"), root.encode()
         )
-        return GrammarSampler(sampler, self.vocabulary_size) if sampler else None
+        return GrammarSampler(sampler) if sampler else None
 
     def _try_grammar(self, grammar: Grammar) -> bool:
         """Compile it and walk a few tokens into it; may crash or never end."""
-        rules = self._compile(grammar)
+        rules = self._compile(grammar.gbnf)
         if rules is None:
             return False
+        candidates = Candidates(self.vocabulary_size)
         for step in range(_GRAMMAR_TRIAL_TOKENS):
-            candidates = rules.candidates(np.zeros(self.vocabulary_size, np.float32))
-            rules.strike(candidates)
-            admitted = np.flatnonzero(np.isfinite(rules.logits))
+            rules.strike(candidates.fill(np.zeros(self.vocabulary_size, np.float32)))
+            admitted = np.flatnonzero(np.isfinite(candidates.logits))
             if not len(admitted):
                 return step > 0
             token = int(admitted[step % len(admitted)])
@@ -774,6 +868,13 @@ def quantize_q4_0(source: Path, destination: Path) -> None:
     )
     if code != 0:
         raise ModelLoadError(f"{source}: cannot be requantised to Q4_0")
+
+
+def _literal(text: str) -> str:
+    """Text as GBNF quotes it; control characters but line ends cannot harm it."""
+    escaped = text.replace("\\", "\\\\").replace('"', '\\"')
+    escaped = escaped.replace("\n", "\\n").replace("\r", "\\r")
+    return f'"{escaped}"'
 
 
 def _checked(pointer: Any, path: str, what: str) -> Any:

@@ -23,6 +23,7 @@ import trio
 from meshnode.config import KvType
 from meshnode.engine import (
     IMAGES_BYTES_MAX,
+    ChatStyle,
     Delta,
     Embedded,
     EmbedRequest,
@@ -230,6 +231,7 @@ class EngineProcess:
         self._progress = 0.0
         self._error: str | None = None
         self._context_tokens = 0
+        self._style = ChatStyle()
         self._draft: wire.Draft | None = None
         self._status: wire.Status | None = None
         self._changed = trio.Event()
@@ -266,6 +268,7 @@ class EngineProcess:
             decode_tokens_per_s=0.0,
             memory_bytes=0,
             sessions=(),
+            style=self._style,
         )
         status = self._status
         if status is None:
@@ -497,8 +500,9 @@ class EngineProcess:
         match frame:
             case wire.Loading(progress=progress):
                 self._progress = progress
-            case wire.Ready(context_tokens=context_tokens):
+            case wire.Ready(context_tokens=context_tokens, style=style):
                 self._context_tokens = context_tokens
+                self._style = style
                 self._progress = 1.0
                 self._set_state("ready")
             case wire.Status():
@@ -528,7 +532,7 @@ class EngineProcess:
         if not answer.choices_left:
             self._ended(frame.number)
         if frame.reason != "cancelled":
-            answer.finish(Finish(frame.reason, frame.usage, frame.index))
+            answer.finish(Finish(frame.reason, frame.usage, frame.index, frame.stop))
 
     def _handle_vectors(self, frame: wire.Vector | wire.Embedded) -> None:
         vectors = self._answers[frame.number]

@@ -20,12 +20,17 @@ class AnswerText:
         self._stop = stop
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
         self._held = ""
-        self.stopped = False
+        self.stop: str | None = None
+        """The stop string that has ended the answer."""
+
+    @property
+    def stopped(self) -> bool:
+        return self.stop is not None
 
     def feed(self, piece: bytes) -> str:
         """Add a token's bytes; returns the text that is now safe, often empty.
 
-        Sets `stopped` when a stop string is complete; its text and all after it are dropped.
+        Sets `stop` when a stop string is complete; its text and all after it are dropped.
         """
         return self._advance(self._decoder.decode(piece))
 
@@ -41,12 +46,13 @@ class AnswerText:
         if self.stopped:
             return ""
         text = self._held + text
-        found = [(start + len(stop), start) for stop in self._stop
+        found = [(start + len(stop), start, stop) for stop in self._stop
                  if (start := text.find(stop)) >= 0]  # fmt: skip
         if found:
             # The stop that is complete first, so that the split into tokens makes no difference.
-            self.stopped, self._held = True, ""
-            return text[: min(found)[1]]
+            _, start, self.stop = min(found)
+            self._held = ""
+            return text[:start]
         safe = len(text) - self._held_length(text)
         self._held = text[safe:]
         return text[:safe]

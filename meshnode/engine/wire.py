@@ -16,6 +16,7 @@ from meshnode.config import KvType
 from meshnode.engine import (
     IMAGES_BYTES_MAX,
     ChatMessage,
+    ChatStyle,
     Continuation,
     EmbedRequest,
     Grammar,
@@ -79,6 +80,10 @@ class Generate(msgspec.Struct, frozen=True, tag="generate"):
     logprobs: int | None = None
     grammar: Grammar | None = None
     n: int = 1
+    tools: tuple[str, ...] = ()
+    thinking: bool | None = None
+    effort: str | None = None
+    shown: tuple[str, ...] = ()
 
     @property
     def prompt(self) -> tuple[ChatMessage, ...] | str | tuple[int, ...]:
@@ -105,6 +110,10 @@ class Generate(msgspec.Struct, frozen=True, tag="generate"):
             logprobs=request.logprobs,
             grammar=request.grammar,
             n=request.n,
+            tools=request.tools,
+            thinking=request.thinking,
+            effort=request.effort,
+            shown=request.shown,
         )
 
 
@@ -140,6 +149,7 @@ class Ready(msgspec.Struct, frozen=True, tag="ready"):
     """Requests may come now."""
 
     context_tokens: int
+    style: ChatStyle
 
 
 class LoadFailed(msgspec.Struct, frozen=True, tag="load_failed"):
@@ -196,6 +206,7 @@ class Done(msgspec.Struct, frozen=True, tag="done"):
     reason: Literal["stop", "length", "cancelled"]
     usage: Usage
     index: int = 0
+    stop: str | None = None
 
 
 class Vector(msgspec.Struct, frozen=True, tag="vector"):

@@ -46,10 +46,10 @@ from meshnode.gateway.openai import Call, Encoder, encode_error_event
 from meshnode.gateway.passing import Passed
 from meshnode.gateway.resume import (
     CONTINUE_HEADER,
+    OPENING_NOTE,
     Progress,
     join_continuation,
     note,
-    opening_note,
 )
 from meshnode.messages import MESSAGE_BYTES_MAX
 from meshnode.transport.http import HttpResponse, TunnelPool
@@ -241,12 +241,12 @@ async def answer_locally(
         raise EngineError(f"The model `{ask.call.model}` was loaded here a moment ago.")
     if not isinstance(ask.call, Call):
         return await _read_locally(engine, ask.call, ask.id, peer_id, stack)
-    request = replace(ask.call.request(ask.id, ask.session), continuation=ask.continuation)
+    style = engine.stats().style
+    request = ask.call.request(ask.id, ask.session, style)
+    request = replace(request, continuation=ask.continuation)
     events = await stack.enter_async_context(engine.generate(request))
     come = ask.continuation
-    encoder = Encoder(
-        ask.call, ask.id, digest, ask.created, chars_shown=come.chars if come is not None else 0
-    )
+    encoder = Encoder(ask.call, ask.id, digest, ask.created, style, come)
     body = await stack.enter_async_context(
         aclosing(
             _streamed(events, encoder, opened=come is not None, noted=ask.call.is_resumable)
@@ -410,6 +410,7 @@ async def _streamed(
     yield b""
     # The role goes out with the first text, not before: until then another replica may take over.
     opening = b"" if opened else encoder.opening()
+    unnoted: list[Delta] = []
     async for event in events:
         if isinstance(event, Finish):
             yield opening + encoder.closing(event)
@@ -417,12 +418,15 @@ async def _streamed(
             if encoder.is_complete:
                 return
         elif event.text or event.logprobs:
-            if opening and noted:
-                opening = opening_note(event) + opening
-            said = (note(event) if noted else b"") + encoder.delta(event)
-            if said:  # the beginning of a tool call is silent
-                yield opening + said
+            unnoted.append(event)
+            said = encoder.delta(event)
+            if said:  # the beginning of a tag, or of a call, is silent
+                told = note(unnoted, *encoder.place) if noted else b""
+                if opening and told:
+                    opening = OPENING_NOTE + opening
+                yield opening + told + said
                 opening = b""
+                unnoted.clear()
     raise EngineError("The engine ended without a finish.")
 
 

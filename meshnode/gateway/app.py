@@ -21,7 +21,7 @@ from quart_trio.asgi import TrioASGIHTTPConnection
 from quart_trio.wrappers import TrioRequest
 from werkzeug.exceptions import HTTPException
 
-from meshnode.errors import MeshnodeError, UnknownModelError
+from meshnode.errors import MeshnodeError, RequestError, UnknownModelError
 from meshnode.gateway import VIA_HEADER, Mesh
 from meshnode.gateway.answer import (
     REQUEST_ID_BYTES,
@@ -103,9 +103,13 @@ def create_api_app(
     async def complete_translated(asked: Asked) -> Result:
         ask = _ask(asked.call, CHAT_PATH, asked.body)
         writer = asked.writer(ask.id, ask.created)
-        said = await answer(mesh, pool, ask, _owned())
+        try:
+            said = await answer(mesh, pool, ask, _owned())
+        except RequestError as error:
+            raise asked.renamed(error) from None
         if said.status != 200:
-            return _result(said)
+            refused = b"".join([part async for part in said.body])
+            return asked.renamed_body(refused), said.status, said.headers
         if said.is_stream:
             told = await _owned().enter_async_context(aclosing(told_as_stream(said.body, writer)))
             return told, 200, {**said.headers, "content-type": writer.stream_type}

@@ -19,8 +19,11 @@ from meshnode.engine import (
     PENALTY_TOKENS_MAX,
     TOP_LOGPROBS_MAX,
     ChatMessage,
+    ChatStyle,
+    Continuation,
     Delta,
     Finish,
+    FunctionCall,
     Grammar,
     Image,
     Logprob,
@@ -31,6 +34,7 @@ from meshnode.engine import (
 )
 from meshnode.errors import RequestError
 from meshnode.gateway import ServedModel
+from meshnode.gateway.calls import CALL_WORDS
 from meshnode.gateway.fields import (
     Shape,
     decode_body,
@@ -38,20 +42,13 @@ from meshnode.gateway.fields import (
     refuse_unsupported,
     unsupported,
 )
-from meshnode.gateway.images import check_images, image_part
+from meshnode.gateway.images import check_images, content_of, image_part
+from meshnode.gateway.reading import AnswerReader
+from meshnode.gateway.reasoning import NO_WISH, Wish, let_think
+from meshnode.gateway.said import Arguments, Content, Reasoning, Said
+from meshnode.gateway.said import Call as ToolCall
 from meshnode.gateway.schema import JSON_OBJECT, SchemaGrammar
-from meshnode.gateway.tools import (
-    CALL_END,
-    Arguments,
-    Content,
-    Function,
-    ToolReader,
-    Tools,
-    call_text,
-    join_responses,
-    response_text,
-)
-from meshnode.gateway.tools import Call as ToolCall
+from meshnode.gateway.tools import Function, Tools, in_plain_words
 
 __all__ = [
     "CHAT_PATH",
@@ -66,6 +63,7 @@ __all__ = [
     "encode_error_event",
     "encode_model",
     "encode_models",
+    "message_json",
 ]
 
 CHAT_PATH = "/v1/chat/completions"
@@ -90,7 +88,11 @@ Kind = Literal["chat", "text"]
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """A request body, understood. `prompt` has the forms of `engine.Request`."""
+    """A request body, understood. `prompt` has the forms of `engine.Request`.
+
+    What of it depends on the model is decided where the model is: `request` and `Encoder` take
+    its `ChatStyle`.
+    """
 
     kind: Kind
     model: str
@@ -106,14 +108,15 @@ class Call:
     n: int = 1
     grammar: Grammar | None = None
     tools: Tools | None = None
+    wish: Wish = NO_WISH
 
     @property
     def is_resumable(self) -> bool:
         """Whether another engine can go on in the middle of the answer as if it were its own.
 
         Mirostat's state is what it has drawn so far, with which chances; no other engine has it.
-        Of several choices each would be somewhere else; and of a tool call, less is shown than
-        was said, so that nobody could tell how far the client has read.
+        Of several choices each would be somewhere else; and in a call there are too many places
+        to be at.
         """
         return not self.sampling.mirostat and self.n == 1 and self.tools is None
 
@@ -122,19 +125,53 @@ class Call:
         """What the images take in a body, as base64."""
         return sum(len(image.data) for image in images_of(self.prompt)) * 4 // 3
 
-    def request(self, id: str, session: bytes) -> Request:
-        """The same in the engine's words; `session` is 16 bytes."""
+    def request(self, id: str, session: bytes, style: ChatStyle) -> Request:
+        """The same in the words of an engine whose model has this style; `session` is 16 bytes.
+
+        Raises `RequestError` for what this model cannot do.
+        """
+        thinking, effort, does = self.wish.granted(style)
+        prompt, grammar = self.prompt, self.grammar
+        tools: tuple[str, ...] = ()
+        shown: tuple[str, ...] = ()
+        if self.kind == "chat":
+            if grammar is not None and grammar.param != "grammar":
+                grammar = let_think(grammar, does)
+            if self.tools is not None:
+                calls = style.calls or "hermes"
+                grammar = self.tools.grammar(calls, does)
+                shown = CALL_WORDS[calls].control
+            if style.calls is None:
+                prompt = in_plain_words(_messages(prompt), self.tools)
+            elif self.tools is not None:
+                tools = self.tools.definitions()
         return Request(
             id=id,
             session=session,
-            prompt=self.prompt,
+            prompt=prompt,
             sampling=self.sampling,
             max_tokens=self.max_tokens,
             stop=self.stop,
             logprobs=self.logprobs,
-            grammar=self.grammar,
+            grammar=grammar,
             n=self.n,
+            tools=tools,
+            thinking=thinking,
+            effort=effort,
+            shown=shown,
         )
+
+    def reader(self, style: ChatStyle, continuation: Continuation | None) -> AnswerReader | None:
+        """What reads one choice of the answer; None if all of it is text."""
+        does = self.wish.granted(style)[2]
+        if self.kind == "text" or (does == "none" and self.tools is None):
+            return None
+        names = frozenset() if self.tools is None else self.tools.names
+        return AnswerReader(does, style.calls or "hermes", names, continuation)
+
+
+def _messages(prompt: tuple[ChatMessage, ...] | str | tuple[int, ...]) -> list[ChatMessage]:
+    return [each for each in prompt if isinstance(each, ChatMessage)]
 
 
 # ---------------------------------------------------------------------------------------------
@@ -234,6 +271,7 @@ class _ChatMessage(msgspec.Struct, forbid_unknown_fields=True):
     function_call: Any = None
     audio: Any = None
     annotations: Any = None
+    reasoning_content: str | None = None
 
 
 class _JsonSchema(msgspec.Struct, forbid_unknown_fields=True):
@@ -246,6 +284,12 @@ class _JsonSchema(msgspec.Struct, forbid_unknown_fields=True):
 class _ResponseFormat(msgspec.Struct, forbid_unknown_fields=True):
     type: Literal["text", "json_object", "json_schema"]
     json_schema: _JsonSchema | None = None
+
+
+class _TemplateKwargs(msgspec.Struct, forbid_unknown_fields=True):
+    """llama.cpp's and vLLM's way to talk to a chat template."""
+
+    enable_thinking: bool | None = None
 
 
 class _ChatBody(_Body, forbid_unknown_fields=True, kw_only=True):
@@ -262,7 +306,8 @@ class _ChatBody(_Body, forbid_unknown_fields=True, kw_only=True):
     modalities: Any = None
     audio: Any = None
     prediction: Any = None
-    reasoning_effort: Any = None
+    reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh"] | None = None
+    chat_template_kwargs: _TemplateKwargs | None = None
     verbosity: Any = None
     web_search_options: Any = None
 
@@ -287,7 +332,6 @@ _NEUTRAL_CHAT: Mapping[str, tuple[Any, ...]] = {
     "modalities": (["text"],),
     "audio": (),
     "prediction": (),
-    "reasoning_effort": (),
     "verbosity": (),
     "web_search_options": (),
 }
@@ -305,6 +349,8 @@ _NEUTRAL_MESSAGE: Mapping[str, tuple[Any, ...]] = {
     "annotations": ([],),
 }
 # OpenAI renamed `system` for its newer models; the templates of open models know `system`.
+_FIELD_ROLES = (("tool_calls", "assistant"), ("reasoning_content", "assistant"),
+                ("tool_call_id", "tool"))  # fmt: skip
 _ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant",
           "tool": "tool"}  # fmt: skip
 
@@ -324,26 +370,24 @@ def decode_chat(body: bytes) -> Call:
             param="max_completion_tokens",
             code="invalid_value",
         )
-    messages = join_responses(
-        [_chat_message(message, index) for index, message in enumerate(chat.messages)]
-    )
+    messages = tuple(_chat_message(message, index) for index, message in enumerate(chat.messages))
     check_images(messages)
     tools = _tools(chat)
     if tools is not None:
-        messages = tools.introduce(messages)
+        tools.grammar("hermes", "none")  # raises, before anybody is asked to compute it
     call = _call(
         chat,
         "chat",
         messages,
         chat.max_completion_tokens if chat.max_tokens is None else chat.max_tokens,
         _chat_logprobs(chat),
-        _chat_grammar(chat) if tools is None else tools.grammar(),
+        _chat_grammar(chat),
     )
-    if tools is None:
-        return call
-    # A model that may make one call only is stopped after it.
-    stop = call.stop if tools.parallel else (*call.stop, CALL_END)
-    return replace(call, stop=stop, tools=tools)
+    kwargs = chat.chat_template_kwargs or _TemplateKwargs()
+    if kwargs.enable_thinking and chat.reasoning_effort == "none":
+        raise _conflict("reasoning_effort", "enable_thinking: true")
+    wish = Wish(kwargs.enable_thinking, chat.reasoning_effort)
+    return replace(call, tools=tools, wish=wish)
 
 
 def _tools(chat: _ChatBody) -> Tools | None:
@@ -379,12 +423,6 @@ def _tools(chat: _ChatBody) -> Tools | None:
     for index, tool in enumerate(chat.tools):
         path = f"tools[{index}].function"
         function = tool.function
-        if function.strict and choice in (None, "auto"):
-            raise RequestError(
-                f"`{path}.strict` can be kept only with `tool_choice` required or a function.",
-                param=f"{path}.strict",
-                code="unsupported_parameter",
-            )
         parameters = function.parameters
         if not parameters:
             parameters = {"type": "object", "properties": {}, "additionalProperties": False}
@@ -395,7 +433,13 @@ def _tools(chat: _ChatBody) -> Tools | None:
                 code="invalid_json_schema",
             )
         functions.append(
-            Function(function.name, function.description, parameters, f"{path}.parameters")
+            Function(
+                function.name,
+                function.description,
+                parameters,
+                f"{path}.parameters",
+                bool(function.strict),
+            )
         )
     choice = named or ("auto" if not isinstance(choice, str) else choice)
     return Tools(tuple(functions), choice, chat.parallel_tool_calls is not False)
@@ -452,7 +496,7 @@ def _chat_message(message: _ChatMessage, index: int) -> ChatMessage:
             code="unsupported_parameter" if message.role == "function" else "invalid_value",
         )
     refuse_unsupported(message, _NEUTRAL_MESSAGE, f"{path}.")
-    for field, role in (("tool_calls", "assistant"), ("tool_call_id", "tool")):
+    for field, role in _FIELD_ROLES:
         if getattr(message, field) and message.role != role:
             raise unsupported(f"{path}.{field}")
     if message.role == "tool" and not message.tool_call_id:
@@ -471,15 +515,18 @@ def _chat_message(message: _ChatMessage, index: int) -> ChatMessage:
     images: tuple[Image, ...] = ()
     if isinstance(content, list):
         content, images = _content(content, f"{path}.content", sees=message.role == "user")
-    if message.role == "tool":
-        content = response_text(content)
-    if message.tool_calls:
-        calls = [
-            call_text(each.function.name, _arguments(each, f"{path}.tool_calls[{index}]"))
-            for index, each in enumerate(message.tool_calls)
-        ]
-        content = "\n".join([content, *calls] if content else calls)
-    return ChatMessage(_ROLES[message.role], content, images)
+    calls = tuple(
+        FunctionCall(each.id, each.function.name, _arguments(each, f"{path}.tool_calls[{at}]"))
+        for at, each in enumerate(message.tool_calls or ())
+    )
+    return ChatMessage(
+        _ROLES[message.role],
+        content,
+        images,
+        message.reasoning_content or "",
+        calls,
+        message.tool_call_id or "",
+    )
 
 
 def _content(
@@ -501,17 +548,33 @@ def _content(
     return content, tuple(images)
 
 
+def message_json(message: ChatMessage) -> dict[str, Any]:
+    """A turn as a chat request has it: what `decode_chat` would make it of."""
+    fields: dict[str, Any] = {"role": message.role, "content": content_of(message)}
+    if message.reasoning:
+        fields["reasoning_content"] = message.reasoning
+    if message.call_id:
+        fields["tool_call_id"] = message.call_id
+    if message.calls:
+        fields["tool_calls"] = [
+            {"id": each.id, "type": "function",
+             "function": {"name": each.name, "arguments": each.arguments}}
+            for each in message.calls
+        ]  # fmt: skip
+    return fields
+
+
 def _arguments(call: _ToolCall, path: str) -> str:
     """As they are: the model's own words, which its cache may hold. Half of them are none."""
     try:
-        msgspec.json.decode(call.function.arguments)
+        msgspec.json.decode(call.function.arguments or "{}", type=dict[str, Any])
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         raise RequestError(
-            f"`{path}.function.arguments` is not JSON.",
+            f"`{path}.function.arguments` is not a JSON object.",
             param=f"{path}.function.arguments",
             code="invalid_value",
         ) from None
-    return call.function.arguments
+    return call.function.arguments or "{}"
 
 
 def _text_part(part: dict[str, Any], path: str) -> str:
@@ -685,6 +748,7 @@ def _stop(stop: str | list[str] | None) -> tuple[str, ...]:
 
 _json = msgspec.json.Encoder()
 _DONE = b"data: [DONE]\n\n"
+_PLAIN = ChatStyle()
 
 
 class Encoder:
@@ -695,17 +759,24 @@ class Encoder:
     """
 
     def __init__(
-        self, call: Call, id: str, digest: str, created: int, *, chars_shown: int = 0
+        self,
+        call: Call,
+        id: str,
+        digest: str,
+        created: int,
+        style: ChatStyle = _PLAIN,
+        continuation: Continuation | None = None,
     ) -> None:
-        """`chars_shown`: of an answer that goes on here."""
+        """`style` is the model's; `continuation`: the answer goes on here."""
         chat = call.kind == "chat"
         self._chat = chat
         self._include_usage = call.include_usage
-        self._offsets = [chars_shown] * call.n
+        self._offsets = [0 if continuation is None else continuation.chars] * call.n
         self._finishes: list[Finish] = []
         self._id = id
-        self._tools = call.tools
-        self._readers = [ToolReader(call.tools) for _ in range(call.n)] if call.tools else []
+        self._readers = [call.reader(style, continuation) for _ in range(call.n)]
+        self._waits = call.is_resumable
+        self._waiting: tuple[list[Said], list[TokenLogprobs]] = [], []
         self._head: dict[str, Any] = {
             "id": f"chatcmpl-{id}" if chat else f"cmpl-{id}",
             "object": "chat.completion" if chat else "text_completion",
@@ -741,12 +812,32 @@ class Encoder:
             for choice in self._choices
         )
 
+    @property
+    def place(self) -> tuple[int, bool]:
+        """Of an answer that others may go on with, after an event: how many tokens were thoughts,
+        and whether these go on."""
+        reader = self._readers[0]
+        return (0, False) if reader is None else (reader.thoughts, reader.is_thinking)
+
     def delta(self, delta: Delta) -> bytes:
-        """One event with some text; with tools, none or several of text and calls."""
-        if self._readers:
-            said = self._readers[delta.index].feed(delta.text)
-            return b"".join(self._said(each, delta.index) for each in said)
-        return self._text(delta)
+        """One event with some text; with tools, none or several of text and calls.
+
+        Of an answer that others may go on with, an event comes only when nothing is held back, so
+        that they need not know what was; until then it is none.
+        """
+        reader = self._readers[delta.index]
+        if reader is None:
+            return self._text(delta)
+        said = reader.feed(delta)
+        if not self._waits:
+            return self._said(said, delta.logprobs, delta.index)
+        waiting, logprobs = self._waiting
+        waiting += said
+        logprobs += delta.logprobs
+        if not reader.is_settled:
+            return b""
+        self._waiting = [], []
+        return self._said(waiting, logprobs, delta.index)
 
     def _text(self, delta: Delta) -> bytes:
         logprobs = b"null"
@@ -755,17 +846,30 @@ class Encoder:
         text = _json.encode(delta.text)
         return self._before[delta.index] + text + self._between + logprobs + self._after
 
-    def _said(self, said: Content | ToolCall | Arguments, choice: int) -> bytes:
-        if isinstance(said, Content):
-            return self._text(Delta(said.text, index=choice))
-        call: dict[str, Any] = {"index": said.index}
-        if isinstance(said, ToolCall):
-            call |= {"id": self._call_id(choice, said.index), "type": "function",
-                     "function": {"name": said.name, "arguments": ""}}  # fmt: skip
-        else:
-            call["function"] = {"arguments": said.text}
-        delta = b'"delta":' + _json.encode({"tool_calls": [call]}) + b',"logprobs":null'
-        return self._choices[choice] + delta + self._after
+    def _said(self, said: Sequence[Said], logprobs: Sequence[TokenLogprobs], choice: int) -> bytes:
+        """Text and thoughts in one event, each beginning and each part of a call in its own."""
+        delta: dict[str, Any] = {}
+        calls: list[dict[str, Any]] = []
+        for each in said:
+            if isinstance(each, Reasoning):
+                delta["reasoning_content"] = delta.get("reasoning_content", "") + each.text
+            elif isinstance(each, Content):
+                delta["content"] = delta.get("content", "") + each.text
+            elif isinstance(each, ToolCall):
+                function = {"name": each.name, "arguments": ""}
+                id = self._call_id(choice, each.index)
+                calls.append({"index": each.index, "id": id, "type": "function",
+                              "function": function})  # fmt: skip
+            else:
+                calls.append({"index": each.index, "function": {"arguments": each.text}})
+        deltas = [delta] if delta or logprobs else []
+        deltas += [{"tool_calls": [call]} for call in calls]
+        events = []
+        for each_delta in deltas:
+            told = self._logprobs(logprobs, choice) if logprobs and each_delta is delta else None
+            body = b'"delta":' + _json.encode(each_delta) + b',"logprobs":' + _json.encode(told)
+            events.append(self._choices[choice] + body + self._after)
+        return b"".join(events)
 
     def _call_id(self, choice: int, index: int) -> str:
         return f"call_{self._id}{choice:02x}{index:02x}"
@@ -774,26 +878,26 @@ class Encoder:
         """The reason of a choice's end; after the last, the usage if it was asked for, and the
         end."""
         self._finishes.append(finish)
-        reason: str = finish.reason
-        rest = b""
-        if self._readers:
-            reader = self._readers[finish.index]
-            rest = b"".join(self._said(each, finish.index) for each in reader.flush())
-            reason = _reason(reader, finish)
+        rest, reader = b"", self._readers[finish.index]
+        if reader is not None:
+            waiting, logprobs = self._waiting
+            self._waiting = [], []
+            rest = self._said([*waiting, *reader.flush()], logprobs, finish.index)
         wire = rest + b"".join(
             (
                 self._choices[finish.index],
                 b'"delta":{}' if self._chat else b'"text":""',
                 b',"logprobs":null,"finish_reason":"',
-                reason.encode(),
+                _reason(reader, finish).encode(),
                 b'"',
+                self._stopped_by(finish),
                 self._close,
             )
         )
         if not self.is_complete:
             return wire
         if self._include_usage:
-            usage = _json.encode(_usage(self._finishes))
+            usage = _json.encode(self._usage(self._finishes))
             wire += self._open + b',"choices":[],"usage":' + usage + b"}\n\n"
         return wire + _DONE
 
@@ -816,36 +920,63 @@ class Encoder:
                 "logprobs": self._logprobs(logprobs, finish.index) if logprobs else None,
                 "finish_reason": finish.reason,
             }
-            text = "".join(delta.text for delta in deltas)
+            if finish.stop is not None:
+                choice["stop_reason"] = finish.stop
             if self._chat:
-                choice["message"] = {"role": "assistant", "content": text, "refusal": None}
-                if self._tools is not None:
-                    choice |= self._called(text, finish, self._tools)
+                choice["message"] = self._message(deltas, finish)
+                choice["finish_reason"] = _reason(self._readers[finish.index], finish)
             else:
-                choice["text"] = text
+                choice["text"] = "".join(delta.text for delta in deltas)
             choices.append(choice)
-        return _json.encode({**self._head, "choices": choices, "usage": _usage(finishes)})
+        return _json.encode({**self._head, "choices": choices, "usage": self._usage(finishes)})
 
-    def _called(self, text: str, finish: Finish, tools: Tools) -> dict[str, Any]:
-        """A choice's message and reason, where there may be calls in its text."""
-        reader = ToolReader(tools)
-        contents: list[str] = []
+    def _message(self, deltas: Sequence[Delta], finish: Finish) -> dict[str, Any]:
+        """A choice's message, where there may be thoughts and calls in its text."""
+        reader = self._readers[finish.index]
+        said: list[Said] = []
+        if reader is None:
+            said += (Content(delta.text) for delta in deltas)
+        else:
+            said += (each for delta in deltas for each in reader.feed(delta))
+            said += reader.flush()
+        thoughts = "".join(each.text for each in said if isinstance(each, Reasoning))
+        content = "".join(each.text for each in said if isinstance(each, Content))
+        message: dict[str, Any] = {"role": "assistant", "content": content, "refusal": None}
+        if thoughts:
+            message["reasoning_content"] = thoughts
         calls: list[dict[str, Any]] = []
-        for said in reader.feed(text) + reader.flush():
-            if isinstance(said, Content):
-                contents.append(said.text)
-            elif isinstance(said, ToolCall):
-                function = {"name": said.name, "arguments": ""}
-                id = self._call_id(finish.index, said.index)
+        for each in said:
+            if isinstance(each, ToolCall):
+                function = {"name": each.name, "arguments": ""}
+                id = self._call_id(finish.index, each.index)
                 calls.append({"id": id, "type": "function", "function": function})
-            else:
-                calls[said.index]["function"]["arguments"] += said.text
-        message: dict[str, Any] = {"role": "assistant", "content": "".join(contents),
-                                   "refusal": None}  # fmt: skip
+            elif isinstance(each, Arguments):
+                calls[each.index]["function"]["arguments"] += each.text
         if calls:
-            message["content"] = message["content"] or None
+            message["content"] = content or None
             message["tool_calls"] = calls
-        return {"message": message, "finish_reason": _reason(reader, finish)}
+        return message
+
+    def _stopped_by(self, finish: Finish) -> bytes:
+        """Which stop string ended the answer: vLLM's field, and what other APIs than OpenAI's
+        tell their clients."""
+        return b"" if finish.stop is None else b',"stop_reason":' + _json.encode(finish.stop)
+
+    def _usage(self, finishes: Sequence[Finish]) -> dict[str, Any]:
+        """Of all choices together; they share the prompt, which is computed and counted once."""
+        prompt_tokens = max(finish.usage.prompt_tokens for finish in finishes)
+        completion_tokens = sum(finish.usage.completion_tokens for finish in finishes)
+        cached_tokens = min(finish.usage.cached_tokens for finish in finishes)
+        usage: dict[str, Any] = {
+            "prompt_tokens": prompt_tokens,
+            "completion_tokens": completion_tokens,
+            "total_tokens": prompt_tokens + completion_tokens,
+            "prompt_tokens_details": {"cached_tokens": cached_tokens},
+        }
+        if self._chat:
+            thoughts = sum(reader.thoughts for reader in self._readers if reader is not None)
+            usage["completion_tokens_details"] = {"reasoning_tokens": thoughts}
+        return usage
 
     def _logprobs(self, tokens: Sequence[TokenLogprobs], index: int) -> dict[str, Any]:
         if self._chat:
@@ -869,8 +1000,9 @@ class Encoder:
         }
 
 
-def _reason(reader: ToolReader, finish: Finish) -> str:
-    return "tool_calls" if reader.calls and finish.reason == "stop" else finish.reason
+def _reason(reader: AnswerReader | None, finish: Finish) -> str:
+    called = reader is not None and reader.calls and finish.reason == "stop"
+    return "tool_calls" if called else finish.reason
 
 
 def _logprob(entry: Logprob) -> dict[str, Any]:
@@ -887,19 +1019,6 @@ def _token_text(piece: bytes) -> str:
         return piece.decode()
     except UnicodeDecodeError:
         return "bytes:" + "".join(f"\\x{byte:02x}" for byte in piece)
-
-
-def _usage(finishes: Sequence[Finish]) -> dict[str, Any]:
-    """Of all choices together; they share the prompt, which is computed and counted once."""
-    prompt_tokens = max(finish.usage.prompt_tokens for finish in finishes)
-    completion_tokens = sum(finish.usage.completion_tokens for finish in finishes)
-    cached_tokens = min(finish.usage.cached_tokens for finish in finishes)
-    return {
-        "prompt_tokens": prompt_tokens,
-        "completion_tokens": completion_tokens,
-        "total_tokens": prompt_tokens + completion_tokens,
-        "prompt_tokens_details": {"cached_tokens": cached_tokens},
-    }
 
 
 def encode_error(

@@ -9,48 +9,59 @@ Between nodes, an event with text is preceded by a note, a comment in the terms 
     data: {...}
 
 It says that the event shows 5 characters, and that tokens 1234 and 99 have been decoded since the
-last note. Tokens, not text, because the same text may be cut into tokens in several ways, and a
-model that has read other tokens goes on differently.
+last note. If the model thinks, `;17` after it says that 17 tokens of the answer so far were
+thoughts, and `;17+` that these go on.
+
+Tokens, not text, because the same text may be cut into tokens in several ways, and a model that
+has read other tokens goes on differently.
 """
 
 from __future__ import annotations
 
 import re
 import struct
+from collections.abc import Sequence
 
 from meshnode.engine import Continuation, Delta
 from meshnode.errors import RemoteProtocolError, RequestError
 
 __all__ = [
     "CONTINUE_HEADER",
+    "OPENING_NOTE",
     "Progress",
     "join_continuation",
     "note",
-    "opening_note",
     "split_continuation",
 ]
 
 CONTINUE_HEADER = "x-meshnode-continue"
 TOKENS_MAX = 1024 * 1024
 """More than any context here; at 4 bytes each they leave room in a body for the prompt."""
+OPENING_NOTE = b": 0;\n"
+"""What goes before the event that opens an answer, if notes come after it."""
 HELD_BYTES_MAX = 1024 * 1024
 """An answer's end is a few hundred bytes; a peer that holds back more is hostile."""
 
-_NOTE = re.compile(rb": ([0-9]{1,7});((?:[0-9]{1,10}(?:,[0-9]{1,10})*)?)")
-_CONTINUE = re.compile(r"([0-9]{1,7});([0-9]{1,8})")
+_NOTE = re.compile(rb": ([0-9]{1,7});((?:[0-9]{1,10}(?:,[0-9]{1,10})*)?)(?:;([0-9]{1,7})(\+?))?")
+_CONTINUE = re.compile(r"([0-9]{1,7});([0-9]{1,8})(?:;([0-9]{1,7})(\+?))?")
 _TOKEN_END = 2**31
 
 
-def note(delta: Delta) -> bytes:
-    """What goes before the event that shows `delta`; nothing if its tokens are not told."""
-    if not delta.ids:
+def note(deltas: Sequence[Delta], thoughts: int = 0, thinking: bool = False) -> bytes:
+    """What goes before the event that shows `deltas`; nothing if their tokens are not told.
+
+    `thoughts` and `thinking` as in `engine.Continuation`, after this event.
+    """
+    ids = [id for delta in deltas for id in delta.ids]
+    if not ids:
         return b""
-    return b": %d;%b\n" % (len(delta.text), ",".join(map(str, delta.ids)).encode())
+    chars = sum(len(delta.text) for delta in deltas)
+    place = _place(thoughts, thinking)
+    return b": %d;%b%b\n" % (chars, ",".join(map(str, ids)).encode(), place.encode())
 
 
-def opening_note(delta: Delta) -> bytes:
-    """What goes before the event that opens an answer, if `delta` comes after it."""
-    return b": 0;\n" if delta.ids else b""
+def _place(thoughts: int, thinking: bool) -> str:
+    return f";{thoughts}{'+' * thinking}" if thoughts or thinking else ""
 
 
 class Progress:
@@ -63,6 +74,8 @@ class Progress:
     def __init__(self) -> None:
         self._tokens: list[int] = []
         self._chars = 0
+        self._thoughts = 0
+        self._thinking = False
         self._notes = 0
         self._unnoted = 0
         self._held = bytearray()
@@ -96,7 +109,7 @@ class Progress:
         self._held.clear()
         if self._unnoted or not self._notes:
             return None
-        return Continuation(tuple(self._tokens), self._chars)
+        return Continuation(tuple(self._tokens), self._chars, self._thoughts, self._thinking)
 
     def _read(self, written: bytes) -> None:
         found = _NOTE.fullmatch(written)
@@ -108,13 +121,15 @@ class Progress:
         self._notes += 1
         self._chars += int(found[1])
         self._tokens += tokens
+        self._thoughts, self._thinking = int(found[3] or 0), bool(found[4])
 
 
 def join_continuation(continuation: Continuation, body: bytes) -> tuple[str, bytes]:
     """The header's value, and the request's body with the tokens before it."""
     tokens = continuation.tokens
     packed = struct.pack(f">{len(tokens)}I", *tokens)
-    return f"{len(tokens)};{continuation.chars}", packed + body
+    place = _place(continuation.thoughts, continuation.thinking)
+    return f"{len(tokens)};{continuation.chars}{place}", packed + body
 
 
 def split_continuation(value: str, body: bytes) -> tuple[Continuation, bytes]:
@@ -128,4 +143,5 @@ def split_continuation(value: str, body: bytes) -> tuple[Continuation, bytes]:
     tokens = struct.unpack_from(f">{count}I", body)
     if any(token >= _TOKEN_END for token in tokens):
         raise RequestError("A token to go on from is none.", param=CONTINUE_HEADER)
-    return Continuation(tokens, int(found[2])), body[4 * count :]
+    come = Continuation(tokens, int(found[2]), int(found[3] or 0), bool(found[4]))
+    return come, body[4 * count :]

@@ -72,6 +72,17 @@ class SchemaGrammar:
         """Add a rule of one's own; returns its name."""
         return self._add("r", body)
 
+    def mark(self) -> tuple[int, int]:
+        """Where the rules are now, for `forget`."""
+        return len(self._rules), len(self._refs)
+
+    def forget(self, mark: tuple[int, int]) -> None:
+        """Take back all rules since then, of a schema that was refused in its midst."""
+        rules, refs = mark
+        del self._rules[rules:]
+        for ref in list(self._refs)[refs:]:
+            del self._refs[ref]
+
     def text(self, root: str) -> str:
         """The whole grammar in GBNF, `root` being the body of its first rule."""
         return f"root ::= {root}\n" + "\n".join(self._rules) + "\n" + _VALUE

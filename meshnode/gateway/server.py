@@ -4,7 +4,9 @@ Decides which address is bound, who may call from a browser, when a client count
 how a shutdown ends. Does not know routes.
 
 Hypercorn shields its writes from cancellation, so a client that stops reading could hold a task,
-an engine slot and the shutdown for ever. `_ClientStream` bounds that.
+an engine slot and the shutdown for ever. `_ClientStream` bounds that. And of a request that is
+answered before all of its body has come, it ends the task that is just closing the connection, so
+that this stays open and dead. `_EarlyAnswers` sees to that.
 """
 
 from __future__ import annotations
@@ -37,6 +39,12 @@ __all__ = ["serve_api"]
 KEEP_ALIVE_S = 75.0
 # Answers in progress get this long to end when the node stops; service managers kill after 30 s.
 GRACE_S = 10.0
+# A body that is on its way while its request is refused is worth taking off, so that the connection
+# can go on: one of a few packets is here by then.
+DRAIN_S = 0.05
+# After an early answer, whoever still sends must be read, or a reset overtakes the answer. Whoever
+# sends longer has had the time to read that nobody listens.
+LINGER_S = 2.0
 # As many as the kernel holds by default on older Linux; more would only queue.
 BACKLOG = 128
 
@@ -62,7 +70,7 @@ async def serve_api(
     config.include_server_header = False
     config.keep_alive_timeout = KEEP_ALIVE_S
     config.h11_max_incomplete_size = HEAD_BYTES_MAX
-    guarded: AsgiApp = _LoopbackGuard(app) if is_loopback(host) else app
+    guarded: AsgiApp = _EarlyAnswers(_LoopbackGuard(app) if is_loopback(host) else app)
     wrapped = wrap_app(guarded, config.wsgi_max_body_size, "asgi")
     with listening:
         async with trio.open_nursery() as lifespan_nursery:
@@ -206,11 +214,67 @@ class _LoopbackGuard:
         await self._app(scope, receive, send)
 
 
+class _EarlyAnswers:
+    """Lets every answer arrive, also one to a request whose body nobody has read."""
+
+    def __init__(self, app: AsgiApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Message, receive: Any, send: Any) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        exchange = _Exchange(receive, send)
+        await self._app(scope, exchange.receive, exchange.send)
+
+
+class _Exchange:
+    """One request and its answer. Bodies are bounded by those who want them; drained, by time."""
+
+    def __init__(self, receive: Any, send: Any) -> None:
+        self._receive = receive
+        self._send = send
+        self._is_read = False
+        self._is_early = False
+        self._draining = trio.CancelScope()
+
+    async def receive(self) -> Message:
+        """Of the app and of `drain`, which may both be waiting."""
+        message: Message = await self._receive()
+        if not message.get("more_body", False):  # the end of the body, or of the client
+            self._is_read = True
+            self._draining.cancel()
+        return message
+
+    async def send(self, message: Message) -> None:
+        if message["type"] == "http.response.start" and not self._is_read:
+            await self.drain(DRAIN_S)
+            self._is_early = not self._is_read
+            if self._is_early:
+                # The client is told that there will be no other answer on this connection.
+                headers = [*message.get("headers", ()), (b"connection", b"close")]
+                message = {**message, "headers": headers}
+        elif self._is_early and not message.get("more_body", False):
+            await self._send({**message, "more_body": True})
+            await self.drain(LINGER_S)
+            # Hypercorn closes the connection within this call, which takes no time: all is sent.
+            with trio.CancelScope(shield=True):
+                await self._send({**message, "body": b""})
+            return
+        await self._send(message)
+
+    async def drain(self, seconds: float) -> None:
+        """Throw away what is left of the body, for so long at most."""
+        with trio.move_on_after(seconds) as self._draining:
+            while not self._is_read:
+                await self.receive()
+
+
 async def _refuse(send: Any, status: int, code: str, header: str) -> None:
     message = f"This API listens on loopback only and does not answer to this {header}."
-    headers = [(b"content-type", b"application/json")]
-    await send({"type": "http.response.start", "status": status, "headers": headers})
     body = encode_error(message, "invalid_request_error", param=header, code=code)
+    headers = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(body))]
+    await send({"type": "http.response.start", "status": status, "headers": headers})
     await send({"type": "http.response.body", "body": body, "more_body": False})
 
 

@@ -6,7 +6,12 @@ embeddings.
 
 from __future__ import annotations
 
+import json
+import subprocess
+from pathlib import Path
+
 import anthropic
+import jsonschema
 import ollama
 import openai
 import pytest
@@ -17,6 +22,13 @@ ASK = {"model": MODEL_NAME, "temperature": 0}
 # Anthropic's own models no longer take a temperature, so its client has no argument for it.
 MESSAGE = {"model": MODEL_NAME, "extra_body": {"temperature": 0}}
 TURN = [{"role": "user", "content": QUESTION}]
+CITY = {
+    "type": "object",
+    "properties": {"city": {"type": "string", "maxLength": 20}},
+    "required": ["city"],
+    "additionalProperties": False,
+}
+THINKING = {"type": "enabled"}
 OPTIONS = {"temperature": 0, "num_predict": 12}
 
 
@@ -82,6 +94,29 @@ def test_responses_go_on_from_the_one_before(responses: openai.resources.Respons
     assert refused.value.code == "previous_response_not_found"
     with pytest.raises(openai.NotFoundError):
         responses.retrieve(first.id)
+
+
+def test_responses_call_tools_and_keep_to_schemas(responses: openai.resources.Responses) -> None:
+    tool = {"type": "function", "name": "capital", "parameters": CITY, "strict": True}
+    forced = {"tools": [tool], "tool_choice": "required", "parallel_tool_calls": False}
+    first = responses.create(**ASK, input=QUESTION, **forced, max_output_tokens=60)
+    (call,) = first.output
+    jsonschema.validate(json.loads(call.arguments), CITY)
+    with responses.stream(**ASK, input=QUESTION, **forced, max_output_tokens=60) as stream:
+        events = list(stream)
+    deltas = [
+        each.delta for each in events if each.type == "response.function_call_arguments.delta"
+    ]
+    assert len(deltas) > 1, "arguments stream as they come"
+    assert "".join(deltas) == call.arguments
+    result = {"type": "function_call_output", "call_id": call.call_id, "output": "Paris."}
+    second = responses.create(
+        **ASK, input=[result], previous_response_id=first.id, max_output_tokens=8
+    )
+    assert second.output_text
+    form = {"format": {"type": "json_schema", "name": "city", "schema": CITY}}
+    told = responses.create(**ASK, input=QUESTION, text=form, max_output_tokens=60)
+    jsonschema.validate(json.loads(told.output_text), CITY)
 
 
 def test_responses_refuse_by_name(responses: openai.resources.Responses) -> None:
@@ -164,7 +199,7 @@ def test_messages_whole_and_streamed_alike(messages: anthropic.resources.Message
 
 def test_messages_stop_where_told(messages: anthropic.resources.Messages) -> None:
     whole = messages.create(**MESSAGE, messages=TURN, max_tokens=12, stop_sequences=["Paris"])
-    assert whole.stop_reason == "end_turn"
+    assert (whole.stop_reason, whole.stop_sequence) == ("stop_sequence", "Paris")
     assert all("Paris" not in block.text for block in whole.content)
 
 
@@ -172,13 +207,36 @@ def test_messages_refuse_in_anthropics_shape(messages: anthropic.resources.Messa
     with pytest.raises(anthropic.NotFoundError) as unknown:
         messages.create(model="nobody", messages=TURN, max_tokens=1)
     assert unknown.value.body["error"]["type"] == "not_found_error"
-    with pytest.raises(anthropic.BadRequestError, match="`tools`"):
+    with pytest.raises(anthropic.BadRequestError, match="`tools"):
         messages.create(
-            **MESSAGE, messages=TURN, max_tokens=1, tools=[{"name": "f", "input_schema": {}}]
+            **MESSAGE,
+            messages=TURN,
+            max_tokens=1,
+            tools=[{"name": "f", "input_schema": {"type": "array"}}],
+        )
+    with pytest.raises(anthropic.BadRequestError, match=r"`thinking\.type`"):
+        messages.create(
+            model=MODEL_NAME, messages=TURN, max_tokens=1, extra_body={"thinking": THINKING}
         )
     with pytest.raises(anthropic.InternalServerError) as uncounted:
         messages.count_tokens(model=MODEL_NAME, messages=TURN)
     assert uncounted.value.status_code == 501
+
+
+def test_messages_call_tools(messages: anthropic.resources.Messages) -> None:
+    ask = {**MESSAGE, "messages": TURN, "max_tokens": 60}
+    tool = {"name": "capital", "input_schema": CITY}
+    forced = {"tools": [tool], "tool_choice": {"type": "any", "disable_parallel_tool_use": True}}
+    (used,) = messages.create(**ask, **forced).content
+    jsonschema.validate(used.input, CITY)
+    with messages.stream(**ask, **forced) as stream:
+        (streamed,) = stream.get_final_message().content
+    assert (streamed.name, streamed.input) == ("capital", used.input)
+    result = {"type": "tool_result", "tool_use_id": used.id, "content": "Paris is right."}
+    said = {"role": "assistant", "content": [used.model_dump(exclude_none=True)]}
+    turns = [*TURN, said, {"role": "user", "content": [result]}]
+    final = messages.create(**MESSAGE, messages=turns, tools=[tool], max_tokens=12)
+    assert final.usage.output_tokens > 0
 
 
 # ---------------------------------------------------------------------------------------------
@@ -201,6 +259,16 @@ def test_ollama_generates_as_it_chats(llama: ollama.Client) -> None:
     told = llama.generate(MODEL_NAME, QUESTION, options=OPTIONS)
     chatted = llama.chat(MODEL_NAME, messages=TURN, options=OPTIONS)
     assert told.response == chatted.message.content
+
+
+def test_ollama_keeps_to_schemas_and_is_told_of_tools(llama: ollama.Client) -> None:
+    options = {**OPTIONS, "num_predict": 60}
+    told = llama.chat(MODEL_NAME, messages=TURN, options=options, format=CITY)
+    jsonschema.validate(json.loads(told.message.content or ""), CITY)
+    tool = {"type": "function", "function": {"name": "capital", "parameters": CITY}}
+    free = llama.chat(MODEL_NAME, messages=TURN, options=OPTIONS, tools=[tool])
+    assert free.message.content or free.message.tool_calls
+    assert "tools" in (llama.show(MODEL_NAME).capabilities or [])
 
 
 def test_ollama_embeds(llama: ollama.Client) -> None:
@@ -234,17 +302,49 @@ def test_ollama_refuses_by_name(llama: ollama.Client) -> None:
 # ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("provider", "path"), [("openai", "/v1"), ("anthropic", ""), ("ollama_chat", "")]
-)
-def test_litellm(node: NodeProcess, provider: str, path: str) -> None:
-    litellm = pytest.importorskip("litellm", reason="pins an older openai than ours")
-    answer = litellm.completion(
-        model=f"{provider}/{MODEL_NAME}",
-        messages=TURN,
-        max_tokens=12,
-        temperature=0,
-        api_base=f"{node.url}{path}",
-        api_key="none",
+CLIENTS = Path(__file__).parents[2] / ".cache" / "clients" / "bin"
+
+
+def client(name: str) -> str:
+    """A program of a client that is not in our own environment."""
+    program = CLIENTS / name
+    if not program.exists():
+        pytest.skip("not installed; `make clients` does it")
+    return str(program)
+
+
+def test_litellm(node: NodeProcess) -> None:
+    """In one process: it takes seconds to be imported."""
+    script = str(Path(__file__).with_name("ask_litellm.py"))
+    providers = ["openai", "anthropic", "ollama_chat"]
+    asked = [client("python"), script, node.url, MODEL_NAME, QUESTION, *providers]
+    done = subprocess.run(asked, capture_output=True, timeout=HANG_S, check=False, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    answers = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    assert len(answers) == len(providers)
+    for answer in answers:
+        assert "Paris" in answer["text"]
+        assert answer["streamed"] == answer["text"]
+        assert 1 <= answer["tokens"] <= 12
+
+
+# ---------------------------------------------------------------------------------------------
+# schemathesis
+# ---------------------------------------------------------------------------------------------
+
+SCHEMATHESIS_S = 1500
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(SCHEMATHESIS_S + 60)
+def test_schemathesis_finds_no_5xx(node: NodeProcess) -> None:
+    asked = [
+        *(client("schemathesis"), "run", f"{node.url}/openapi.json"),
+        *("-c", "not_a_server_error,content_type_conformance,unsupported_method"),
+        *("--max-examples", "25", "--phases", "examples,coverage,fuzzing"),
+        *("--request-timeout", str(int(HANG_S))),
+    ]
+    done = subprocess.run(
+        asked, capture_output=True, timeout=SCHEMATHESIS_S, check=False, text=True
     )
-    assert "Paris" in answer.choices[0].message.content
+    assert done.returncode == 0, done.stdout[-6000:]

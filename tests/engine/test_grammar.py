@@ -13,6 +13,7 @@ import jsonschema
 import pytest
 
 from meshnode.engine import (
+    After,
     ChatMessage,
     Continuation,
     Finish,
@@ -165,3 +166,26 @@ async def test_what_is_no_grammar_is_refused_and_nobody_dies(engine: EngineProce
     text, _, _ = await run(engine, ask('root ::= "a" [\\uFFFF]', max_tokens=20))
     assert text.startswith("a")
     assert engine.pid == pid
+
+
+CALL = r"""root ::= "\n{\"name\": \"f\", \"city\": \"" [A-Z] [a-z]{2,9} "\"}\n</tool_call>"
+"""
+CALLED = re.compile(r'\n\{"name": "f", "city": "[A-Z][a-z]{2,9}"\}\n</tool_call>')
+
+
+async def test_a_lazy_grammar_leaves_text_free_and_then_binds(engine: EngineProcess) -> None:
+    """However wildly it is drawn, and whether the word's last token is drawn here or elsewhere."""
+    lazy = Grammar(CALL, "tools", After(("<tool_call>",)))
+    _, (last, *_), _ = await run(engine, ask('root ::= ">"'))
+    for known, bias in (("Well: <tool_call>", ()), ("Well: <tool_call", ((last, 100.0),))):
+        _, ids, _ = await run(engine, ask(f'root ::= "{known}"'))
+        for seed in range(3):
+            sampling = replace(WILD, seed=seed, logit_bias=bias)
+            come = Continuation(ids, len(known))
+            request = replace(ask("", continuation=come, sampling=sampling), grammar=lazy)
+            said, _, finish = await run(engine, request)
+            assert CALLED.fullmatch(said.removeprefix("<tool_call>"[len(known) - 6 :])), said
+            assert finish.reason == "stop"
+    free, _, _ = await run(engine, replace(ask("", max_tokens=20), grammar=lazy))
+    plain, _, _ = await run(engine, replace(ask("", max_tokens=20), grammar=None))
+    assert free == plain

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+import struct
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import jsonschema
 import pytest
 import trio
 
-from meshnode.engine import Engine, ModelCard
+from meshnode.engine import ChatStyle, Engine, ModelCard
 from meshnode.engine.process import EngineOptions, EngineProcess
 from meshnode.errors import RequestError
 from meshnode.gateway.answer import Ask, answer_locally
@@ -170,3 +173,91 @@ async def test_llamas_own_settings_are_accepted(api: Engine) -> None:
     assert status == 200
     status, _ = await post(api, temperature=0.9, mirostat=2, max_tokens=5)
     assert status == 200
+
+
+# --- a model that thinks -------------------------------------------------------------------------
+
+# Thinks like Qwen3: by itself, unless it is told not to.
+THINKING = (
+    b"{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    b"<|im_start|>assistant\n{% if enable_thinking is false %}<think></think>{% endif %}"
+)
+
+
+@pytest.fixture(scope="module")
+def thinking_path(q4_0_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same file with another chat template in the place of its own, padded to its length."""
+    data = q4_0_path.read_bytes()
+    at = data.index(b"tokenizer.chat_template") + len(b"tokenizer.chat_template") + 4
+    (length,) = struct.unpack_from("<Q", data, at)
+    padding = b"{#" + b" " * (length - len(THINKING) - 4) + b"#}"
+    path = tmp_path_factory.mktemp("thinking") / "thinks.gguf"
+    path.write_bytes(data[: at + 8] + THINKING + padding + data[at + 8 + length :])
+    assert path.stat().st_size == len(data)
+    return path
+
+
+async def test_thoughts_are_told_apart(q4_0_card: ModelCard, thinking_path: Path) -> None:
+    card = replace(q4_0_card, path=str(thinking_path))
+    said = "<think>France. \\n</think>\\n\\nParis </b>."
+    forced = {"grammar": f'root ::= "{said}"'}
+    with trio.fail_after(HANG_S):
+        async with trio.open_nursery() as nursery:
+            engine = EngineProcess(card, OPTIONS)
+            await nursery.start(engine.run)
+            await engine.wait_ready()
+            assert engine.stats().style == ChatStyle("may", "may", "none")
+            _, whole = await post(engine, **forced)
+            message = whole["choices"][0]["message"]
+            assert (message["reasoning_content"], message["content"]) == ("France.", "Paris </b>.")
+            usage = whole["usage"]
+            thoughts = usage["completion_tokens_details"]["reasoning_tokens"]
+            assert 3 < thoughts < usage["completion_tokens"]
+            options = {"stream": True, "stream_options": {"include_usage": True}}
+            _, chunks = await post(engine, **forced, **options)
+            deltas = [each["choices"][0]["delta"] for each in chunks if each["choices"]]
+            assert "".join(each.get("reasoning_content", "") for each in deltas) == "France."
+            assert "".join(each.get("content", "") for each in deltas) == "Paris </b>."
+            assert chunks[-1]["usage"]["completion_tokens_details"]["reasoning_tokens"] == thoughts
+            # Told not to think, it says what it says.
+            off = {"chat_template_kwargs": {"enable_thinking": False}}
+            _, plain = await post(engine, **forced, **off)
+            assert plain["choices"][0]["message"]["content"].startswith("<think>France.")
+            status, refused = await post(engine, reasoning_effort="low")
+            assert (status, refused["error"]["param"]) == (400, "reasoning_effort")
+            # An answer that must be JSON is so after the thoughts, which are free.
+            form = {"type": "json_schema", "json_schema": {"name": "x", "schema": PARAMETERS}}
+            turns = [
+                turn
+                for city in ("Oslo", "Bonn", "Lima")
+                for turn in (
+                    {"role": "user", "content": city},
+                    {"role": "assistant",
+                     "content": f'<think>Ok.</think>{{"city": "{city}", "days": 1}}'},
+                )
+            ]  # fmt: skip
+            turns.append({"role": "user", "content": "Rome"})
+            _, told = await post(engine, messages=turns, response_format=form)
+            message = told["choices"][0]["message"]
+            assert message["reasoning_content"]
+            jsonschema.validate(json.loads(message["content"]), PARAMETERS)
+            nursery.cancel_scope.cancel()
+
+
+async def test_a_call_that_may_be_is_valid_once_it_begins(api: Engine) -> None:
+    """A small model is led to the word by the conversation, and everything after it is forced."""
+    turns = []
+    for city in ("Oslo", "Bonn", "Lima"):
+        function = {"name": "weather", "arguments": json.dumps({"city": city, "days": 1})}
+        called = {"id": city, "type": "function", "function": function}
+        turns += [
+            {"role": "user", "content": f"Weather in {city}?"},
+            {"role": "assistant", "content": None, "tool_calls": [called]},
+        ]
+    turns.append({"role": "user", "content": "Weather in Rome?"})
+    _, free = await post(api, messages=turns, tools=[WEATHER, CLOCK], max_tokens=120)
+    (choice,) = free["choices"]
+    assert choice["finish_reason"] == "tool_calls", choice
+    for call in choice["message"]["tool_calls"]:
+        if call["function"]["name"] == "weather":
+            jsonschema.validate(json.loads(call["function"]["arguments"]), PARAMETERS)

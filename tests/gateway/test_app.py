@@ -53,6 +53,7 @@ async def test_chat_answers_whole(api):
         "completion_tokens": 5,
         "total_tokens": 8,
         "prompt_tokens_details": {"cached_tokens": 1},
+        "completion_tokens_details": {"reasoning_tokens": 0},
     }
     assert response.headers["x-meshnode-served-by"] == "peer-a"
     assert response.headers["x-meshnode-route"] == "local"

@@ -12,6 +12,7 @@ from meshnode.engine import (
     IMAGES_BYTES_MAX,
     IMAGES_MAX,
     ChatMessage,
+    FunctionCall,
     Image,
     images_of,
 )
@@ -19,7 +20,7 @@ from meshnode.engine.echo import EchoEngine
 from meshnode.errors import NoVisionError, RequestError
 from meshnode.gateway.app import create_api_app
 from meshnode.gateway.images import content_of
-from meshnode.gateway.openai import decode_chat
+from meshnode.gateway.openai import decode_chat, message_json
 from meshnode.gateway.session import session_key
 from meshnode.transport.http import BODY_BYTES_MAX
 from tests.fakes import MODEL, WordEngine, local_mesh
@@ -55,6 +56,16 @@ def test_images_stand_where_they_stood():
     again = message(*content_of(told))
     assert again == told
     assert content_of(ChatMessage("user", "x")) == "x"
+
+
+def test_a_conversation_that_was_kept_goes_on_as_it_was():
+    turns = (
+        message(say("a"), see(detail="low")),
+        ChatMessage("assistant", "b", reasoning="hm", calls=(FunctionCall("c", "f", "{}"),)),
+        ChatMessage("tool", "42", call_id="c"),
+    )
+    body = {"model": MODEL, "messages": [message_json(turn) for turn in turns]}
+    assert decode_chat(json.dumps(body).encode()).prompt == turns
 
 
 @pytest.mark.parametrize(

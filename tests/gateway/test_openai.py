@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from meshnode.engine import (
     ChatMessage,
+    Continuation,
     Delta,
     Finish,
     Logprob,
@@ -150,14 +151,14 @@ REFUSED = [
     ({"tools": [F], "response_format": {"type": "json_object"}}, "response_format"),
     ({"tools": [F], "grammar": 'root ::= "a"'}, "grammar"),
     ({"tools": [F], "logprobs": True}, "logprobs"),
-    ({"tools": [function(strict=True)]}, "tools[0].function.strict"),
     ({"tools": [function(parameters={"type": "string"})]}, "tools[0].function.parameters"),
     (
         {
             "tools": [
-                function(parameters={"type": "object", "properties": {"a": {"not": {}}}}),
+                function(
+                    parameters={"type": "object", "properties": {"a": {"not": {}}}}, strict=True
+                ),
             ],
-            "tool_choice": "required",
         },
         "tools[0].function.parameters.properties.a.not",
     ),
@@ -188,7 +189,16 @@ REFUSED = [
     ({"modalities": ["text", "audio"]}, "modalities"),
     ({"store": True}, "store"),
     ({"service_tier": "priority"}, "service_tier"),
-    ({"reasoning_effort": "high"}, "reasoning_effort"),
+    ({"reasoning_effort": "hard"}, "reasoning_effort"),
+    (
+        {"reasoning_effort": "none", "chat_template_kwargs": {"enable_thinking": True}},
+        "reasoning_effort",
+    ),
+    ({"chat_template_kwargs": {"x": 1}}, "chat_template_kwargs.x"),
+    (
+        {"messages": [{"role": "user", "content": "x", "reasoning_content": "y"}]},
+        "messages[0].reasoning_content",
+    ),
     ({"max_tokens": 0}, "max_tokens"),
     ({"max_tokens": "3"}, "max_tokens"),
     ({"max_tokens": 3, "max_completion_tokens": 3}, "max_completion_tokens"),
@@ -361,7 +371,7 @@ def test_logprobs_of_a_chat():
 def test_logprobs_of_a_text_go_on_counting_characters():
     call = text(logprobs=2, stream=True)
     assert call.logprobs == 2
-    encoder = Encoder(call, "id", "ab" * 32, 1, chars_shown=10)
+    encoder = Encoder(call, "id", "ab" * 32, 1, continuation=Continuation((), 10))
     told = []
     for _ in range(2):
         chunk = json.loads(encoder.delta(Delta("hi", logprobs=(SAID,)))[6:])

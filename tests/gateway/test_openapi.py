@@ -63,4 +63,4 @@ def test_bodies_say_what_they_need_and_allow(path: str, required: set[str]) -> N
 
 def test_a_field_that_does_not_work_says_so() -> None:
     assert schema("/v1/responses")["properties"]["background"] == {"enum": [None, False]}
-    assert schema("/api/chat")["properties"]["think"] == {"enum": [None, False]}
+    assert schema("/api/chat")["properties"]["logprobs"] == {"enum": [None, False]}

@@ -16,10 +16,10 @@ from meshnode.gateway import Candidate
 from meshnode.gateway import answer as answer_module
 from meshnode.gateway.resume import (
     HELD_BYTES_MAX,
+    OPENING_NOTE,
     Progress,
     join_continuation,
     note,
-    opening_note,
     split_continuation,
 )
 from tests.fakes import DIGEST, MODEL, WordEngine, tunnel_to
@@ -217,12 +217,12 @@ async def test_a_feature_that_cannot_be_resumed_ends_with_an_error(nursery):
 
 
 def event(delta: Delta) -> bytes:
-    return note(delta) + b"data: " + delta.text.encode() + b"\n\n"
+    return note([delta]) + b"data: " + delta.text.encode() + b"\n\n"
 
 
 def test_notes_are_taken_off_and_added_up() -> None:
     progress = Progress()
-    opening = opening_note(Delta("a", 1, (1,))) + b"data: opening\n\n"
+    opening = OPENING_NOTE + b"data: opening\n\n"
     assert progress.feed(opening) == b"data: opening\n\n"
     assert progress.continuation() == Continuation((), 0)
     assert progress.feed(event(Delta("héé", 2, (7, 8))) + event(Delta("x", 1, (9,)))) == (
@@ -271,7 +271,9 @@ def test_a_continuation_travels_before_the_body(tokens: list[int], chars: int, b
     assert split_continuation(*join_continuation(continuation, body)) == (continuation, body)
 
 
-@pytest.mark.parametrize("value", ["x", "1", "1;", "-1;1", "3;1", "1048577;1", "1;1;1", "1;1 "])
+@pytest.mark.parametrize(
+    "value", ["x", "1", "1;", "-1;1", "3;1", "1048577;1", "1;1;", "1;1;1-", "1;1 "]
+)
 def test_nonsense_to_go_on_from_is_refused(value: str) -> None:
     with pytest.raises(RequestError):
         split_continuation(value, b"\0" * 9)

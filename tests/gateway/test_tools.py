@@ -8,9 +8,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from meshnode.engine import ChatMessage, Delta, Finish, Usage
+from meshnode.engine import ChatMessage, ChatStyle, Delta, Finish, FunctionCall, Image, Usage
+from meshnode.errors import RequestError
+from meshnode.gateway.calls import CALL_WORDS, CallReader
 from meshnode.gateway.openai import Encoder, decode_chat
-from meshnode.gateway.tools import Arguments, Call, Content, Function, ToolReader, Tools
+from meshnode.gateway.said import Arguments, Call, Content
+from meshnode.gateway.tools import Function, Tools, in_plain_words
 
 WEATHER = {
     "type": "object",
@@ -22,12 +25,12 @@ TOOLS = Tools((Function("weather", "Of a city", WEATHER, "p"), Function("t-2", N
               "auto", True)  # fmt: skip
 USER = ChatMessage("user", "hi")
 ONE = '<tool_call>\n{"name": "weather", "arguments": {"city": "a}\\"b"}}\n</tool_call>'
-TWO = '<tool_call>{"arguments": {}, "name": "t-2"}</tool_call>'
+TWO = '<tool_call>\n{"name": "t-2", "arguments": {}}\n</tool_call>'
 
 
-def read(text, cuts=()):
+def read(text, cuts=(), style="hermes"):
     """What a reader says of a text that comes in pieces, neighbours joined."""
-    reader = ToolReader(TOOLS)
+    reader = CallReader(CALL_WORDS[style], TOOLS.names)
     events, begin = [], 0
     for end in (*sorted(cuts), len(text)):
         events += reader.feed(text[begin:end])
@@ -45,37 +48,50 @@ def read(text, cuts=()):
 
 
 FIRST = [Call(0, "weather"), Arguments(0, '{"city": "a}\\"b"}')]
+BOTH = [*FIRST, Call(1, "t-2"), Arguments(1, "{}")]
+ARRAY = (
+    '[TOOL_CALLS][{"name": "weather", "arguments": {"city": "a}\\"b"}, "id": "a1"}, '
+    '{"name": "t-2", "arguments": {}}]'
+)
+OBJECT = '{"name": "weather", "parameters": {"city": "a}\\"b"}}'
 UNKNOWN = '<tool_call>{"name": "x", "arguments": {}}'
 MISSHAPEN = '<tool_call>{"name": ["weather"]}</tool_call>'
 READ = [
-    ("plain", [Content("plain")]),
-    (" plain <tool ", [Content(" plain <tool ")]),
-    (ONE, FIRST),
-    (f"Well.\n{ONE}", [Content("Well."), *FIRST]),
-    (f"{ONE}\n{TWO}", [*FIRST, Call(1, "t-2"), Arguments(1, "{}")]),
-    (f"{ONE} and", [*FIRST, Content(" and")]),
-    ('<tool_call>{"name": "weather", "arguments": {"ci', [FIRST[0], Arguments(0, '{"ci')]),
-    ("<tool_call>\nsorry</tool_call>!", [Content("<tool_call>\nsorry</tool_call>!")]),
-    (UNKNOWN, [Content(UNKNOWN)]),
-    (MISSHAPEN, [Content(MISSHAPEN)]),
-    ("<tool_call>", [Content("<tool_call>")]),
+    ("hermes", "plain", [Content("plain")]),
+    ("hermes", " plain <tool ", [Content(" plain <tool ")]),
+    ("hermes", ONE, FIRST),
+    ("hermes", f"Well.\n{ONE}", [Content("Well."), *FIRST]),
+    ("hermes", f"{ONE}\n{TWO}", BOTH),
+    ("hermes", f"{ONE} and", [*FIRST, Content(" and")]),
+    ("hermes", f"{ONE}\n<tool_call>\n{{", FIRST),
+    ("hermes", ONE[:49], [FIRST[0], Arguments(0, '{"ci')]),
+    ("hermes", "<tool_call>\nsorry</tool_call>!", [Content("<tool_call>\nsorry</tool_call>!")]),
+    ("hermes", UNKNOWN, [Content(UNKNOWN)]),
+    ("hermes", MISSHAPEN, [Content(MISSHAPEN)]),
+    ("hermes", "<tool_call>", [Content("<tool_call>")]),
+    ("mistral", ARRAY, BOTH),
+    ("mistral", "Hm " + ARRAY, [Content("Hm"), *BOTH]),
+    ("mistral", ARRAY[:-1], BOTH),
+    ("mistral", "[TOOL_CALLS]x", [Content("[TOOL_CALLS]x")]),
+    ("llama", OBJECT, FIRST),
+    ("llama", "\n<|python_tag|>" + OBJECT, FIRST),
+    ("llama", '{"type": "function", ' + OBJECT[1:], FIRST),
+    ("llama", "So: " + OBJECT, [Content("So: " + OBJECT)]),
+    ("llama", '{"name": "x", "parameters": {}}', [Content('{"name": "x", "parameters": {}}')]),
+    ("llama", '{"na', [Content('{"na')]),
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("text", "said"), READ)
-def test_what_an_answer_says(text, said):
-    assert read(text) == said
-
-
-@given(st.sampled_from(READ), st.lists(st.integers(0, 150), max_size=8))
-def test_it_says_the_same_wherever_it_is_cut(case, cuts):
-    text, said = case
-    assert read(text, [min(cut, len(text)) for cut in cuts]) == said
-    assert read(text, range(len(text))) == said
+@pytest.mark.parametrize(("style", "text", "said"), READ)
+@given(cuts=st.lists(st.integers(0, 150), max_size=8))
+def test_an_answer_says_the_same_wherever_it_is_cut(style, text, said, cuts):
+    assert read(text, (), style) == said
+    assert read(text, [min(cut, len(text)) for cut in cuts], style) == said
+    assert read(text, range(len(text)), style) == said
 
 
 def test_arguments_are_told_as_they_come():
-    reader = ToolReader(TOOLS)
+    reader = CallReader(CALL_WORDS["hermes"], TOOLS.names)
     assert reader.feed('<tool_call>{"name": "weather", "arguments": {"ci') == [
         Call(0, "weather"),
         Arguments(0, '{"ci'),
@@ -84,11 +100,29 @@ def test_arguments_are_told_as_they_come():
 
 
 def test_the_tools_stand_in_the_system_message():
-    added = TOOLS.introduce([USER])
+    added = in_plain_words([USER], TOOLS)
     assert [message.role for message in added] == ["system", "user"]
     assert '{"type": "function", "function": {"name": "t-2", "parameters": {}}}' in added[0].content
-    appended = TOOLS.introduce([ChatMessage("system", "Be brief."), USER])
+    appended = in_plain_words([ChatMessage("system", "Be brief."), USER], TOOLS)
     assert appended[0].content == "Be brief.\n\n" + added[0].content
+
+
+def test_plain_words_and_pictures_go_together():
+    picture = Image(b"1", 1)
+    called = (FunctionCall("c", "f", "{}"),)
+    turns = [
+        ChatMessage("system", "Be brief."),
+        ChatMessage("user", "hi", (picture,)),
+        ChatMessage("assistant", "hm", reasoning="so", calls=called),
+        ChatMessage("tool", "42", call_id="c"),
+        ChatMessage("user", "ho", (picture,)),
+    ]
+    plain = in_plain_words(turns, TOOLS)
+    assert [turn.role for turn in plain] == ["system", "user", "assistant", "user", "user"]
+    assert [turn.images for turn in plain] == [turn.images for turn in turns]
+    assert plain[2].reasoning == "so"
+    assert not plain[2].calls
+    assert "42" in plain[3].content
 
 
 def ask(**fields):
@@ -113,7 +147,11 @@ def test_earlier_calls_and_results_go_back_into_the_models_words():
         {"role": "tool", "tool_call_id": "d", "content": "rainy"},
     ]
     said = '<tool_call>\n{"name": "weather", "arguments": {"city": "Rome"}}\n</tool_call>'
-    assert ask(messages=conversation).prompt == (
+    asked = ask(messages=conversation)
+    called = FunctionCall("c", "weather", '{"city": "Rome"}')
+    assert asked.prompt[1] == ChatMessage("assistant", "", calls=(called, called))
+    assert asked.request("r", b"", ChatStyle(calls="mistral")).prompt == asked.prompt
+    assert asked.request("r", b"", ChatStyle()).prompt == (
         USER,
         ChatMessage("assistant", f"{said}\n{said}"),
         ChatMessage("user", "<tool_response>\nsunny\n</tool_response>\n"
@@ -121,19 +159,45 @@ def test_earlier_calls_and_results_go_back_into_the_models_words():
     )  # fmt: skip
 
 
+def grammar(style=None, **fields):
+    return ask(**fields).request("r", b"", ChatStyle(calls=style)).grammar
+
+
 def test_choices():
     tools = [tool("weather", WEATHER), tool("t-2")]
-    auto = ask(tools=tools)
-    assert (auto.tools.choice, auto.grammar, auto.stop) == ("auto", None, ())
-    assert not auto.is_resumable
-    assert ask(tools=tools, parallel_tool_calls=False).stop == ("</tool_call>",)
+    auto = grammar(tools=tools)
+    assert auto.after.words == ("<tool_call>",)
+    assert "{0,7}" in auto.gbnf
+    assert not ask(tools=tools).is_resumable
+    assert "{0,7}" not in grammar(tools=tools, parallel_tool_calls=False).gbnf
     none = ask(tools=tools, tool_choice="none")
-    assert (none.tools, none.prompt) == (None, (USER,))
-    required = ask(tools=tools, tool_choice="required").grammar
+    assert (none.tools, none.prompt, none.grammar) == (None, (USER,), None)
+    required = grammar(tools=tools, tool_choice="required")
+    assert required.after is None
     assert "weather" in required.gbnf
     assert "t-2" in required.gbnf
-    named = ask(tools=tools, tool_choice={"type": "function", "function": {"name": "t-2"}})
-    assert "weather" not in named.grammar.gbnf
+    named = grammar(tools=tools, tool_choice={"type": "function", "function": {"name": "t-2"}})
+    assert "weather" not in named.gbnf
+
+
+def test_a_template_that_knows_tools_is_given_them():
+    asked = ask(tools=[tool("weather", WEATHER)])
+    request = asked.request("r", b"", ChatStyle("opened", calls="mistral"))
+    assert (request.prompt, request.shown) == ((USER,), ("[TOOL_CALLS]",))
+    assert json.loads(request.tools[0])["function"]["parameters"] == WEATHER
+    assert request.grammar.after.thinking == "opened"
+    assert asked.request("r", b"", ChatStyle()).tools == ()
+    llama = grammar("llama", tools=[tool("weather", WEATHER)], tool_choice="required")
+    assert '"{\\"name\\":"' in llama.gbnf
+
+
+def test_a_schema_that_cannot_be_promised_is_only_refused_if_it_is_strict():
+    schema = {"type": "object", "properties": {"a": {"type": "string", "pattern": "x+"}}}
+    assert "object" in grammar(tools=[tool("f", schema)]).gbnf
+    strict = {"type": "function", "function": {"name": "f", "parameters": schema, "strict": True}}
+    with pytest.raises(RequestError) as refused:
+        ask(tools=[strict])
+    assert refused.value.param == "tools[0].function.parameters.properties.a.pattern"
 
 
 def test_the_shapes_of_calls():

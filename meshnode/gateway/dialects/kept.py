@@ -52,9 +52,14 @@ class Kept:
     def size(self) -> int:
         # Four bytes hold any character. Turns share their beginnings; counted in full, the bound
         # holds also when only the last of them is left.
-        text = sum(4 * len(message.content) for message in self.conversation)
+        text = sum(4 * _chars(message) for message in self.conversation)
         images = sum(len(image.data) for message in self.conversation for image in message.images)
         return OVERHEAD_BYTES * (1 + len(self.conversation)) + len(self.wire) + text + images
+
+
+def _chars(message: ChatMessage) -> int:
+    calls = sum(len(call.name) + len(call.arguments) for call in message.calls)
+    return len(message.content) + len(message.reasoning) + calls
 
 
 @dataclass(slots=True)

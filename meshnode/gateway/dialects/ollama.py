@@ -8,21 +8,33 @@ A stream is one JSON object a line, and is what a client gets that does not say 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from functools import partial
 from typing import Annotated, Any, Literal
 
 import msgspec
 
-from meshnode.engine import Finish, ModelCard
+from meshnode.engine import PENALTY_TOKENS_MAX, ModelCard
 from meshnode.errors import RequestError
 from meshnode.gateway import ServedModel
-from meshnode.gateway.dialects import Asked, Name, ask, read_error, stop_of
+from meshnode.gateway.dialects import (
+    Asked,
+    End,
+    Name,
+    Told,
+    arguments_object,
+    ask,
+    given,
+    read_error,
+    stop_of,
+)
 from meshnode.gateway.embeddings import Embed, Vectors, embed_of, floats
 from meshnode.gateway.fields import Shape, decode_body, refuse_unsupported, unsupported
 from meshnode.gateway.images import bare_image
-from meshnode.gateway.openai import TOKEN_ID_MAX, Call
+from meshnode.gateway.openai import TOKEN_ID_MAX
+from meshnode.gateway.openai import Call as ChatCall
+from meshnode.gateway.said import Arguments, Call, Content, Reasoning, Said
 
 __all__ = [
     "API_VERSION",
@@ -62,10 +74,13 @@ class _Options(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     frequency_penalty: _Penalty | None = None
     presence_penalty: _Penalty | None = None
     stop: str | list[str] | None = None
-    mirostat: Any = None
+    mirostat: Literal[0, 1, 2] | None = None
+    mirostat_tau: Annotated[float, msgspec.Meta(gt=0.0, le=100.0)] | None = None
+    mirostat_eta: Annotated[float, msgspec.Meta(gt=0.0, le=1.0)] | None = None
+    repeat_penalty: Annotated[float, msgspec.Meta(gt=0.0, le=10.0)] | None = None
+    repeat_last_n: Annotated[int, msgspec.Meta(ge=-1, le=PENALTY_TOKENS_MAX)] | None = None
+    typical_p: _Share | None = None
     num_ctx: Any = None
-    repeat_penalty: Any = None
-    typical_p: Any = None
 
 
 class _Body(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
@@ -73,25 +88,50 @@ class _Body(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     stream: bool | None = None
     options: _Options | None = None
     keep_alive: str | float | None = None  # harmless: models stay loaded
-    format: Any = None
-    think: Any = None
+    format: Literal["", "json"] | dict[str, Any] | None = None
+    think: bool | Literal["low", "medium", "high"] | None = None
     logprobs: Any = None
     top_logprobs: Any = None
 
 
+class _CalledFunction(msgspec.Struct, forbid_unknown_fields=True):
+    name: str
+    arguments: dict[str, Any] = {}
+    description: Any = None
+    index: int | None = None
+
+
+class _ToolCall(msgspec.Struct, forbid_unknown_fields=True):
+    function: _CalledFunction
+    id: str | None = None
+    type: Literal["function"] | None = None
+
+
+class _Function(msgspec.Struct, forbid_unknown_fields=True):
+    name: str
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = None
+
+
+class _Tool(msgspec.Struct, forbid_unknown_fields=True):
+    function: _Function
+    type: Literal["function"] | None = None
+
+
 class _Message(msgspec.Struct, forbid_unknown_fields=True):
-    role: Literal["system", "user", "assistant"]
-    content: str
+    role: Literal["system", "user", "assistant", "tool"]
+    content: str = ""
     images: list[str] | None = None
-    thinking: Any = None
-    tool_calls: Any = None
-    tool_name: Any = None
-    tool_call_id: Any = None
+    thinking: str | None = None
+    tool_calls: list[_ToolCall] | None = None
+    tool_name: str | None = None
+    tool_call_id: str | None = None
 
 
 class _ChatBody(_Body, forbid_unknown_fields=True, kw_only=True):
     messages: Annotated[list[_Message], msgspec.Meta(min_length=1)]
-    tools: Any = None
+    tools: list[_Tool] | None = None
 
 
 class _GenerateBody(_Body, forbid_unknown_fields=True, kw_only=True):
@@ -127,18 +167,12 @@ class _ShowBody(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
 
 
 _NEUTRAL_OPTIONS: Mapping[str, tuple[Any, ...]] = {
-    "mirostat": (0,),
     "num_ctx": (),
-    "repeat_penalty": (1, 1.0),
-    "typical_p": (1, 1.0),
 }
 _NEUTRAL_BODY: Mapping[str, tuple[Any, ...]] = {
-    "format": ("",),
-    "think": (False,),
     "logprobs": (False,),
     "top_logprobs": (0,),
 }
-_NEUTRAL_CHAT: Mapping[str, tuple[Any, ...]] = {**_NEUTRAL_BODY, "tools": ([],)}
 _NEUTRAL_GENERATE: Mapping[str, tuple[Any, ...]] = {
     **_NEUTRAL_BODY,
     "context": ([],),
@@ -146,20 +180,25 @@ _NEUTRAL_GENERATE: Mapping[str, tuple[Any, ...]] = {
     "suffix": ("",),
     "template": ("",),
 }
-_NEUTRAL_MESSAGE: Mapping[str, tuple[Any, ...]] = {
-    "thinking": ("",),
-    "tool_calls": ([],),
-    "tool_name": ("",),
-    "tool_call_id": ("",),
-}
+_NEUTRAL_CALL: Mapping[str, tuple[Any, ...]] = {"description": ("",)}
 _NEUTRAL_OLD_EMBED: Mapping[str, tuple[Any, ...]] = {"options": ({},)}
 _NEUTRAL_EMBED: Mapping[str, tuple[Any, ...]] = {**_NEUTRAL_OLD_EMBED, "truncate": (False,)}
 _NEUTRAL_SHOW: Mapping[str, tuple[Any, ...]] = {"verbose": (False,)}
+_FIELD_ROLES = (("images", "user"), ("thinking", "assistant"), ("tool_calls", "assistant"),
+                ("tool_name", "tool"), ("tool_call_id", "tool"))  # fmt: skip
 _WITHIN: Mapping[type[msgspec.Struct], Mapping[str, tuple[Any, ...]]] = {
     _Options: _NEUTRAL_OPTIONS,
-    _Message: _NEUTRAL_MESSAGE,
+    _CalledFunction: _NEUTRAL_CALL,
 }
-CHAT_SHAPE = Shape(_ChatBody, {**_WITHIN, _ChatBody: _NEUTRAL_CHAT})
+# What fields of the chat request are called here.
+_NAMES = (
+    (r"response_format\.json_schema\.schema", "format"),
+    (r"response_format", "format"),
+    (r"reasoning_effort", "think"),
+    (r"chat_template_kwargs\.enable_thinking", "think"),
+    (r"(mirostat|top_k|top_p|min_p|typical_p|repeat_penalty)$", r"options.\1"),
+)
+CHAT_SHAPE = Shape(_ChatBody, {**_WITHIN, _ChatBody: _NEUTRAL_BODY})
 GENERATE_SHAPE = Shape(_GenerateBody, {**_WITHIN, _GenerateBody: _NEUTRAL_GENERATE})
 EMBED_SHAPE = Shape(_EmbedBody, {_EmbedBody: _NEUTRAL_EMBED})
 OLD_EMBED_SHAPE = Shape(_OldEmbedBody, {_OldEmbedBody: _NEUTRAL_OLD_EMBED})
@@ -174,16 +213,63 @@ _show_decoder = msgspec.json.Decoder(_ShowBody)
 def decode_chat(body: bytes) -> Asked:
     """Understand the body of /api/chat. Raises `RequestError` naming the field."""
     chat: _ChatBody = decode_body(_chat_decoder, body)
-    refuse_unsupported(chat, _NEUTRAL_CHAT)
-    for index, message in enumerate(chat.messages):
-        refuse_unsupported(message, _NEUTRAL_MESSAGE, f"messages[{index}].")
-    messages: list[dict[str, Any]] = []
-    for index, each in enumerate(chat.messages):
-        if each.images and each.role != "user":
-            raise unsupported(f"messages[{index}].images")
-        content = _content(each.content, each.images, f"messages[{index}].images")
-        messages.append({"role": each.role, "content": content})
-    return _ask(chat, messages, _chat_text)
+    refuse_unsupported(chat, _NEUTRAL_BODY)
+    tools = [
+        {
+            "type": "function",
+            "function": given({
+                "name": tool.function.name,
+                "description": tool.function.description,
+                "parameters": tool.function.parameters,
+                "strict": tool.function.strict,
+            }),
+        }
+        for tool in chat.tools or ()
+    ]  # fmt: skip
+    return _ask(chat, _turns(chat.messages), _chat_told, tools)
+
+
+def _turns(messages: Sequence[_Message]) -> list[dict[str, Any]]:
+    """The messages of a chat request. Calls need ids there; here results follow in their order,
+    or name the function."""
+    turns: list[dict[str, Any]] = []
+    unanswered: list[tuple[str, str]] = []
+    for index, message in enumerate(messages):
+        path = f"messages[{index}]."
+        for field, role in _FIELD_ROLES:
+            if getattr(message, field) and message.role != role:
+                raise unsupported(path + field)
+        turn: dict[str, Any] = {
+            "role": message.role,
+            "content": _content(message.content, message.images, f"{path}images"),
+        }
+        if message.thinking:
+            turn["reasoning_content"] = message.thinking
+        if message.tool_calls:
+            unanswered = []
+            turn["tool_calls"] = []
+            for at, call in enumerate(message.tool_calls):
+                refuse_unsupported(
+                    call.function, _NEUTRAL_CALL, f"{path}tool_calls[{at}].function."
+                )
+                id = call.id or f"call_{index}_{at}"
+                unanswered.append((call.function.name, id))
+                arguments = _json.encode(call.function.arguments).decode()
+                function = {"name": call.function.name, "arguments": arguments}
+                turn["tool_calls"].append({"id": id, "type": "function", "function": function})
+        if message.role == "tool":
+            turn["tool_call_id"] = message.tool_call_id or _answered(message, unanswered)
+        turns.append(turn)
+    return turns
+
+
+def _answered(message: _Message, unanswered: list[tuple[str, str]]) -> str:
+    """The id of the call that a result answers, which is then answered."""
+    for at, (name, id) in enumerate(unanswered):
+        if message.tool_name in (None, "", name):
+            del unanswered[at]
+            return id
+    return f"call_{message.tool_name or ''}"
 
 
 def decode_generate(body: bytes) -> Asked:
@@ -198,7 +284,7 @@ def decode_generate(body: bytes) -> Asked:
     ]
     if asked.system:
         messages.insert(0, {"role": "system", "content": asked.system})
-    return _ask(asked, messages, _generate_text)
+    return _ask(asked, messages, _generate_told)
 
 
 def decode_embed_body(body: bytes) -> Embed:
@@ -240,8 +326,9 @@ def _content(text: str, images: list[str] | None, path: str) -> str | list[dict[
 
 def _ask(
     body: _Body,
-    messages: list[dict[str, Any]],
-    shown: Callable[[str], dict[str, Any]],
+    messages: Sequence[Mapping[str, Any]],
+    shown: Callable[[Told], dict[str, Any]],
+    tools: Sequence[Mapping[str, Any]] = (),
 ) -> Asked:
     options = body.options or _Options()
     refuse_unsupported(options, _NEUTRAL_OPTIONS, "options.")
@@ -263,16 +350,45 @@ def _ask(
         "seed": options.seed,
         "frequency_penalty": options.frequency_penalty,
         "presence_penalty": options.presence_penalty,
+        "mirostat": options.mirostat,
+        "mirostat_tau": options.mirostat_tau,
+        "mirostat_eta": options.mirostat_eta,
+        "repeat_penalty": options.repeat_penalty,
+        "repeat_last_n": options.repeat_last_n,
+        "typical_p": options.typical_p,
+        "tools": tools or None,
+        "response_format": _format(body.format),
     }
-    return ask(fields, lambda call: partial(_Writer, call, shown))
+    if isinstance(body.think, bool):
+        fields["chat_template_kwargs"] = {"enable_thinking": body.think}
+    elif body.think is not None:
+        fields["reasoning_effort"] = body.think
+    return ask(fields, lambda call: partial(_Writer, call, shown), _NAMES)
 
 
-def _chat_text(text: str) -> dict[str, Any]:
-    return {"message": {"role": "assistant", "content": text}}
+def _format(format: str | dict[str, Any] | None) -> dict[str, Any] | None:
+    if not format and format != {}:
+        return None
+    if isinstance(format, str):
+        return {"type": "json_object"}
+    return {"type": "json_schema", "json_schema": {"name": "answer", "schema": format}}
 
 
-def _generate_text(text: str) -> dict[str, Any]:
-    return {"response": text}
+def _chat_told(told: Told) -> dict[str, Any]:
+    message: dict[str, Any] = {"role": "assistant", "content": told.text}
+    if told.thoughts:
+        message["thinking"] = told.thoughts
+    if told.calls:
+        message["tool_calls"] = [
+            {"function": {"name": name, "arguments": arguments_object(arguments) or {}}}
+            for name, arguments in told.calls
+        ]
+    return {"message": message}
+
+
+def _generate_told(told: Told) -> dict[str, Any]:
+    thoughts = {"thinking": told.thoughts} if told.thoughts else {}
+    return {"response": told.text, **thoughts}
 
 
 # ---------------------------------------------------------------------------------------------
@@ -283,45 +399,69 @@ _json = msgspec.json.Encoder()
 
 
 class _Writer:
-    """Writes the answer to one request; `shown` puts text where the route has it."""
+    """Writes the answer to one request; `shown` puts what is told where the route has it.
+
+    Calls go out when they are complete: clients expect them so.
+    """
 
     stream_type = "application/x-ndjson"
 
     def __init__(
         self,
-        call: Call,
-        shown: Callable[[str], dict[str, Any]],
+        call: ChatCall,
+        shown: Callable[[Told], dict[str, Any]],
         id: str,
         created: int,
         clock: Callable[[], int] = time.monotonic_ns,
     ) -> None:
         self._shown = shown
         self._head = {"model": call.model, "created_at": _date(created)}
+        self._calls: list[tuple[str, str]] = []
         self._clock = clock
         self._began = clock()
 
     def opening(self) -> bytes:
         return b""
 
-    def delta(self, text: str) -> bytes:
-        return _json.encode({**self._head, **self._shown(text), "done": False}) + b"\n"
+    def say(self, said: Said) -> bytes:
+        match said:
+            case Reasoning(text=text):
+                return self._line(Told(text, ""))
+            case Content(text=text):
+                return self._complete() + self._line(Told("", text))
+            case Call(name=name):
+                before = self._complete()
+                self._calls = [(name, "")]
+                return before
+            case Arguments(text=text):
+                ((name, begun),) = self._calls
+                self._calls = [(name, begun + text)]
+                return b""
 
-    def closing(self, finish: Finish) -> bytes:
-        return self.whole("", finish) + b"\n"
+    def _complete(self) -> bytes:
+        """The call that was being told, if there was one."""
+        calls, self._calls = self._calls, []
+        return self._line(Told("", "", tuple(calls))) if calls else b""
+
+    def _line(self, told: Told) -> bytes:
+        return _json.encode({**self._head, **self._shown(told), "done": False}) + b"\n"
+
+    def closing(self, end: End) -> bytes:
+        return self._complete() + self.whole(Told("", ""), end) + b"\n"
 
     def broken(self, message: str) -> bytes:
         return _json.encode({"error": message}) + b"\n"
 
-    def whole(self, text: str, finish: Finish) -> bytes:
+    def whole(self, told: Told, end: End) -> bytes:
         return _json.encode(
             {
                 **self._head,
-                **self._shown(text),
+                **self._shown(told),
                 "done": True,
-                "done_reason": finish.reason,
+                "done_reason": "length" if end.reason == "length" else "stop",
                 "total_duration": self._clock() - self._began,  # nanoseconds
-                "prompt_eval_count": finish.usage.prompt_tokens,
-                "eval_count": finish.usage.completion_tokens,
+                "prompt_eval_count": end.usage.prompt_tokens,
+                "eval_count": end.usage.completion_tokens,
             }
         )
 
@@ -367,7 +507,7 @@ def _tag(model: ServedModel, card: ModelCard | None) -> dict[str, Any]:
     }
 
 
-def encode_show(model: ServedModel, card: ModelCard | None) -> bytes:
+def encode_show(model: ServedModel, card: ModelCard | None, *, thinks: bool) -> bytes:
     """The answer of /api/show."""
     architecture = card.architecture if card else "unknown"
     return _json.encode(
@@ -378,7 +518,8 @@ def encode_show(model: ServedModel, card: ModelCard | None) -> bytes:
                 "general.parameter_count": card.parameters if card else 0,
                 f"{architecture}.context_length": model.context_tokens,
             },
-            "capabilities": ["completion"],
+            # Any model can be told of tools; whether it is good at them is another matter.
+            "capabilities": ["completion", "tools", *(["thinking"] if thinks else [])],
             "modified_at": _date(model.created),
         }
     )

@@ -108,6 +108,10 @@ def mount_dialects(
         engine = mesh.engine(model.digest)
         return model, None if engine is None else engine.stats().card
 
+    def thinks(model: ServedModel) -> bool:
+        engine = mesh.engine(model.digest)
+        return engine is not None and engine.stats().style.thinking != "none"
+
     @app.post("/api/chat")
     async def ollama_chat() -> Result:
         return await complete(ollama.decode_chat(await _body()))
@@ -141,7 +145,8 @@ def mount_dialects(
         models = {model.id: model for model in mesh.models()}
         if name not in models:
             raise UnknownModelError(name, tuple(models))
-        return _json(ollama.encode_show(*known(models[name])))
+        found = models[name]
+        return _json(ollama.encode_show(*known(found), thinks=thinks(found)))
 
     @app.get("/api/version")
     async def ollama_version() -> Result:

@@ -5,6 +5,7 @@ The shapes are checked by the types of the official clients.
 
 from __future__ import annotations
 
+import contextlib
 import json
 from contextlib import aclosing
 
@@ -18,13 +19,14 @@ from ollama import ChatResponse, GenerateResponse
 from openai.types.responses import Response, ResponseStreamEvent
 from pydantic import TypeAdapter
 
-from meshnode.engine import Finish, Usage
+from meshnode.engine import ChatStyle, Delta, Finish, Usage
 from meshnode.errors import EngineError
 from meshnode.gateway.app import create_api_app
-from meshnode.gateway.dialects import ollama
+from meshnode.gateway.dialects import End, ollama
 from meshnode.gateway.dialects.answer import EventReader, told_as_stream, told_whole
 from meshnode.gateway.door import Door
 from meshnode.gateway.keys import ApiKey, generate_token, hash_token, with_key
+from meshnode.gateway.said import Content
 from meshnode.gateway.server import serve_api
 from tests.fakes import MODEL, FakeMesh, WordEngine, local_mesh
 from tests.gateway.link import HANG_S, Link
@@ -126,7 +128,7 @@ async def test_events_of_a_message(api):
     _, body = await post(api, "/v1/messages", stream=True)
     events = sse(body)
     assert [event["type"] for event in events] == [
-        *("message_start", "content_block_start", "ping"),
+        *("message_start", "ping", "content_block_start"),
         *["content_block_delta"] * 5,
         *("content_block_stop", "message_delta", "message_stop"),
     ]
@@ -192,6 +194,190 @@ async def test_another_replica_goes_on_unseen(nursery, path):
     engines = {"b": WordEngine(tells_ids=True, die_after=2), "c": WordEngine(tells_ids=True)}
     _, body = await post(Link(nursery, **engines).api, path, stream=True)
     assert streamed_text(path, body) == TEXT
+
+
+# ---------------------------------------------------------------------------------------------
+# Thoughts and calls
+# ---------------------------------------------------------------------------------------------
+
+
+class Saying(WordEngine):
+    """Says the last user message, a few characters at a time, whatever its grammar."""
+
+    async def _tokens(self, request):
+        text = next(each.content for each in reversed(request.prompt) if each.role == "user")
+        for at in range(0, len(text), 3):
+            yield Delta(text[at : at + 3])
+        yield Finish("stop", Usage(2, 1, -(-len(text) // 3)), stop=self.stop)
+
+    stop = None
+
+
+CALLS = (
+    '<think>Hm, two. </think>Well.\n<tool_call>\n{"name": "f", "arguments": {"a": "b}"}}\n'
+    '</tool_call>\n<tool_call>\n{"name": "g", "arguments": {}}\n</tool_call>'
+)
+PARAMETERS = {"type": "object", "properties": {"a": {"type": "string"}}}
+FUNCTIONS = [{"name": name, "description": "d", "parameters": PARAMETERS} for name in "fg"]
+USER = {"role": "user", "content": CALLS}
+TOOLS = {
+    "/v1/responses": {
+        "input": CALLS,
+        "tools": [{"type": "function", **each} for each in FUNCTIONS],
+    },
+    "/v1/messages": {
+        "messages": [USER],
+        "tools": [{"name": each["name"], "input_schema": PARAMETERS} for each in FUNCTIONS],
+    },
+    "/api/chat": {
+        "messages": [USER],
+        "tools": [{"type": "function", "function": each} for each in FUNCTIONS],
+    },
+}
+THINKS = ChatStyle("may", "may", "none")
+
+
+async def stream(api, path: str) -> bytes:
+    """As `post`, of more pieces than the test client would keep."""
+    body = b""
+    headers = {"content-type": "application/json"}
+    with trio.fail_after(HANG_S):
+        async with api.request(path, method="POST", headers=headers) as connection:
+            asked = {**BODIES[path], **TOOLS[path], "stream": True}
+            await connection.send(json.dumps(asked).encode())
+            await connection.send_complete()
+            with contextlib.suppress(trio.EndOfChannel):
+                while True:
+                    body += await connection.receive()
+    return body
+
+
+@pytest.fixture(params=["here", "far"])
+def caller(request, nursery):
+    engine = Saying(style=THINKS)
+    if request.param == "here":
+        return create_api_app(local_mesh(engine)).test_client()
+    return Link(nursery, b=engine).api
+
+
+async def test_thoughts_and_calls_of_a_response(caller):
+    _, body = await post(caller, "/v1/responses", **TOOLS["/v1/responses"])
+    whole = Response.model_validate_json(body)
+    thoughts, said, first, second = whole.output
+    assert (thoughts.type, thoughts.content[0].text) == ("reasoning", "Hm, two.")
+    assert (said.type, said.content[0].text, said.status) == ("message", "Well.", "completed")
+    assert (first.type, first.name, first.arguments) == ("function_call", "f", '{"a": "b}"}')
+    assert (second.name, second.arguments, second.status) == ("g", "{}", "completed")
+    assert whole.usage.output_tokens_details.reasoning_tokens == 8
+    assert whole.tools[0].name == "f"
+    body = await stream(caller, "/v1/responses")
+    events = sse(body)
+    for event in events:
+        EVENTS["/v1/responses"].validate_python(event)
+    streamed = Response.model_validate(events[-1]["response"])
+    plain = [each.model_dump(exclude={"id", "call_id"}) for each in whole.output]
+    assert [each.model_dump(exclude={"id", "call_id"}) for each in streamed.output] == plain
+    for kind in ("reasoning_text", "output_text", "function_call_arguments"):
+        deltas = [e["delta"] for e in events if e["type"] == f"response.{kind}.delta"]
+        assert len(deltas) > 1, kind
+    done = [event["item"] for event in events if event["type"] == "response.output_item.done"]
+    assert done == events[-1]["response"]["output"]
+    # The next turn has the calls in it, and gives their results.
+    results = [
+        {"type": "function_call_output", "call_id": each["call_id"], "output": "42"}
+        for each in done[2:]
+    ]
+    more = {"previous_response_id": streamed.id, "input": [*results, {**USER, "content": "and"}]}
+    _, body = await post(caller, "/v1/responses", **more)
+    assert Response.model_validate_json(body).output_text == "and"
+    echoed = [{"role": "user", "content": "x"}, *done, *results, {**USER, "content": "and"}]
+    response, body = await post(caller, "/v1/responses", input=echoed)
+    assert response.status_code == 200, body
+
+
+async def test_thoughts_and_calls_of_a_message(caller):
+    _, body = await post(caller, "/v1/messages", **TOOLS["/v1/messages"])
+    whole = Message.model_validate_json(body)
+    thoughts, said, first, second = whole.content
+    assert (thoughts.type, thoughts.thinking) == ("thinking", "Hm, two.")
+    assert (said.type, said.text) == ("text", "Well.")
+    assert (first.type, first.name, first.input) == ("tool_use", "f", {"a": "b}"})
+    assert (second.name, second.input) == ("g", {})
+    assert (whole.stop_reason, whole.stop_sequence) == ("tool_use", None)
+    body = await stream(caller, "/v1/messages")
+    blocks = []
+    for event in sse(body):
+        if event["type"] != "ping":
+            EVENTS["/v1/messages"].validate_python(event)
+        if event["type"] == "content_block_start":
+            assert event["index"] == len(blocks)
+            blocks.append({**event["content_block"], "json": ""})
+        elif event["type"] == "content_block_delta":
+            for key in ("text", "thinking"):
+                if key in event["delta"]:
+                    blocks[-1][key] += event["delta"][key]
+            blocks[-1]["json"] += event["delta"].get("partial_json", "")
+    assert (blocks[0]["thinking"], blocks[1]["text"]) == ("Hm, two.", "Well.")
+    assert [json.loads(block["json"]) for block in blocks[2:]] == [{"a": "b}"}, {}]
+    content = [each.model_dump(exclude_none=True) for each in whole.content]
+    results = [
+        {"type": "tool_result", "tool_use_id": each["id"], "content": "42", "is_error": True}
+        for each in content[2:]
+    ]
+    turns = [USER, {"role": "assistant", "content": content},
+             {"role": "user", "content": [*results, {"type": "text", "text": "and"}]}]  # fmt: skip
+    _, body = await post(caller, "/v1/messages", messages=turns)
+    assert Message.model_validate_json(body).content[0].text == "and"
+
+
+async def test_thoughts_and_calls_of_ollama(caller):
+    _, body = await post(caller, "/api/chat", **TOOLS["/api/chat"])
+    said = ChatResponse.model_validate_json(body)
+    assert (said.message.thinking, said.message.content) == ("Hm, two.", "Well.")
+    calls = [(each.function.name, each.function.arguments) for each in said.message.tool_calls]
+    assert calls == [("f", {"a": "b}"}), ("g", {})]
+    assert said.done_reason == "stop"
+    body = await stream(caller, "/api/chat")
+    parts = [ChatResponse.model_validate(line) for line in lines(body)]
+    assert "".join(part.message.thinking or "" for part in parts) == "Hm, two."
+    assert "".join(part.message.content or "" for part in parts) == "Well."
+    told = [call for part in parts for call in part.message.tool_calls or ()]
+    assert [(each.function.name, each.function.arguments) for each in told] == calls
+    turns = [USER, said.message.model_dump(exclude_none=True),
+             {"role": "tool", "tool_name": "g", "content": "1"},
+             {"role": "tool", "content": "2"}, {"role": "user", "content": "and"}]  # fmt: skip
+    _, body = await post(caller, "/api/chat", messages=turns)
+    assert ChatResponse.model_validate_json(body).message.content == "and"
+    _, body = await post(caller, "/api/generate", prompt="<think>a</think>b")
+    generated = GenerateResponse.model_validate_json(body)
+    assert (generated.thinking, generated.response) == ("a", "b")
+
+
+async def test_the_stop_sequence_is_named(nursery):
+    engine = Saying()
+    engine.stop = "or"
+    api = Link(nursery, b=engine).api
+    _, body = await post(api, "/v1/messages", stop_sequences=["or"])
+    whole = Message.model_validate_json(body)
+    assert (whole.stop_reason, whole.stop_sequence) == ("stop_sequence", "or")
+    _, body = await post(api, "/v1/messages", stop_sequences=["or"], stream=True)
+    assert sse(body)[-2]["delta"] == {"stop_reason": "stop_sequence", "stop_sequence": "or"}
+
+
+@pytest.mark.parametrize(
+    ("path", "fields", "param"),
+    [
+        ("/v1/responses", {"reasoning": {"effort": "low"}}, "reasoning.effort"),
+        ("/v1/messages", {"output_config": {"effort": "low"}}, "output_config.effort"),
+        ("/v1/messages", {"thinking": {"type": "enabled"}}, "thinking.type"),
+        ("/api/chat", {"think": True}, "think"),
+        ("/api/generate", {"think": "high"}, "think"),
+    ],
+)
+async def test_what_this_model_cannot_is_refused_in_the_callers_words(api, path, fields, param):
+    response, body = await post(api, path, **fields)
+    assert response.status_code == 400
+    assert f"`{param}`" in error_of(path, body)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -357,13 +543,15 @@ async def serve_until(leave, app, task_status):
 
 def test_an_answer_is_read():
     read = list(EventReader().feed(CHUNK + CHUNK + REASON + USAGE + DONE))
-    assert read == ["a", "a", Finish("stop", Usage(2, 0, 1))]
+    assert read == [Content("a"), Content("a"), End("stop", Usage(2, 0, 1))]
 
 
 HOSTILE = [
     b"data: nothing\n\n",
     b"data: []\n\n",
     b'data: {"choices":[{"delta":{"content":5}}]}\n\n',
+    b'data: {"choices":[{"delta":{"tool_calls":[{"index":0,"function":{"arguments":"a"}}]}}]}\n\n',
+    b'data: {"choices":[{"delta":{"tool_calls":[{"index":3,"function":{"name":"a"}}]}}]}\n\n',
     b'data: {"choices":[{"delta":{},"finish_reason":"bored"}]}\n\n',
     b'data: {"usage":{"prompt_tokens":"x","completion_tokens":1}}\n\n',
     b"data: " + b"[" * 100_000 + b"\n\n",

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from meshnode.engine import ChatMessage, Image
+from meshnode.engine import ChatMessage, FunctionCall, Image
 from meshnode.errors import RequestError
 from meshnode.gateway.dialects import Asked, ollama
 from meshnode.gateway.dialects.anthropic import decode_messages
@@ -111,6 +111,75 @@ WORKS = [
         "prompt",
         (ChatMessage("user", "hi", (Image(b"hi", 2, True),)),),
     ),
+    ("responses", {"reasoning": {"effort": "low"}}, "wish.effort", "low"),
+    (
+        "responses",
+        {"text": {"format": {"type": "json_object"}}},
+        "grammar.param",
+        "response_format",
+    ),
+    (
+        "responses",
+        {
+            "tools": [{"type": "function", "name": "f"}],
+            "tool_choice": "required",
+            "parallel_tool_calls": False,
+        },
+        "tools.choice",
+        "required",
+    ),
+    (
+        "responses",
+        {
+            "tools": [{"type": "function", "name": "f"}],
+            "tool_choice": {"type": "function", "name": "f"},
+        },
+        "tools.choice",
+        "f",
+    ),
+    (
+        "responses",
+        {
+            "input": [
+                {
+                    "type": "reasoning",
+                    "summary": [],
+                    "content": [said(type="reasoning_text", text="hm")],
+                },
+                {"type": "message", "role": "assistant", "content": "z"},
+                {"type": "function_call", "call_id": "c", "name": "f", "arguments": "{}"},
+                {"type": "function_call_output", "call_id": "c", "output": "42"},
+            ]
+        },
+        "prompt",
+        (
+            ChatMessage("assistant", "z", reasoning="hm", calls=(FunctionCall("c", "f", "{}"),)),
+            ChatMessage("tool", "42", call_id="c"),
+        ),
+    ),
+    ("messages", {"thinking": {"type": "disabled"}}, "wish.thinking", False),
+    ("messages", {"output_config": {"effort": "high"}}, "wish.effort", "high"),
+    (
+        "messages",
+        {
+            "tools": [{"name": "f", "input_schema": {"type": "object"}}],
+            "tool_choice": {"type": "any", "disable_parallel_tool_use": True},
+        },
+        "tools.parallel",
+        False,
+    ),
+    (
+        "messages",
+        {"output_format": {"type": "json_schema", "schema": {"type": "null"}}},
+        "grammar.param",
+        "response_format.json_schema",
+    ),
+    ("chat", {"think": False}, "wish.thinking", False),
+    ("chat", {"think": "low"}, "wish.effort", "low"),
+    ("chat", {"format": "json"}, "grammar.param", "response_format"),
+    ("chat", {"format": {"type": "null"}}, "grammar.param", "response_format.json_schema"),
+    ("chat", {"options": {"repeat_penalty": 1.1}}, "sampling.repeat_penalty", 1.1),
+    ("chat", {"options": {"mirostat": 2}}, "sampling.mirostat", 2),
     ("messages", {}, "max_tokens", 5),
     (
         "messages",
@@ -119,6 +188,33 @@ WORKS = [
         SEEN,
     ),
     ("chat", {"messages": [{**TURN, "images": ["aGk="]}]}, "prompt", SEEN),
+    (
+        "messages",
+        {
+            "messages": [
+                TURN,
+                {
+                    "role": "assistant",
+                    "content": [{"type": "tool_use", "id": "c", "name": "f", "input": {}}],
+                },
+                {
+                    "role": "user",
+                    "content": [
+                        {"type": "tool_result", "tool_use_id": "c", "content": "42"},
+                        anthropic_image(),
+                        said(text="hi"),
+                    ],
+                },
+            ]
+        },
+        "prompt",
+        (
+            ChatMessage("user", "hi"),
+            ChatMessage("assistant", "", calls=(FunctionCall("c", "f", "{}"),)),
+            ChatMessage("tool", "42", call_id="c"),
+            *SEEN,
+        ),
+    ),
     ("generate", {"images": ["aGk="]}, "prompt", SEEN),
     ("messages", {"stream": True}, "include_usage", True),
     ("messages", {"stop_sequences": ["a", "b"]}, "stop", ("a", "b")),
@@ -183,11 +279,12 @@ HARMLESS = [
     ("responses", {"store": False, "metadata": {"a": "b"}, "safety_identifier": "s"}),
     ("responses", {"tools": [], "tool_choice": "auto", "parallel_tool_calls": True}),
     ("responses", {"text": {"format": {"type": "text"}}, "truncation": "disabled"}),
+    ("responses", {"reasoning": {}, "text": {"verbosity": "medium"}}),
     ("responses", {"reasoning": None, "include": [], "background": False}),
     ("responses", {"stream": True, "stream_options": {"include_obfuscation": False}}),
-    ("messages", {"service_tier": "auto", "thinking": {"type": "disabled"}, "tools": []}),
+    ("messages", {"service_tier": "auto", "thinking": {"type": "adaptive"}, "tools": []}),
     ("messages", {"cache_control": {"type": "ephemeral", "ttl": "1h"}}),
-    ("chat", {"format": "", "think": False, "tools": [], "keep_alive": 0}),
+    ("chat", {"format": "", "tools": [], "keep_alive": 0}),
     ("chat", {"options": {"repeat_penalty": 1, "mirostat": 0, "typical_p": 1.0}}),
     ("generate", {"raw": False, "context": [], "suffix": "", "template": "", "images": []}),
 ]
@@ -204,6 +301,11 @@ def message(**fields: Any) -> dict[str, Any]:
     return {"messages": [TURN, {**TURN, **fields}]}
 
 
+FUNCTION = {
+    "type": "function",
+    "name": "f",
+    "parameters": {"type": "object", "properties": {"a": {"type": "string", "pattern": "x"}}},
+}
 REFUSED = [
     # dialect, fields, the field that the error names
     ("responses", {"model": ""}, "model"),
@@ -221,9 +323,31 @@ REFUSED = [
     ("responses", {"temperature": 2.1}, "temperature"),
     ("responses", {"top_p": "1"}, "top_p"),
     ("responses", {"tools": [{"type": "web_search"}]}, "tools"),
+    ("responses", {"tools": [{"type": "function", "name": "a b"}]}, "tools[0].name"),
+    (
+        "responses",
+        {"tools": [{**FUNCTION, "strict": True}]},
+        "tools[0].parameters.properties.a.pattern",
+    ),
     ("responses", {"tool_choice": "required"}, "tool_choice"),
-    ("responses", {"text": {"format": {"type": "json_object"}}}, "text"),
-    ("responses", {"reasoning": {"effort": "low"}}, "reasoning"),
+    ("responses", {"tool_choice": {"type": "web_search"}}, "tool_choice"),
+    ("responses", {"text": {"format": {"type": "json_schema"}}}, "text.format.name"),
+    ("responses", {"text": {"format": {"type": "text", "name": "x"}}}, "text.format.name"),
+    ("responses", {"text": {"verbosity": "low"}}, "text.verbosity"),
+    (
+        "responses",
+        {"text": {"format": {"type": "json_schema", "name": "x", "schema": {"not": {}}}}},
+        "text.format.schema.not",
+    ),
+    ("responses", {"reasoning": {"effort": "much"}}, "reasoning.effort"),
+    ("responses", {"reasoning": {"summary": "auto"}}, "reasoning.summary"),
+    ("responses", {"input": [{"type": "function_call", "name": "f"}]}, "input[0].call_id"),
+    ("responses", {"input": [{**TURN, "output": "x"}]}, "input[0].output"),
+    (
+        "responses",
+        {"input": [{"type": "reasoning", "encrypted_content": "x"}]},
+        "input[0].encrypted_content",
+    ),
     ("responses", {"truncation": "auto"}, "truncation"),
     ("responses", {"background": True}, "background"),
     ("responses", {"conversation": "c"}, "conversation"),
@@ -251,20 +375,47 @@ REFUSED = [
     ("messages", {"stop_sequences": ["a"] * 5}, "stop_sequences"),
     ("messages", {"stop_sequences": [""]}, "stop_sequences"),
     ("messages", {"temperature": 1.1}, "temperature"),
-    ("messages", {"thinking": {"type": "enabled", "budget_tokens": 1024}}, "thinking"),
-    ("messages", {"tools": [{"name": "f"}]}, "tools"),
+    (
+        "messages",
+        {"thinking": {"type": "enabled", "budget_tokens": 1024}},
+        "thinking.budget_tokens",
+    ),
+    ("messages", {"tools": [{"name": "f"}]}, "tools[0].input_schema"),
+    (
+        "messages",
+        {"tools": [{"name": "f", "input_schema": {"type": "array"}}]},
+        "tools[0].input_schema",
+    ),
+    ("messages", {"tools": [{"type": "bash_20250124", "name": "bash"}]}, "tools[0]"),
+    ("messages", {"tool_choice": {"type": "tool"}}, "tool_choice.name"),
+    ("messages", {"tool_choice": {"type": "any"}}, "tool_choice"),
+    (
+        "messages",
+        message(content=[{"type": "tool_use", "id": "x", "name": "f", "input": {}}]),
+        "messages[1].content[0].type",
+    ),
+    (
+        "messages",
+        {"output_config": {"format": {"type": "json_schema", "schema": {"not": {}}}}},
+        "output_config.format.schema.not",
+    ),
     ("messages", {"n": 2}, "n"),
     ("chat", {"options": {"num_ctx": 4096}}, "options.num_ctx"),
     ("chat", {"options": {"num_predict": 0}}, "options.num_predict"),
-    ("chat", {"options": {"repeat_penalty": 1.1}}, "options.repeat_penalty"),
+    ("chat", {"options": {"repeat_penalty": 0}}, "options.repeat_penalty"),
+    ("chat", {"options": {"mirostat": 1, "top_k": 3}}, "options.top_k"),
     ("chat", {"options": {"num_gpu": 1}}, "options.num_gpu"),
     ("chat", {"options": {"stop": ["a"] * 5}}, "options.stop"),
-    ("chat", {"format": "json"}, "format"),
-    ("chat", {"think": True}, "think"),
-    ("chat", {"tools": [{}]}, "tools"),
+    ("chat", {"format": "yaml"}, "format"),
+    ("chat", {"format": {"not": {}}}, "format.not"),
+    ("chat", {"think": "deeply"}, "think"),
+    ("chat", {"logprobs": True}, "logprobs"),
+    ("chat", {"tools": [{}]}, "tools[0].function"),
+    ("chat", message(tool_name="x"), "messages[1].tool_name"),
     ("chat", message(images=["http://x/"]), "messages[1].images[0]"),
     ("chat", message(role="assistant", images=["aGk="]), "messages[1].images"),
-    ("chat", message(role="tool"), "messages[1].role"),
+    ("chat", message(role="tool", images=["aGk="]), "messages[1].images"),
+    ("chat", message(role="critic"), "messages[1].role"),
     ("chat", {"messages": []}, "messages"),
     ("generate", {"raw": True}, "raw"),
     ("generate", {"context": [1]}, "context"),
