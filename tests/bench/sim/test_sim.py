@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from tests.bench.sim.measure import IDLE_S, as_text, measure
 
-IDLE_EVENTS_PER_NODE_S_MAX = 20.0
+IDLE_EVENTS_PER_NODE_S_MAX = 15.0
+"""The design's budget for idling. (Not met: 17 to 18 were seen, most of them heartbeats.)"""
 
 
 def test_sim() -> None:
