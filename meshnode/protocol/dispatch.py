@@ -148,7 +148,7 @@ def _rank_alike(
         prefill_s = prompt_tokens / (
             replica.offer.prefill_tokens_per_s or PREFILL_TOKENS_PER_S_UNMEASURED
         )
-        queue_s = _queue_s(replica)
+        queue_s = _queue_s(replica, prefill_s)
         if keeps:
             cost_s, reason = 0.0, "holds the session"
         elif place == 0:
@@ -174,8 +174,12 @@ def _load(replica: Replica) -> float:
     return busy / max(offer.slots, 1)
 
 
-def _queue_s(replica: Replica) -> float:
-    """Seconds until a slot frees: requests beyond the slots, each an expected answer long."""
+def _queue_s(replica: Replica, prefill_s: float) -> float:
+    """Seconds until a slot frees: requests beyond the slots, each an expected answer long.
+
+    Answers are computed side by side, but prompts one after the other; `prefill_s` is what this
+    one takes, and the best guess at the others'.
+    """
     offer = replica.offer
     waiting = offer.slots_busy + offer.queue_depth + replica.in_flight - offer.slots + 1
     if waiting <= 0:
@@ -183,7 +187,7 @@ def _queue_s(replica: Replica) -> float:
     answer_s = ANSWER_TOKENS_EXPECTED / (
         offer.decode_tokens_per_s or DECODE_TOKENS_PER_S_UNMEASURED
     )
-    return answer_s * waiting / max(offer.slots, 1)
+    return waiting * (prefill_s + answer_s / max(offer.slots, 1))
 
 
 @dataclass(frozen=True, slots=True)
