@@ -138,7 +138,7 @@ def test_asynchronous_client(node: NodeProcess) -> None:
         ("POST", "/v1/chat/completions", chat("x", max_tokens=-1), 400, None),
         ("POST", "/v1/chat/completions", {"model": MODEL_NAME}, 400, None),
         ("POST", "/v1/chat/completions", chat("a b " * 4000), 400, "context_length_exceeded"),
-        ("POST", "/v1/chat/completions", b"x" * (17 * MIB), 413, "body_too_large"),
+        ("POST", "/v1/chat/completions", b"x" * (31 * MIB), 413, "body_too_large"),
         ("GET", "/v1/chat/completions", None, 405, "method_not_allowed"),
     ],
     ids=[
