@@ -70,7 +70,7 @@ class Expectation:
 
     @property
     def verdict(self) -> str:
-        return "met" if self.is_met else f"unmet: in {self.met} of {self.runs} runs"
+        return "met" if self.is_met else f"unmet: met in {self.met} of {self.runs} runs"
 
 
 def spread(values: Iterable[float]) -> Spread:

@@ -49,7 +49,7 @@ def test_run_prints_figures_beside_what_was_expected(tiny: Path, tmp_path: Path)
     told = sim("run", tiny, "--seed", "4", "--out", tmp_path / "out", "--check")
     assert told.exit_code == 0, told.output
     assert "1 .. 1: met" in told.stdout
-    assert "unmet: in 0 of 1 runs" in told.stdout
+    assert "unmet: met in 0 of 1 runs" in told.stdout
     (folder,) = results.folders(tmp_path / "out")
     assert (folder.parent / "report.html").is_file()
     found = results.read(folder)

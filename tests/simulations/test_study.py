@@ -303,7 +303,7 @@ def test_a_report_needs_nothing_else(runs: list[Result], tmp_path: Path) -> None
     assert all(source.startswith("data:image/svg+xml;base64,") for source in page.sources)
     assert "script" not in page.tags
     assert "anything" not in page.tags  # the question is text
-    for told in ("Does <anything> work?", "nodes=3", "unmet: in 0 of 2 runs", "None was seen",
+    for told in ("Does <anything> work?", "nodes=3", "unmet: met in 0 of 2 runs", "None was seen",
                  runs[0].digest, "mesh.nodes=4", results.code_hash()):  # fmt: skip
         assert told in page.text
     kept = {path.name for path in (tmp_path / "sweep" / "plots").iterdir()}
