@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 
 # A step that lacks more than this of its threads' CPU time was kept waiting. Two spinning threads
-# lack 0.02 on two idle cores, and 0.5 to 1 beside one other program.
+# lack 0.1 on two idle cores; beside one other program they get 1 to 1.5 of the two.
 LACKING_CORES_MAX = 0.4
 # A core as idle as this is worth a try.
 IDLE_CORES_MIN = 0.8
