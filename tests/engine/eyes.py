@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 from PIL import Image as Pillow
 
-ALIGNMENT = 32
+from tests.models.gguf_writer import ALIGNMENT, string, value_of
+
 SMOLLM2_WIDTH = 576
 PATCH = 14
 EMBEDDING, FEED_FORWARD = 32, 64
@@ -132,10 +133,10 @@ def _write(path: Path, metadata: dict[str, Any], shapes: dict[str, tuple[int, ..
 def _gguf(metadata: dict[str, Any], tensors: dict[str, np.ndarray[Any, Any]]) -> bytes:
     out = b"GGUF" + struct.pack("<IQQ", 3, len(tensors), len(metadata))
     for key, value in metadata.items():
-        out += _string(key) + _value(value)
+        out += string(key) + _value(value)
     data = b""
     for name, array in tensors.items():
-        out += _string(name) + struct.pack("<I", array.ndim)
+        out += string(name) + struct.pack("<I", array.ndim)
         out += struct.pack(f"<{array.ndim}Q", *reversed(array.shape))
         out += struct.pack("<IQ", 0, len(data))
         data += array.tobytes()
@@ -143,24 +144,11 @@ def _gguf(metadata: dict[str, Any], tensors: dict[str, np.ndarray[Any, Any]]) ->
     return out + bytes(-len(out) % ALIGNMENT) + data
 
 
-def _string(text: str) -> bytes:
-    return struct.pack("<Q", len(text.encode())) + text.encode()
-
-
 def _value(value: Any) -> bytes:
+    """Lists of numbers as llama.cpp wants them of projectors: 32-bit floats, or signed."""
     match value:
-        case bool():
-            return struct.pack("<I?", 7, value)
-        case int():
-            return struct.pack("<II", 4, value)
-        case float():
-            return struct.pack("<If", 6, value)
-        case str():
-            return struct.pack("<I", 8) + _string(value)
         case [float(), *_]:
             return struct.pack("<IIQ", 9, 6, len(value)) + struct.pack(f"<{len(value)}f", *value)
         case [int(), *_]:
             return struct.pack("<IIQ", 9, 5, len(value)) + struct.pack(f"<{len(value)}i", *value)
-        case [str(), *_]:
-            return struct.pack("<IIQ", 9, 8, len(value)) + b"".join(map(_string, value))
-    raise TypeError(value)
+    return value_of(value)

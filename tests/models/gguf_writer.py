@@ -40,11 +40,11 @@ def write_gguf(
     """The bytes of a file whose tensors are zeros."""
     out = b"GGUF" + struct.pack("<IQQ", version, len(tensors), len(metadata))
     for key, value in metadata.items():
-        out += _string(key) + _value(value)
+        out += string(key) + value_of(value)
     end = 0
     for tensor in tensors:
         offset = end if tensor.offset is None else tensor.offset
-        out += _string(tensor.name) + struct.pack("<I", len(tensor.shape))
+        out += string(tensor.name) + struct.pack("<I", len(tensor.shape))
         out += struct.pack(f"<{len(tensor.shape)}Q", *tensor.shape)
         out += struct.pack("<IQ", tensor.kind, offset)
         end = -(-(offset + tensor.size) // ALIGNMENT) * ALIGNMENT
@@ -52,11 +52,13 @@ def write_gguf(
     return out + bytes(end)
 
 
-def _string(text: str) -> bytes:
+def string(text: str) -> bytes:
+    """With its length before it."""
     return struct.pack("<Q", len(text.encode())) + text.encode()
 
 
-def _value(value: Any) -> bytes:
+def value_of(value: Any) -> bytes:
+    """With its type before it; whole numbers are unsigned 32-bit ones."""
     match value:
         case bool():
             return struct.pack("<I?", 7, value)
@@ -65,9 +67,9 @@ def _value(value: Any) -> bytes:
         case float():
             return struct.pack("<If", 6, value)
         case str():
-            return struct.pack("<I", 8) + _string(value)
+            return struct.pack("<I", 8) + string(value)
         case [str(), *_]:
-            return struct.pack("<IIQ", 9, 8, len(value)) + b"".join(map(_string, value))
+            return struct.pack("<IIQ", 9, 8, len(value)) + b"".join(map(string, value))
         case [*_]:
             return struct.pack("<IIQ", 9, 4, len(value)) + struct.pack(f"<{len(value)}I", *value)
     raise TypeError(value)
