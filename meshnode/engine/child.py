@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Literal, NoReturn
 
 from meshnode.engine import TokenLogprobs, Usage, wire
-from meshnode.engine.cores import IdleCores, usable_cores
+from meshnode.engine.cores import IdleCores, Waiting, usable_cores
 from meshnode.engine.draft import DraftModel
 from meshnode.engine.llama import LlamaModel, Sampler, quantize_q4_0
 from meshnode.engine.pace import Rates, Threads
@@ -191,6 +191,7 @@ class Child:
         self._abortable: frozenset[int] = frozenset()
         self._threads = threads
         self._idle_cores = IdleCores()
+        self._waiting = Waiting()
         self._rates = Rates()
         self._speculation = speculation
         self._status_sent_at = 0.0
@@ -390,9 +391,11 @@ class Child:
             self._abortable = frozenset(
                 self._answers[chunk.sequence].number for chunk in batch.chunks
             )
-        wall_s, cpu_s = time.perf_counter(), time.process_time()
+        wall_s, waited_s = time.perf_counter(), self._waiting.so_far_s()
         decoded = self._compute(batch)
-        wall_s, cpu_s = time.perf_counter() - wall_s, time.process_time() - cpu_s
+        wall_s = time.perf_counter() - wall_s
+        # A thread that ended takes its share with it.
+        waited_s = max(0.0, self._waiting.so_far_s() - waited_s)
         self._abortable = frozenset()
         if not decoded:
             self._rewind(batch)
@@ -400,7 +403,7 @@ class Child:
         draws, logprobs = self._draw(batch)
         pass_s = time.perf_counter() - started_at
         if batch.view is None:  # what a picture takes says nothing about tokens
-            threads.observe(cpu_s, wall_s, self._idle_cores.lately())
+            threads.observe(waited_s, wall_s, time.monotonic(), self._idle_cores.lately())
             self._rates.observe(prefill_tokens, len(draws) if decoding else 0, pass_s)
             if self._speculation is not None:
                 self._speculation.observe(batch, draws, pass_s)

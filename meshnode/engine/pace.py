@@ -3,19 +3,20 @@
 Decides the thread count and the published rates. Reads no clock: durations come as arguments.
 
 Two threads on one free core are slower than one, since each waits at every barrier for the other
-to be scheduled. Threads that wait for each other spin (`process.CHILD_ENVIRONMENT`), so a step
-that got less CPU time than its threads could use was kept waiting by somebody else, and asks for
-fewer. More are tried as soon as the machine has an idle core, now and then without that sign, and
-less often each time that it did not last. Wide and narrow batches are judged apart.
+to be scheduled. A step whose threads were ready to run and had to wait for a CPU shares the
+machine with somebody else, and asks for fewer. More are tried as soon as the machine has an idle
+core, now and then without that sign, and less often each time that it did not last. Wide and
+narrow batches are judged apart.
 """
 
 from __future__ import annotations
 
 import math
 
-# A step that lacks more than this of its threads' CPU time was kept waiting. Two spinning threads
-# lack 0.1 on two idle cores; beside one other program they get 1 to 1.5 of the two.
-LACKING_CORES_MAX = 0.4
+# Threads that wait for a CPU for more than this, on average, have a busy neighbour: beside one, two
+# threads on two cores wait for 0.67. What the node and its client need for streaming is less, and
+# worth it: a core given up for them is half the speed.
+LACKING_CORES_MAX = 0.5
 # A core as idle as this is worth a try.
 IDLE_CORES_MIN = 0.8
 # Steps under one count are judged together over this much time; a single step is too noisy.
@@ -40,46 +41,46 @@ class ThreadPolicy:
         self.threads_max = threads_max
         self._adaptive = adaptive
         self.threads = threads_max
-        self._cpu_s = self._wall_s = 0.0
-        self._since_change_s = 0.0
+        self._waited_s = self._wall_s = 0.0
+        self._changed_at = -math.inf
         self._raised = False
         self._patience = 1.0
 
-    def observe(self, cpu_s: float, wall_s: float, idle_cores: float = 0.0) -> None:
-        """A step took this long with `threads`; may change it for the next one.
+    def observe(self, waited_s: float, wall_s: float, now: float, idle_cores: float = 0.0) -> None:
+        """A step took this long with `threads`, which waited for a CPU so long, all together;
+        may change their number for the next one.
 
         `idle_cores` is how much of the machine nobody has used lately.
         """
         if not self._adaptive:
             return
-        self._cpu_s += cpu_s
+        self._waited_s += waited_s
         self._wall_s += wall_s
-        self._since_change_s += wall_s
-        if self._wall_s < JUDGE_AFTER_S:
-            return
-        got_cores = self._cpu_s / self._wall_s
-        self._cpu_s = self._wall_s = 0.0
-        if self.threads > 1 and self.threads - got_cores > LACKING_CORES_MAX:
-            self._lower(got_cores)
-        elif self.threads < self.threads_max and self._is_due(idle_cores):
-            self._change(self.threads + 1)
+        if self.threads < self.threads_max and self._is_due(now, idle_cores):
+            self._change(self.threads + 1, now)
+        elif self._wall_s >= JUDGE_AFTER_S:
+            lacking_cores = self._waited_s / self._wall_s
+            self._waited_s = self._wall_s = 0.0
+            if self.threads > 1 and lacking_cores > LACKING_CORES_MAX:
+                self._lower(lacking_cores, now)
 
-    def _is_due(self, idle_cores: float) -> bool:
+    def _is_due(self, now: float, idle_cores: float) -> bool:
         after_s = RETRY_IDLE_AFTER_S if idle_cores >= IDLE_CORES_MIN else RETRY_AFTER_S
-        return self._since_change_s >= self._patience * after_s
+        return now - self._changed_at >= self._patience * after_s
 
-    def _lower(self, got_cores: float) -> None:
+    def _lower(self, lacking_cores: float, now: float) -> None:
         """As many as there was CPU time for, and one less at least; if one more was tried only
         now, the next try comes later."""
-        in_vain = self._raised and self._since_change_s < LASTING_S
+        in_vain = self._raised and now - self._changed_at < LASTING_S
         self._patience = min(2 * self._patience, PATIENCE_MAX) if in_vain else 1.0
-        enough = math.ceil(got_cores - LACKING_CORES_MAX)
-        self._change(max(1, min(self.threads - 1, enough)))
+        enough = math.ceil(self.threads - lacking_cores - LACKING_CORES_MAX)
+        self._change(max(1, min(self.threads - 1, enough)), now)
 
-    def _change(self, threads: int) -> None:
+    def _change(self, threads: int, now: float) -> None:
         self._raised = threads > self.threads
         self.threads = threads
-        self._since_change_s = 0.0
+        self._changed_at = now
+        self._waited_s = self._wall_s = 0.0
 
 
 class Threads:

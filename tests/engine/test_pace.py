@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
+import threading
+import time
+import zlib
 from pathlib import Path
 
 import pytest
 
 from meshnode.engine import cores
-from meshnode.engine.cores import IDLE_OVER_S, IdleCores, usable_cores
+from meshnode.engine.cores import IDLE_OVER_S, IdleCores, Waiting, usable_cores
 from meshnode.engine.pace import (
     JUDGE_AFTER_S,
     RETRY_AFTER_S,
@@ -17,6 +20,19 @@ from meshnode.engine.pace import (
     ThreadPolicy,
     Threads,
 )
+
+
+class Clock:
+    """Goes on only when told."""
+
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def advance(self, by_s: float) -> None:
+        self.now += by_s
+
+
+NOW = Clock()
 
 
 def settle(
@@ -30,7 +46,9 @@ def settle(
     for _ in range(round(wall_s / 0.1)):
         counts.append(policy.threads)
         got = min(free_cores, policy.threads)
-        policy.observe(0.1 * got, 0.1, free_cores - got if tells else 0.0)
+        NOW.advance(0.1)
+        waited_s = 0.1 * (policy.threads - got)
+        policy.observe(waited_s, 0.1, NOW.now, free_cores - got if tells else 0.0)
     return counts
 
 
@@ -48,8 +66,20 @@ def test_a_busy_machine_gets_down_to_what_is_free_and_not_below_one() -> None:
 
 def test_one_busy_core_of_many_is_noticed() -> None:
     policy = ThreadPolicy(16)
-    settle(policy, free_cores=15.4, wall_s=2 * JUDGE_AFTER_S)
+    settle(policy, free_cores=15.3, wall_s=2 * JUDGE_AFTER_S)
     assert policy.threads == 15
+
+
+def test_the_little_that_the_node_and_its_clients_need_costs_no_core() -> None:
+    assert set(settle(ThreadPolicy(2), free_cores=1.7, wall_s=30)) == {2}
+
+
+def test_threads_come_back_after_a_pause_without_steps() -> None:
+    policy = ThreadPolicy(2)
+    settle(policy, free_cores=1, wall_s=2 * JUDGE_AFTER_S, tells=True)
+    NOW.advance(60)
+    settle(policy, free_cores=2, wall_s=0.1, tells=True)
+    assert policy.threads == 2, "however short the steps since then"
 
 
 def test_prefill_and_decode_are_judged_apart() -> None:
@@ -126,3 +156,27 @@ def test_idle_cores_are_what_the_kernel_counts(
     stat.unlink()
     now_s += IDLE_OVER_S
     assert idle.lately() <= 0.0, "another kernel"
+
+
+def test_threads_that_want_the_same_core_wait_for_it() -> None:
+    if len(os.sched_getaffinity(0)) < 2 or not Path("/proc/self/schedstat").exists():
+        pytest.skip("one core only, or a kernel that does not tell")
+    waiting = Waiting()
+    before_s = waiting.so_far_s()
+    mask, number = os.sched_getaffinity(0), threading.get_native_id()
+    os.sched_setaffinity(number, {min(mask)})  # this thread; what it starts inherits that
+    try:
+        busy = threading.Thread(target=_spin, args=(0.3,))
+        busy.start()
+        _spin(0.3)
+        waited_s = waiting.so_far_s() - before_s
+        busy.join()
+    finally:
+        os.sched_setaffinity(number, mask)
+    assert waited_s > 0.05, "of about 0.3"
+
+
+def _spin(wall_s: float) -> None:
+    end = time.monotonic() + wall_s
+    while time.monotonic() < end:
+        zlib.crc32(bytes(1 << 20))  # without the interpreter's lock

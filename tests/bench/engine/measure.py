@@ -50,6 +50,9 @@ PROMPTS = {"short": 32, "long": 600}
 """In words, which are about tokens."""
 TURNS = ("cold", "second")
 ANSWER_TOKENS = 48
+ANSWERS_MIN = 8
+"""A load has so many answers at least, if need be one set of sessions after the other: the one
+answer of a single session takes a third of a second, too short for CPU ticks of 10 ms."""
 NEVER = -100.0
 """The logit bias of what would end an answer."""
 PACKAGES = ("llama_cpp_python", "trio", "hypercorn", "quart-trio")
@@ -80,7 +83,7 @@ class Run:
 
     @property
     def cpu_per_answer_s(self) -> float:
-        return sum(self.cpu_s.values()) / self.point.sessions
+        return sum(self.cpu_s.values()) / len(self.first_s)
 
     @property
     def first_p50_s(self) -> float:
@@ -172,7 +175,7 @@ def measure(plan: Plan, say: Callable[[str], None] = print) -> Report:
                     turns = _ask_both_turns(server, sessions, PROMPTS[prompt], seed, never)
                     for turn, taken in zip(TURNS, turns, strict=True):
                         report.runs.append(_run(Point(sessions, prompt, turn), server, taken))
-                seed += 2 * sessions  # no two loads have a chat in common
+                seed += 2 * max(sessions, ANSWERS_MIN)  # no two loads have a chat in common
     report.rows = rows(report.runs)
     return report
 
@@ -182,9 +185,9 @@ def measure(plan: Plan, say: Callable[[str], None] = print) -> Report:
 
 @dataclass(frozen=True)
 class _Taken:
-    """What one turn of a load took."""
+    """What one turn of a load took: of one set of sessions after the other."""
 
-    seen: Seen
+    seen: tuple[Seen, ...]
     cpu_s: dict[str, float]
     foreign_cores: float
 
@@ -192,16 +195,21 @@ class _Taken:
 def _ask_both_turns(
     server: Server, sessions: int, words: int, seed: int, never: dict[str, float]
 ) -> list[_Taken]:
-    chats = [Conversation.of(words, seed + 2 * i) for i in range(sessions)]
-    cold = _take(server, chats, never)
-    for i, (chat, told) in enumerate(zip(chats, cold.seen.told, strict=True)):
+    answers = sessions * -(-ANSWERS_MIN // sessions)
+    chats = [Conversation.of(words, seed + 2 * i) for i in range(answers)]
+    sets = [chats[first : first + sessions] for first in range(0, answers, sessions)]
+    cold = _take(server, sets, never)
+    all_told = itertools.chain.from_iterable(seen.told for seen in cold.seen)
+    for i, (chat, told) in enumerate(zip(chats, all_told, strict=True)):
         chat.go_on(told.text, seed + 2 * i + 1)
-    return [cold, _take(server, chats, never)]
+    return [cold, _take(server, sets, never)]
 
 
-def _take(server: Server, chats: Sequence[Conversation], never: dict[str, float]) -> _Taken:
+def _take(
+    server: Server, sets: Sequence[Sequence[Conversation]], never: dict[str, float]
+) -> _Taken:
     cpu_before, busy_before, begun_at = server.cpu_s(), _busy_s(), time.perf_counter()
-    seen = ask_all(server.url, MODEL_NAME, chats, ANSWER_TOKENS, never)
+    seen = tuple(ask_all(server.url, MODEL_NAME, each, ANSWER_TOKENS, never) for each in sets)
     took_s = time.perf_counter() - begun_at
     cpu_s = {part: used - cpu_before[part] for part, used in server.cpu_s().items()}
     foreign_s = _busy_s() - busy_before - sum(cpu_s.values())
@@ -215,15 +223,15 @@ def _busy_s() -> float:
 
 
 def _run(point: Point, server: Server, taken: _Taken) -> Run:
-    seen = taken.seen
+    told = [each for seen in taken.seen for each in seen.told]
     return Run(
         point,
         server.name,
-        seen.tokens / seen.took_s,
-        tuple(told.first_s for told in seen.told),
+        sum(seen.tokens for seen in taken.seen) / sum(seen.took_s for seen in taken.seen),
+        tuple(each.first_s for each in told),
         taken.cpu_s,
-        sum(told.prompt_tokens for told in seen.told),
-        sum(told.cached_tokens for told in seen.told),
+        sum(each.prompt_tokens for each in told),
+        sum(each.cached_tokens for each in told),
         taken.foreign_cores,
     )
 
@@ -267,9 +275,9 @@ def _row(point: Point, ours: Sequence[Run], theirs: Sequence[Run]) -> Row:
         first_p50_s=medians(lambda run: run.first_p50_s),
         first_p95_s=medians(lambda run: run.first_p95_s),
         pairs=len(ours),
-        cached_tokens=medians(lambda run: run.cached_tokens / point.sessions),
-        prompt_tokens=statistics.median(run.prompt_tokens / point.sessions for run in ours),
-        node_cpu_s=statistics.median(run.cpu_s["node"] / point.sessions for run in ours),
+        cached_tokens=medians(lambda run: run.cached_tokens / len(run.first_s)),
+        prompt_tokens=statistics.median(run.prompt_tokens / len(run.first_s) for run in ours),
+        node_cpu_s=statistics.median(run.cpu_s["node"] / len(run.first_s) for run in ours),
         foreign_cores=statistics.median(run.foreign_cores for run in (*ours, *theirs)),
         speed=ratio(lambda run: run.tokens_per_s),
         cpu=ratio(lambda run: run.cpu_per_answer_s),
