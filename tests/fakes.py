@@ -101,6 +101,12 @@ class WordEngine:
         self.requests.append(request)
         return EchoEngine(break_after_tokens=self.die_after).embed(request)
 
+    async def count(self, request: Request) -> int:
+        if self.busy:
+            raise EngineBusyError("The queue is full.", 3.0)
+        self.requests.append(request)
+        return await EchoEngine().count(request)
+
     async def _tokens(self, request: Request) -> AsyncGenerator[Delta | Finish, None]:
         prompt = request.prompt
         if isinstance(prompt, str):

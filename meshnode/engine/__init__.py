@@ -426,3 +426,9 @@ class Engine(Protocol):
         Leave early: what is left of it is not computed.
         """
         ...
+
+    async def count(self, request: Request) -> int:
+        """How many tokens the prompt of `request` has, as `Usage.prompt_tokens` would say, however
+        many that are. Nothing is computed. Raises as `generate` does, but for its length.
+        """
+        ...

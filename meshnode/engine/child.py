@@ -206,6 +206,8 @@ class Child:
                     self._receive(frame)
                 elif isinstance(frame, wire.Embed):
                     self._receive_inputs(frame)
+                elif isinstance(frame, wire.Count):
+                    self._count(frame.request)
                 elif isinstance(frame, wire.Cancel):
                     self._inbox.put(frame)
                     if frame.number in self._abortable:
@@ -262,6 +264,17 @@ class Child:
             return
         self._pipe.send(wire.Accepted(frame.number, reading.prompt_tokens))
         self._inbox.put(reading)
+
+    def _count(self, frame: wire.Generate) -> None:
+        try:
+            refuse_unsuitable(self._model.embedder, "generate")
+            prompt = self._model.prompt_tokens(
+                frame.prompt, None, frame.tools, frame.thinking, frame.effort
+            )
+        except RequestError as error:
+            self._refuse(frame.number, error)
+            return
+        self._pipe.send(wire.Counted(frame.number, len(prompt)))
 
     def _refuse(self, number: int, error: RequestError) -> None:
         self._pipe.send(wire.Refused(number, str(error), param=error.param, code=error.code))

@@ -295,11 +295,7 @@ class EngineProcess:
                 param="n",
                 code="invalid_value",
             )
-        images = images_of(request.prompt)
-        images_bytes = sum(len(image.data) for image in images)
-        if images and self._options.projector is None:
-            raise NoVisionError(self._card.name)
-        answer = _Answer(request.n, images_bytes)
+        answer = _Answer(request.n, self._images_bytes(request))
         async with self._asking(answer, lambda number: wire.Generate.of(number, request)):
             try:
                 await answer.wait_accepted()
@@ -315,6 +311,19 @@ class EngineProcess:
         answer = _Vectors()
         async with self._asking(answer, lambda number: wire.Embed.of(number, request)):
             yield Embedded(await answer.wait_accepted(), answer)
+
+    async def count(self, request: Request) -> int:
+        """See `Engine.count`."""
+        answer = _Pending(choices=1, images_bytes=self._images_bytes(request))
+        async with self._asking(answer, lambda n: wire.Count(wire.Generate.of(n, request))):
+            return await answer.wait_accepted()
+
+    def _images_bytes(self, request: Request) -> int:
+        """Of its pictures. Raises `NoVisionError` if it has some and the model cannot see."""
+        images = images_of(request.prompt)
+        if images and self._options.projector is None:
+            raise NoVisionError(self._card.name)
+        return sum(len(image.data) for image in images)
 
     @asynccontextmanager
     async def _asking(
@@ -509,6 +518,8 @@ class EngineProcess:
                 self._status = frame
             case wire.Accepted(number=number, prompt_tokens=prompt_tokens):
                 self._answers[number].accept(prompt_tokens)
+            case wire.Counted(number=number, prompt_tokens=prompt_tokens):
+                self._ended(number).accept(prompt_tokens)
             case wire.Refused(number=number):
                 self._ended(number).fail(
                     RequestError(frame.message, param=frame.param, code=frame.code)

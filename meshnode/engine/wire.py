@@ -130,6 +130,12 @@ class Embed(msgspec.Struct, frozen=True, tag="embed"):
         return cls(number, request.inputs, request.query, request.dimensions)
 
 
+class Count(msgspec.Struct, frozen=True, tag="count"):
+    """Tokenise the prompt of `request`, whose number it has, and compute nothing."""
+
+    request: Generate
+
+
 class Cancel(msgspec.Struct, frozen=True, tag="cancel"):
     """End all choices; answered by `Done` with reason "cancelled" for each still going.
 
@@ -160,6 +166,13 @@ class LoadFailed(msgspec.Struct, frozen=True, tag="load_failed"):
 
 class Accepted(msgspec.Struct, frozen=True, tag="accepted"):
     """The prompt was tokenised and fits."""
+
+    number: int
+    prompt_tokens: int
+
+
+class Counted(msgspec.Struct, frozen=True, tag="counted"):
+    """How many tokens the prompt has; nothing follows under this number."""
 
     number: int
     prompt_tokens: int
@@ -236,12 +249,13 @@ class Status(msgspec.Struct, frozen=True, tag="status"):
     speculation: SpeculationStats | None = None
 
 
-ToChild = Load | Generate | Embed | Cancel
+ToChild = Load | Generate | Embed | Count | Cancel
 FromChild = (
     Loading
     | Ready
     | LoadFailed
     | Accepted
+    | Counted
     | Refused
     | Unable
     | TooLong

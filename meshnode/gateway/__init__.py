@@ -1,7 +1,7 @@
 """HTTP in, tokens out.
 
 In data-flow order: `openai.py` (pure: OpenAI JSON to and from `engine.Request`), `embeddings.py`
-(pure: the same for vectors and ranks), `keys.py` and `door.py` (who may ask, and how often),
+(pure: the same for vectors and ranks), `counting.py` (pure: and for counts), `keys.py` and `door.py` (who may ask, and how often),
 `app.py` (quart-trio routes for clients), `session.py` (which chat a request belongs to),
 `answer.py` (one request to one answer: local engine or tunnel, next candidate on failure),
 `resume.py` (pure: how far an answer has come), `fields.py` (strict decoding), `passing.py` (pure:

@@ -37,10 +37,12 @@ from meshnode.errors import (
     NoVisionError,
     PeerUnreachableError,
     RemoteProtocolError,
+    RequestError,
     UnknownModelError,
 )
 from meshnode.fence import FENCE_HEADER
 from meshnode.gateway import VIA_HEADER, Candidate, Mesh, PassedAnswer, Route, Upstream
+from meshnode.gateway.counting import Count, encode_count
 from meshnode.gateway.embeddings import Embed, Rerank
 from meshnode.gateway.openai import Call, Encoder, encode_error_event
 from meshnode.gateway.passing import Passed
@@ -126,7 +128,7 @@ class Ask:
     it has come. `via` are the nodes that have passed it on to servers behind them.
     """
 
-    call: Call | Embed | Rerank | Passed
+    call: Call | Count | Embed | Rerank | Passed
     id: str
     session: bytes
     target: str
@@ -138,7 +140,7 @@ class Ask:
     @property
     def prompt_bytes(self) -> int:
         """About how much of it is text."""
-        images_bytes = self.call.images_bytes if isinstance(self.call, Call) else 0
+        images_bytes = self.call.images_bytes if isinstance(self.call, Call | Count) else 0
         return max(0, len(self.body) - images_bytes)
 
 
@@ -239,6 +241,8 @@ async def answer_locally(
     """
     if isinstance(ask.call, Passed):
         raise EngineError(f"The model `{ask.call.model}` was loaded here a moment ago.")
+    if isinstance(ask.call, Count):
+        return await _count_locally(engine, ask, ask.call, peer_id)
     if not isinstance(ask.call, Call):
         return await _read_locally(engine, ask.call, ask.id, peer_id, stack)
     style = engine.stats().style
@@ -265,6 +269,12 @@ async def _read_locally(
     embedded = await stack.enter_async_context(engine.embed(call.embed_request(id)))
     body = await stack.enter_async_context(aclosing(_embedded(embedded, call, id)))
     return Answer(200, "application/json", peer_id, "local", body)
+
+
+async def _count_locally(engine: Engine, ask: Ask, count: Count, peer_id: str) -> Answer:
+    request = count.call.request(ask.id, ask.session, engine.stats().style)
+    body = encode_count(await engine.count(request))
+    return Answer(200, "application/json", peer_id, "local", _once(body))
 
 
 async def answer_upstream(
@@ -367,6 +377,12 @@ async def _begin(
     """One candidate's answer, once its first bytes are here. Raises one of `_Lost`."""
     if candidate.upstream and ask.continuation is not None:
         raise EngineError("A server of another kind cannot go on in the middle of an answer.")
+    if candidate.upstream and isinstance(ask.call, Count):
+        raise RequestError(
+            "`model`: one of a server behind a node; such are not asked to count tokens.",
+            param="model",
+            code="unsupported_parameter",
+        )
     # Counted before it is sent: the next request of a burst must see this one.
     mesh.routed(route, candidate.peer_id, ask.session)
     stack.callback(mesh.finished, route, candidate.peer_id)

@@ -13,7 +13,7 @@ import msgspec
 
 from meshnode import __version__
 from meshnode.gateway.dialects import ollama
-from meshnode.gateway.dialects.anthropic import MESSAGES_SHAPE
+from meshnode.gateway.dialects.anthropic import COUNT_SHAPE, MESSAGES_SHAPE
 from meshnode.gateway.dialects.responses import RESPONSES_SHAPE
 from meshnode.gateway.embeddings import (
     EMBED_PATH,
@@ -38,6 +38,7 @@ _POSTS: tuple[tuple[str, Shape, str | None], ...] = (
     (RERANK_ALIAS, RERANK_SHAPE, None),
     ("/v1/responses", RESPONSES_SHAPE, _STREAM),
     ("/v1/messages", MESSAGES_SHAPE, _STREAM),
+    ("/v1/messages/count_tokens", COUNT_SHAPE, None),
     ("/api/chat", ollama.CHAT_SHAPE, _LINES),
     ("/api/generate", ollama.GENERATE_SHAPE, _LINES),
     ("/api/embed", ollama.EMBED_SHAPE, None),

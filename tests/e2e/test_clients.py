@@ -218,9 +218,16 @@ def test_messages_refuse_in_anthropics_shape(messages: anthropic.resources.Messa
         messages.create(
             model=MODEL_NAME, messages=TURN, max_tokens=1, extra_body={"thinking": THINKING}
         )
-    with pytest.raises(anthropic.InternalServerError) as uncounted:
-        messages.count_tokens(model=MODEL_NAME, messages=TURN)
-    assert uncounted.value.status_code == 501
+
+
+def test_messages_are_counted_as_they_are_computed(messages: anthropic.resources.Messages) -> None:
+    tool = {"name": "capital", "input_schema": CITY, "description": "Of a country."}
+    ask = {"messages": TURN, "system": "Be brief.", "tools": [tool]}
+    counted = messages.count_tokens(model=MODEL_NAME, **ask)
+    usage = messages.create(**MESSAGE, **ask, max_tokens=1).usage
+    assert counted.input_tokens == usage.input_tokens + (usage.cache_read_input_tokens or 0)
+    bare = messages.count_tokens(model=MODEL_NAME, messages=TURN)
+    assert bare.input_tokens < counted.input_tokens
 
 
 def test_messages_call_tools(messages: anthropic.resources.Messages) -> None:

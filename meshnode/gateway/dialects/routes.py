@@ -20,8 +20,9 @@ from meshnode.errors import RequestError, UnknownModelError
 from meshnode.gateway import Mesh, ServedModel
 from meshnode.gateway.dialects import Asked, ollama
 from meshnode.gateway.dialects.anthropic import (
-    COUNT_REFUSED,
+    decode_count,
     decode_messages,
+    encode_counted,
     encode_messages_error,
 )
 from meshnode.gateway.dialects.kept import Kept, KeptResponses
@@ -61,10 +62,11 @@ def mount_dialects(
     app: QuartTrio,
     mesh: Mesh,
     complete: Callable[[Asked], Awaitable[Result]],
+    count: Callable[[Asked, Callable[[int], bytes]], Awaitable[Result]],
     embed: Callable[[Embed, Callable[[Vectors], bytes]], Awaitable[Result]],
 ) -> None:
-    """Add the routes to the API app; `complete` answers what was asked, in its writer's words, and
-    `embed` in those that it is given."""
+    """Add the routes to the API app; `complete` answers what was asked, in its writer's words,
+    `count` (its tokens) and `embed` in those that they are given."""
     kept = KeptResponses()
 
     @app.post(MESSAGES_PATH)
@@ -73,8 +75,7 @@ def mount_dialects(
 
     @app.post(COUNT_PATH)
     async def count_tokens() -> Result:
-        # The official clients would ask again, as after every 5xx.
-        return _json(COUNT_REFUSED, 501, {"x-should-retry": "false"})
+        return await count(decode_count(await _body()), encode_counted)
 
     @app.post(RESPONSES_PATH)
     async def responses() -> Result:

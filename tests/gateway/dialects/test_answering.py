@@ -12,7 +12,7 @@ from contextlib import aclosing
 import httpx
 import pytest
 import trio
-from anthropic.types import Message, RawMessageStreamEvent
+from anthropic.types import Message, MessageTokensCount, RawMessageStreamEvent
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from ollama import ChatResponse, GenerateResponse
@@ -21,6 +21,7 @@ from pydantic import TypeAdapter
 
 from meshnode.engine import ChatStyle, Delta, Finish, Usage
 from meshnode.errors import EngineError
+from meshnode.gateway import Candidate
 from meshnode.gateway.app import create_api_app
 from meshnode.gateway.dialects import End, ollama
 from meshnode.gateway.dialects.answer import EventReader, told_as_stream, told_whole
@@ -427,12 +428,52 @@ async def test_a_peers_refusal_has_the_shape_of_the_dialect(nursery):
     assert json.loads(body)["error"]["type"] == "overloaded_error"
 
 
-async def test_tokens_are_not_counted():
-    api = create_api_app(local_mesh(WordEngine())).test_client()
-    response = await api.post("/v1/messages/count_tokens", json=BODIES["/v1/messages"])
-    assert response.status_code == 501
-    assert response.headers["x-should-retry"] == "false"
-    assert json.loads(await response.get_data())["type"] == "error"
+async def count(api, **fields):
+    path = "/v1/messages/count_tokens"
+    with trio.fail_after(HANG_S):
+        response = await api.post(path, json={"model": MODEL, "messages": [TURN], **fields})
+        return response, json.loads(await response.get_data())
+
+
+async def test_tokens_are_counted_where_the_model_is(api):
+    response, body = await count(api)
+    assert response.status_code == 200
+    assert MessageTokensCount.model_validate(body, strict=True).input_tokens == 3
+    _, body = await count(api, system="that is the question")
+    assert body == {"input_tokens": 7}
+
+
+@pytest.mark.parametrize(
+    ("fields", "named"),
+    [
+        ({"max_tokens": 5}, "`max_tokens`"),
+        ({"tools": [{"name": "f", "input_schema": {"type": "array"}}]}, "`tools[0].input_schema`"),
+        ({"thinking": {"type": "enabled"}}, "`thinking.type`"),  # the model says so, not the edge
+        ({"messages": [{"role": "user", "content": []}]}, "`messages`"),
+    ],
+)
+async def test_what_is_not_counted_is_named(api, fields, named):
+    response, body = await count(api, **fields)
+    assert response.status_code == 400
+    assert body["error"]["type"] == "invalid_request_error"
+    assert named in body["error"]["message"]
+
+
+async def test_servers_of_other_kinds_are_not_asked_to_count():
+    mesh = FakeMesh(candidates=(Candidate("peer-a", True, "only", upstream=True),))
+    response, body = await count(create_api_app(mesh).test_client())
+    assert response.status_code == 400
+    assert "`model`" in body["error"]["message"]
+
+
+async def test_a_count_that_is_none_is_an_error(nursery):
+    class Liar(WordEngine):
+        async def count(self, request):
+            return "many"
+
+    response, body = await count(Link(nursery, b=Liar()).api)
+    assert response.status_code == 503
+    assert "count" in body["error"]["message"]
 
 
 async def test_a_stored_response_takes_no_options():
@@ -463,7 +504,7 @@ async def test_a_key_is_asked_for(tmp_path, method, path):
         response = await api.open(
             path, method=method, json=BODIES.get(path, {"model": MODEL}), headers=headers
         )
-        assert response.status_code in (200, 404, 501)
+        assert response.status_code in (200, 400, 404)
 
 
 async def test_a_key_does_not_see_anothers_responses(tmp_path):
