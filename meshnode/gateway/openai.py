@@ -55,6 +55,7 @@ __all__ = [
     "CHAT_SHAPE",
     "TEXT_PATH",
     "TEXT_SHAPE",
+    "CacheOptions",
     "Call",
     "Encoder",
     "decode_chat",
@@ -190,6 +191,13 @@ class _StreamOptions(msgspec.Struct, forbid_unknown_fields=True):
     include_usage: bool | None = None
 
 
+class CacheOptions(msgspec.Struct, forbid_unknown_fields=True):
+    """Which prefixes are worth keeping, and for how long; every prefix is kept here anyway."""
+
+    mode: Literal["implicit", "explicit"] | None = None
+    ttl: str | None = None
+
+
 class _Body(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     """What both kinds of request share. `Any` marks fields of which only a neutral value works."""
 
@@ -310,6 +318,10 @@ class _ChatBody(_Body, forbid_unknown_fields=True, kw_only=True):
     chat_template_kwargs: _TemplateKwargs | None = None
     verbosity: Any = None
     web_search_options: Any = None
+    moderation: Any = None
+    # Harmless: they change no answer.
+    prompt_cache_options: CacheOptions | None = None
+    prompt_cache_retention: Literal["in-memory", "in_memory", "24h"] | None = None
 
 
 class _TextBody(_Body, forbid_unknown_fields=True, kw_only=True):
@@ -334,6 +346,7 @@ _NEUTRAL_CHAT: Mapping[str, tuple[Any, ...]] = {
     "prediction": (),
     "verbosity": (),
     "web_search_options": (),
+    "moderation": (),
 }
 _NEUTRAL_TEXT: Mapping[str, tuple[Any, ...]] = {
     **_NEUTRAL_BODY,

@@ -1,4 +1,4 @@
-"""Anthropic's /v1/messages, to and from a chat request, and how they are counted. Pure: bytes in, values out.
+"""Anthropic's /v1/messages, and its counts, to and from a chat request. Pure: bytes in, values out.
 
 Decides which fields of a message request work, which are harmless, and which are refused by name.
 The shapes follow Anthropic's reference for the Messages API. Where engines say less than it asks: a
@@ -156,6 +156,7 @@ class _Prompt(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     # Not supported yet.
     context_management: Any = None
     mcp_servers: Any = None
+    speed: Any = None
 
 
 class _Body(_Prompt, forbid_unknown_fields=True, kw_only=True):
@@ -170,16 +171,19 @@ class _Body(_Prompt, forbid_unknown_fields=True, kw_only=True):
     service_tier: Literal["auto", "standard_only"] | None = None
     # Not supported yet.
     container: Any = None
+    diagnostics: Any = None
     inference_geo: Any = None
 
 
 _NEUTRAL_PROMPT: Mapping[str, tuple[Any, ...]] = {
     "context_management": (),
     "mcp_servers": ([],),
+    "speed": ("standard",),
 }
 _NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     **_NEUTRAL_PROMPT,
     "container": (),
+    "diagnostics": (),
     "inference_geo": (),
 }
 _NEUTRAL_TEXT: Mapping[str, tuple[Any, ...]] = {"citations": ([],)}
@@ -494,6 +498,7 @@ _ERROR_TYPES = {
     429: "rate_limit_error",
     503: "overloaded_error",
 }
+
 
 def encode_counted(prompt_tokens: int) -> bytes:
     """The answer of /v1/messages/count_tokens."""

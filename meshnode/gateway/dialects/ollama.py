@@ -80,7 +80,21 @@ class _Options(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     repeat_penalty: Annotated[float, msgspec.Meta(gt=0.0, le=10.0)] | None = None
     repeat_last_n: Annotated[int, msgspec.Meta(ge=-1, le=PENALTY_TOKENS_MAX)] | None = None
     typical_p: _Share | None = None
+    # Harmless: how Ollama uses its machine. A node's operator says how this one is used.
+    low_vram: bool | None = None
+    main_gpu: int | None = None
+    num_batch: int | None = None
+    num_gpu: int | None = None
+    num_thread: int | None = None
+    numa: bool | None = None
+    use_mlock: bool | None = None
+    use_mmap: bool | None = None
+    # Harmless: what stays of a prompt that is cut. None is cut here.
+    num_keep: int | None = None
+    # Not supported yet.
     num_ctx: Any = None
+    penalize_newline: Any = None
+    tfs_z: Any = None
 
 
 class _Body(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
@@ -168,6 +182,8 @@ class _ShowBody(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
 
 _NEUTRAL_OPTIONS: Mapping[str, tuple[Any, ...]] = {
     "num_ctx": (),
+    "penalize_newline": (True,),
+    "tfs_z": (1, 1.0),
 }
 _NEUTRAL_BODY: Mapping[str, tuple[Any, ...]] = {
     "logprobs": (False,),

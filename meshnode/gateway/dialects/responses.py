@@ -20,8 +20,8 @@ from meshnode.gateway.dialects import Asked, End, Name, Tokens, Told, arguments_
 from meshnode.gateway.dialects.kept import Kept
 from meshnode.gateway.fields import Shape, decode_body, refuse_unsupported, unsupported
 from meshnode.gateway.images import linked_image
+from meshnode.gateway.openai import CacheOptions, message_json
 from meshnode.gateway.openai import Call as ChatCall
-from meshnode.gateway.openai import message_json
 from meshnode.gateway.said import Arguments, Call, Content, Reasoning, Said
 
 __all__ = ["RESPONSES_SHAPE", "decode_response", "encode_deleted"]
@@ -155,13 +155,17 @@ class _Body(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     # Harmless: they change no answer.
     metadata: _Metadata | None = None
     safety_identifier: str | None = None
+    prompt_cache_options: CacheOptions | None = None
     prompt_cache_retention: Literal["in-memory", "in_memory", "24h"] | None = None
     max_tool_calls: Tokens | None = None  # of tools that we would run ourselves; there are none
     moderation: Any = None
     # Not supported yet.
+    access_programs: Any = None
     background: Any = None
+    background_options: Any = None
     context_management: Any = None
     conversation: Any = None
+    image: Any = None
     include: Any = None
     prompt: Any = None
     service_tier: Any = None
@@ -170,9 +174,12 @@ class _Body(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
 
 
 _NEUTRAL: Mapping[str, tuple[Any, ...]] = {
+    "access_programs": (),
     "background": (False,),
+    "background_options": (),
     "context_management": ([],),
     "conversation": (),
+    "image": (),
     "include": ([],),
     "prompt": (),
     "moderation": (),
