@@ -404,7 +404,7 @@ REFUSED = [
     ("chat", {"options": {"num_predict": 0}}, "options.num_predict"),
     ("chat", {"options": {"repeat_penalty": 0}}, "options.repeat_penalty"),
     ("chat", {"options": {"mirostat": 1, "top_k": 3}}, "options.top_k"),
-    ("chat", {"options": {"num_gpu": 1}}, "options.num_gpu"),
+    ("chat", {"options": {"vocab_only": True}}, "options.vocab_only"),
     ("chat", {"options": {"stop": ["a"] * 5}}, "options.stop"),
     ("chat", {"format": "yaml"}, "format"),
     ("chat", {"format": {"not": {}}}, "format.not"),
