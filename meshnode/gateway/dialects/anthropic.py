@@ -86,7 +86,7 @@ class _ToolUse(msgspec.Struct, tag_field="type", tag="tool_use", forbid_unknown_
 
 class _ToolResult(msgspec.Struct, tag_field="type", tag="tool_result", forbid_unknown_fields=True):
     tool_use_id: str
-    content: str | list[_Text] = ""
+    content: str | list[_Text | _Image] = ""
     is_error: bool | None = None
     cache_control: _CacheControl | None = None
 
@@ -326,18 +326,25 @@ def _turns(asked: _Prompt) -> list[dict[str, Any]]:
 
 
 def _add_turn(turns: list[dict[str, Any]], message: _Message, path: str) -> None:
-    """A message's blocks: results are turns of their own, all else is one of the message's role."""
+    """A message's blocks: results are turns of their own, all else is one of the message's role.
+
+    A chat's results are text. What a result shows follows all of them, in the user's turn.
+    """
     blocks = message.content
+    shown: list[dict[str, Any]] = []
     for at, block in enumerate([_Text(blocks)] if isinstance(blocks, str) else blocks):
         here = f"{path}[{at}]"
         is_users = isinstance(block, (_Image, _ToolResult))
         if not isinstance(block, _Text) and is_users != (message.role == "user"):
             raise unsupported(f"{here}.type")
         if isinstance(block, _ToolResult):
-            turns.append(_result(block, here))
+            text, images = _result(block, here)
+            turns.append(text)
+            shown += images
             continue
         if not turns or turns[-1]["role"] != message.role:
-            turns.append({"role": message.role, "content": []})
+            turns.append({"role": message.role, "content": shown})
+            shown = []
         turn = turns[-1]
         if isinstance(block, (_Text, _Image)):
             turn["content"] += _parts([block], path, at)
@@ -349,14 +356,18 @@ def _add_turn(turns: list[dict[str, Any]], message: _Message, path: str) -> None
             function = {"name": block.name, "arguments": arguments}
             call = {"id": block.id, "type": "function", "function": function}
             turn.setdefault("tool_calls", []).append(call)
+    if shown:
+        turns.append({"role": "user", "content": shown})
 
 
-def _result(block: _ToolResult, path: str) -> dict[str, Any]:
+def _result(block: _ToolResult, path: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """The turn, and the images that go after it."""
     parts = _parts(block.content, f"{path}.content")
-    text = "\n".join(part["text"] for part in parts)
+    text = "\n".join(part["text"] for part in parts if part["type"] == "text")
     # A chat has no field for it; in words, every model understands.
     content = f"Error: {text}" if block.is_error else text
-    return {"role": "tool", "tool_call_id": block.tool_use_id, "content": content}
+    images = [part for part in parts if part["type"] != "text"]
+    return {"role": "tool", "tool_call_id": block.tool_use_id, "content": content}, images
 
 
 def _parts(

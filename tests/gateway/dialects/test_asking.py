@@ -215,6 +215,50 @@ WORKS = [
             *SEEN,
         ),
     ),
+    (  # what results show comes after all of them
+        "messages",
+        {
+            "messages": [
+                TURN,
+                {
+                    "role": "assistant",
+                    "content": [
+                        {"type": "tool_use", "id": id, "name": "f", "input": {}} for id in "cd"
+                    ],
+                },
+                {
+                    "role": "user",
+                    "content": [
+                        {
+                            "type": "tool_result",
+                            "tool_use_id": "c",
+                            "content": [
+                                said(text="42"),
+                                anthropic_image(),
+                            ],
+                        },
+                        {
+                            "type": "tool_result",
+                            "tool_use_id": "d",
+                            "content": [
+                                anthropic_image("aG8="),
+                            ],
+                        },
+                    ],
+                },
+            ]
+        },
+        "prompt",
+        (
+            ChatMessage("user", "hi"),
+            ChatMessage(
+                "assistant", "", calls=(FunctionCall("c", "f", "{}"), FunctionCall("d", "f", "{}"))
+            ),
+            ChatMessage("tool", "42", call_id="c"),
+            ChatMessage("tool", "", call_id="d"),
+            ChatMessage("user", "", (Image(b"hi", 0), Image(b"ho", 0))),
+        ),
+    ),
     ("generate", {"images": ["aGk="]}, "prompt", SEEN),
     ("messages", {"stream": True}, "include_usage", True),
     ("messages", {"stop_sequences": ["a", "b"]}, "stop", ("a", "b")),
