@@ -122,7 +122,7 @@ def _planned(
     for item in items:
         used[item.model].add(item.replica)
         word = words.get((item.owner, item.model))
-        is_ready = word is not None and word.consent.state == "ready"
+        is_ready = word is not None and word.consent.is_ready(item.shard)
         if item.state == "draining" and item.shard.kind == "whole" and is_ready:
             draining[item.owner, item.model] = item.replica
     for replica in plan.replicas:
@@ -170,7 +170,7 @@ def _staying(item: Item, words: Mapping[tuple[str, str], Word]) -> Item:
 
 def _promoted(item: Item, words: Mapping[tuple[str, str], Word]) -> Item:
     """Serving as soon as its owner has said that it is ready, and loading again if it is not."""
-    is_ready = words[item.owner, item.model].consent.state == "ready"
+    is_ready = words[item.owner, item.model].consent.is_ready(item.shard)
     return replace(item, state="serving" if is_ready else "loading")
 
 
