@@ -260,6 +260,7 @@ class Consent(Message, frozen=True):
     A node that can run a part of the model's layers says what crosses between two parts per token
     (`activation_bytes`, 0 if it cannot), what of `weight_bytes` is in no layer and so in one part
     whole (`edge_bytes`: embeddings and head), and which `parts` it has loaded, as (first, end).
+    Parts begin at multiples of `cut_every` layers.
     """
 
     group: GroupId
@@ -275,7 +276,13 @@ class Consent(Message, frozen=True):
     layers: Annotated[int, Meta(ge=0, le=4096)]
     activation_bytes: Annotated[int, Meta(ge=0, lt=2**20)] = 0
     edge_bytes: Count = 0
+    cut_every: Annotated[int, Meta(ge=1, le=4096)] = 1
     parts: Annotated[tuple[Layers, ...], Meta(max_length=PARTS_MAX)] = ()
+
+    @property
+    def units(self) -> int:
+        """In how many the layers can be dealt out; the last of them takes what is left over."""
+        return max(self.layers // self.cut_every, 1)
 
     def is_ready(self, shard: Shard) -> bool:
         """Whether its signer has said that just this is loaded there."""

@@ -101,6 +101,7 @@ class Holding:
     layers: int
     activation_bytes: int = 0
     edge_bytes: int = 0
+    cut_every: int = 1
     parts: tuple[tuple[int, int], ...] = ()
 
 
@@ -568,6 +569,7 @@ class Agreement:
             layers=holding.layers,
             activation_bytes=holding.activation_bytes,
             edge_bytes=holding.edge_bytes,
+            cut_every=holding.cut_every,
             parts=holding.parts,
         )
 

@@ -52,7 +52,7 @@ def problem_of(
             name=consent.name,
             # Nobody says which part has the embeddings and the head: each is taken to.
             weight_bytes=max(consent.weight_bytes - consent.edge_bytes, 0),
-            layers=max(consent.layers, 1),
+            layers=consent.units,
             kv_bytes_per_token=consent.kv_bytes,
             context_tokens=1,  # `kv_bytes` is for all of the context already
             compute_bytes=max(consent.bytes - consent.weight_bytes - consent.kv_bytes, 0)
@@ -70,7 +70,7 @@ def problem_of(
             consent.wanted,
             consent.bytes,
             decode_us,
-            cuts=consent.activation_bytes > 0 and consent.layers > 1,
+            cuts=consent.activation_bytes > 0 and consent.units > 1,
         )
         memory[peer] = max(memory.get(peer, (-1, 0)), (consent.sequence, consent.memory_bytes))
     leaving: Counter[str] = Counter()
@@ -104,7 +104,9 @@ def problem_of(
             for peer, advert in adverts.items()
             for link in advert.links
         },
-        current=current_replicas(body.items),
+        current=current_replicas(
+            body.items, {model: consent.cut_every for (_, model), consent in said.items()}
+        ),
     )
 
 

@@ -175,7 +175,8 @@ def _refused_items(body: Body, consents: dict[tuple[str, str], Consent]) -> str 
     for item in body.items:
         if item.shard.kind == "layers" and item.state != "draining":
             consent = consents[item.owner, item.model]
-            if not consent.activation_bytes or item.shard.of != consent.layers:
+            is_layers = item.shard.of == consent.layers and not item.shard.first % consent.cut_every
+            if not consent.activation_bytes or not is_layers:
                 return "an owner that cannot run these layers"
             if item.bytes < _layers_bytes(consent, item.shard):
                 return "less memory than the layers need"
