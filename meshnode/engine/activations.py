@@ -101,6 +101,6 @@ def _unpack_i8(data: bytes, count: int, width: int) -> Rows:
     places = packed["places"].astype(np.int64)
     if places.max(initial=0) >= width:
         raise RemoteProtocolError(f"an activation beyond the width of {width}")
-    rows = packed["cells"].astype(np.float32) * packed["scale"][:, np.newaxis]
+    rows: Rows = packed["cells"].astype(np.float32) * packed["scale"][:, np.newaxis]
     np.put_along_axis(rows, places, packed["outliers"].astype(np.float32), axis=1)
     return rows
