@@ -5,7 +5,7 @@ Knows pointers, batches and samplers. Decides nothing about who runs: it perform
 child (`child.py`); so every pointer and return code is checked, and arguments are checked before
 they reach C.
 
-Import this module only in a process whose environment is that of `process.CHILD_ENVIRONMENT`:
+Import this module only in a process whose environment is that of `child_process.CHILD_ENVIRONMENT`:
 libgomp reads it once, when it is loaded.
 """
 
