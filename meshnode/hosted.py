@@ -395,6 +395,7 @@ class HostedModel:
                 return None
         elif stats.state == "ready" and self.state != "ready":
             stats = replace(stats, state="loading")  # its layers are here, and its ring is not
+        assert stats.state != "stopped"
         return Offer(
             name=stats.card.name,
             digest=stats.card.digest,

@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from typing import Protocol
 
 import trio
@@ -59,21 +59,15 @@ class Stage(Protocol):
     @property
     def shape(self) -> Shape: ...
 
-    def turn(self) -> AsyncTurn: ...
+    def turn(self) -> AbstractAsyncContextManager[None]:
+        """Held by the one ring that it is in; a later ring ends the one that holds it."""
+        ...
 
     async def begin(self, opening: Opening) -> None: ...
 
     async def submit(self, frame: bytes) -> None: ...
 
     async def receive(self) -> bytes: ...
-
-
-class AsyncTurn(Protocol):
-    """Held by the one ring that a stage is in; a later ring ends the one that holds it."""
-
-    async def __aenter__(self) -> None: ...
-
-    async def __aexit__(self, *error: object) -> bool | None: ...
 
 
 class Head(Protocol):
