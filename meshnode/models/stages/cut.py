@@ -72,8 +72,9 @@ class Stage:
 
     The file begins with `header`; then come `pieces`; whatever neither covers is zeros that nobody
     reads. `ranges` are what is needed of the source, first byte and end, ascending, and
-    `source_bytes` how much that is; `edge_bytes` of it are in no layer. Activations have `width` numbers: whoever computes multiplies
-    those of the stage before by `input_scale`, and looked-up rows by `lookup_scale`.
+    `source_bytes` how much that is; `edge_bytes` of it are in no layer. Activations have `width`
+    numbers: whoever computes multiplies those of the stage before by `input_scale`, and looked-up
+    rows by `lookup_scale`.
     """
 
     architecture: str
