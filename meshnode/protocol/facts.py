@@ -74,8 +74,9 @@ def problem_of(
         )
         memory[peer] = max(memory.get(peer, (-1, 0)), (consent.sequence, consent.memory_bytes))
     leaving: Counter[str] = Counter()
+    stays = {(i.owner, i.model, i.shard) for i in body.items if i.state != "draining"}
     for item in body.items:
-        if item.state == "draining":
+        if item.state == "draining" and (item.owner, item.model, item.shard) not in stays:
             leaving[item.owner] += item.bytes
     wants: dict[str, Want] = {}
     for model, fact in models.items():
