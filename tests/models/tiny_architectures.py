@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import ctypes
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -90,9 +89,14 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "dbrx": FEW_EXPERTS | {"attention.clamp_kqv": 8.0},
     "deepseek": EXPERTS | DENSE_FIRST,
     "deepseek2": EXPERTS | DENSE_FIRST | LATENT,
+    "deepseek2/lite": EXPERTS
+    | DENSE_FIRST
+    | {key: value for key, value in LATENT.items() if key != "attention.q_lora_rank"}
+    | {"block_count": 27, "expert_gating_func": 0},
     "dots1": EXPERTS | DENSE_FIRST | ALL_HEADS,
     "ernie4_5": {},
     "ernie4_5-moe": EXPERTS | DENSE_FIRST | {"interleave_moe_layer_step": 1},
+    "exaone": {},
     "exaone-moe": EXPERTS | DENSE_FIRST | WINDOW,
     "exaone4": {},
     "falcon": {},
@@ -114,7 +118,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "rope.dimension_count_swa": 16,
     },
     "glm4moe": EXPERTS | DENSE_FIRST,
-    "glm4moe/next": EXPERTS | DENSE_FIRST | {"nextn_predict_layers": 1},
+    "glm4moe/predicts": EXPERTS | DENSE_FIRST | {"nextn_predict_layers": 1, "block_count": 9},
     "gpt-oss": EXPERTS | WINDOW,
     "gpt2": ALL_HEADS,
     "gptneox": ALL_HEADS | {"use_parallel_residual": True},
@@ -125,9 +129,9 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "hunyuan-moe": EXPERTS,
     "internlm2": {},
     "lfm2": CONVOLUTIONS,
+    "lfm2moe": EXPERTS | DENSE_FIRST | CONVOLUTIONS,
     "llama": {},
     "llama/experts": FEW_EXPERTS,
-    "llama/heads per layer": {"attention.head_count_kv": [1, 2, 4, 2, 1, 4, 2, 1]},
     "llama4": EXPERTS | WINDOW | {"interleave_moe_layer_step": 2, "block_count": 12},
     "minicpm": {},
     "minimax-m2": EXPERTS,
@@ -142,11 +146,14 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "phimoe": EXPERTS,
     "qwen2": {},
     "qwen2moe": EXPERTS,
+    "qwen2vl": AXES,
     "qwen3": {},
     "qwen35": STATE | {"rope.dimension_sections": [4, 4, 0, 0]},
+    "qwen35moe": EXPERTS | STATE | {"rope.dimension_sections": [4, 4, 0, 0]},
     "qwen3moe": EXPERTS,
     "qwen3next": EXPERTS | STATE,
     "qwen3vl": AXES | {"n_deepstack_layers": 3},
+    "qwen3vlmoe": EXPERTS | AXES | {"n_deepstack_layers": 3},
     "seed_oss": {},
     "smallthinker": EXPERTS | WINDOW | {"block_count": 24},
     "smollm3": {"block_count": 12},
@@ -166,10 +173,13 @@ def write_tiny(path: Path, name: str, changes: dict[str, Any] | None = None) -> 
     for key, value in (COMMON | SETTINGS.get(name, {}) | (changes or {})).items():
         prefix = "" if key.startswith("xielu.") else f"{architecture}."
         metadata[prefix + key] = value
+    shapes = _shapes({key: value for key, value in metadata.items() if _PREDICTS not in key})
+    if f"{architecture}.{_PREDICTS}" in metadata:
+        shapes |= _of_prediction(metadata, architecture)
     random = np.random.default_rng(list(name.encode()))
     tensors = [
         Tensor(tensor, shape, 0, 4 * int(np.prod(shape)), data=_weights(tensor, shape, random))
-        for tensor, shape in _shapes(metadata)
+        for tensor, shape in shapes.items()
     ]
     path.write_bytes(write_gguf(metadata, tensors))
     return path
@@ -190,10 +200,21 @@ def _weights(name: str, shape: tuple[int, ...], random: np.random.Generator) -> 
     return values.astype(np.float32).tobytes()
 
 
+_PREDICTS = "nextn_predict_layers"
+
+
+def _of_prediction(metadata: dict[str, Any], architecture: str) -> dict[str, tuple[int, ...]]:
+    """What the last layer has besides, if it predicts further tokens; llama.cpp skips it."""
+    last, width = metadata[f"{architecture}.block_count"] - 1, COMMON["embedding_length"]
+    shapes = {"eh_proj": (2 * width, width), "enorm": (width,), "hnorm": (width,)}
+    return {f"blk.{last}.nextn.{name}.weight": shape for name, shape in shapes.items()}
+
+
 # -- which tensors a model has -----------------------------------------------------------------
 
 _SHAPE_OFFSET = 16  # in struct ggml_tensor, after its type and its buffer: int64 ne[4]
 _SCALES = (".scale", ".input_scale")  # of 4-bit floats only
+_OF_EMBEDDERS = ("cls", "dense_")
 
 
 class _Parameters(ctypes.Structure):
@@ -202,7 +223,7 @@ class _Parameters(ctypes.Structure):
     _fields_ = (("no_alloc", ctypes.c_bool), ("context", ctypes.c_void_p))
 
 
-def _shapes(metadata: dict[str, Any]) -> Iterator[tuple[str, tuple[int, ...]]]:
+def _shapes(metadata: dict[str, Any]) -> dict[str, tuple[int, ...]]:
     """As llama.cpp asks for them, all optional ones too."""
     ggml = ctypes.CDLL(os.path.join(os.path.dirname(llama.__file__), "lib", "libggml-base.so"))
     ggml.gguf_init_from_buffer.restype = ctypes.c_void_p
@@ -227,6 +248,8 @@ def _shapes(metadata: dict[str, Any]) -> Iterator[tuple[str, tuple[int, ...]]]:
     assert model, "llama.cpp does not take these settings"
     llama.llama_model_free(model)
     ggml.gguf_free(settings)
-    for name, shape in asked.items():
-        if not name.endswith(_SCALES) and not name.startswith("cls"):
-            yield name, shape
+    return {
+        name: shape
+        for name, shape in asked.items()
+        if not name.endswith(_SCALES) and not name.startswith(_OF_EMBEDDERS)
+    }

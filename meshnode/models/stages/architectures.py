@@ -45,6 +45,7 @@ RULES: dict[str, tuple[Rule, ...]] = {
     "dots1": (DenseFirst(),),
     "ernie4_5": (),
     "ernie4_5-moe": (DenseFirst(), _EXPERTS_EVERY_FEW),
+    "exaone": (),
     "exaone-moe": (DenseFirst(), Windows(4, built_in=True)),
     "exaone4": (CountMeans((64,), "the 32B variant, which has windows,"),),
     "falcon": (),
@@ -89,6 +90,7 @@ RULES: dict[str, tuple[Rule, ...]] = {
     "hunyuan-moe": (),
     "internlm2": (),
     "lfm2": (RecurrentWithoutHeads(),),
+    "lfm2moe": (DenseFirst(), RecurrentWithoutHeads()),
     "llama": (),
     "llama4": (
         Windows(4, built_in=True),
@@ -111,11 +113,14 @@ RULES: dict[str, tuple[Rule, ...]] = {
     "phimoe": (),
     "qwen2": (),
     "qwen2moe": (),
+    "qwen2vl": (),
     "qwen3": (),
     "qwen35": (Recurrent(4),),
+    "qwen35moe": (Recurrent(4),),
     "qwen3moe": (),
     "qwen3next": (Recurrent(4),),
     "qwen3vl": (NoPictures(),),
+    "qwen3vlmoe": (NoPictures(),),
     "seed_oss": (),
     "smallthinker": (
         Windows(4, full_first=True),
@@ -127,6 +132,9 @@ RULES: dict[str, tuple[Rule, ...]] = {
     "starcoder": (),
     "starcoder2": (),
 }
+
+# What the norm behind the last layer is called, if not "output_norm.weight".
+LAST_NORMS = dict.fromkeys(("lfm2", "lfm2moe"), "token_embd_norm.weight")
 
 _ENCODER = "it is an encoder, which has no stages to generate with"
 _NORM = "it normalises what comes in"

@@ -28,7 +28,7 @@ from meshnode.models.gguf import (
     tensor_bytes,
     value_bytes,
 )
-from meshnode.models.stages.architectures import REFUSED, RULES
+from meshnode.models.stages.architectures import LAST_NORMS, REFUSED, RULES
 from meshnode.models.stages.rules import ROWS_OF_TOKENS, Changes, Model
 
 # Two ranges of the source with less between them are one: a request costs more than such a gap,
@@ -40,9 +40,9 @@ WIDTH_MAX = 65_536
 # What every stage needs, whichever its layers: how positions are rotated.
 _FACTORS = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
 _POSITIONS = "position_embd.weight"
-_NORM, _NORM_BIAS = "output_norm.weight", "output_norm.bias"
+_NORM_BIAS = "output_norm.bias"
 _HEAD, _HEAD_BIAS = "output.weight", "output.bias"
-_KNOWN = frozenset((*_FACTORS, _POSITIONS, ROWS_OF_TOKENS, _NORM, _NORM_BIAS, _HEAD, _HEAD_BIAS))
+_KNOWN = frozenset((*_FACTORS, _POSITIONS, ROWS_OF_TOKENS, _NORM_BIAS, _HEAD, _HEAD_BIAS))
 # Arrays that are not about layers, however many items they have.
 _NOT_PER_LAYER = ("rope.dimension_sections",)
 _F32 = 0
@@ -170,7 +170,8 @@ def _refusal(model: Model) -> str | None:
         return f"{architecture}: {model.layers} layers of width {model.width} make no sense"
     if sum(tensor.size_bytes for tensor in layout.tensors.values()) > layout.size_bytes:
         return f"{architecture}: its tensors overlap"
-    strange = next((name for name in layout.tensors if not _is_known(name)), None)
+    norm = _last_norm(architecture)
+    strange = next((name for name in layout.tensors if name != norm and not _is_known(name)), None)
     if strange is not None:
         return f"{architecture}: what to do with its tensor {strange!r} is not known"
     tokens = layout.tensors.get(ROWS_OF_TOKENS)
@@ -200,6 +201,10 @@ def _step(model: Model) -> int:
 
 def _is_known(name: str) -> bool:
     return name in _KNOWN or _layer_of(name) is not None
+
+
+def _last_norm(architecture: str) -> str:
+    return LAST_NORMS.get(architecture, "output_norm.weight")
 
 
 def _layer_of(name: str) -> int | None:
@@ -307,8 +312,9 @@ class _Cutter:
         tensors, width = self._layout.tensors, self._model.width
         if not self._is_last:
             # Norm and head come after the layers, where a stage stops computing.
-            if _NORM in tensors:
-                yield _NORM, _F32, (width,), struct.pack("<f", 1.0) * width
+            norm = _last_norm(self._model.architecture)
+            if norm in tensors:
+                yield norm, _F32, (width,), struct.pack("<f", 1.0) * width
             if _NORM_BIAS in tensors:
                 yield _NORM_BIAS, _F32, (width,), b""
             yield ROWS_OF_TOKENS, _F32, (width, 1), b""
