@@ -27,7 +27,9 @@ FILE = ModelFile("large", 12 * GB, 40, 0, 1, 0, 4096)
 FACTS = Problem(
     models={SMALL.digest: SMALL},
     hosts={
-        name: Host(name, 8 * GB, 50_000, GB, {SMALL.digest: Holding(state, False, GB, us)})
+        name: Host(
+            name, 8 * GB, 50_000, GB, {SMALL.digest: Holding(state, False, GB, us)}, stages=True
+        )
         for name, state, us in (("ada", "ready", 40_000), ("bob", "file", 60_000))
     },
     wants={SMALL.digest: Want(1)},
