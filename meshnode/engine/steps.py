@@ -79,8 +79,8 @@ class Step(Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
     """
 
     pipeline: Annotated[bytes, Meta(min_length=PIPELINE_BYTES, max_length=PIPELINE_BYTES)]
-    epoch: Annotated[int, Meta(ge=0, lt=2**63)]
-    number: Annotated[int, Meta(ge=0, lt=2**63)]
+    epoch: Annotated[int, Meta(ge=0, le=2**63 - 1)]
+    number: Annotated[int, Meta(ge=0, le=2**63 - 1)]
     changes: Annotated[tuple[Keep | Share, ...], Meta(max_length=CHANGES_MAX)]
     slots: Annotated[bytes, Meta(max_length=2 * STEP_ROWS_MAX)]
     positions: Annotated[bytes, Meta(max_length=4 * STEP_ROWS_MAX)]

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from meshnode.errors import RemoteProtocolError
-from meshnode.messages import Body, Consent, Item, Order
+from meshnode.messages import Body, Consent, Item, Order, Shard
 
 __all__ = [
     "ORDER_AGE_MAX",
@@ -158,7 +158,7 @@ def _refused_items(body: Body, consents: dict[tuple[str, str], Consent]) -> str 
         consent = consents.get((item.owner, item.model))
         if consent is None or consent.state in ("gone", "failed"):
             return "an owner that has not consented"
-        if item.state == "serving" and consent.state != "ready":
+        if item.state == "serving" and not consent.is_ready(item.shard):
             return "an owner that has not said it is ready"
         is_whole = item.shard.kind == "whole" and item.state != "draining"
         if is_whole and item.bytes < consent.bytes:
@@ -172,10 +172,24 @@ def _refused_items(body: Body, consents: dict[tuple[str, str], Consent]) -> str 
     for items in replicas.values():
         if not covered(items):
             return "a replica with a gap"  # S7
+    for item in body.items:
+        if item.shard.kind == "layers" and item.state != "draining":
+            consent = consents[item.owner, item.model]
+            is_layers = item.shard.of == consent.layers and not item.shard.first % consent.cut_every
+            if not consent.activation_bytes or not is_layers:
+                return "an owner that cannot run these layers"
+            if item.bytes < _layers_bytes(consent, item.shard):
+                return "less memory than the layers need"
     for owner, total in committed.items():
         if total > offered[owner][1]:
             return "more memory committed than the owner offers"  # S8
     return None
+
+
+def _layers_bytes(consent: Consent, shard: Shard) -> int:
+    """The least that these layers take: their share of weights and KV."""
+    shared = max(consent.weight_bytes - consent.edge_bytes, 0) + consent.kv_bytes
+    return shared * (shard.end - shard.first) // shard.of
 
 
 def _refused_changes(
@@ -199,7 +213,7 @@ def _refused_changes(
             all(
                 witness.is_alive(item.owner)
                 and (item_key(item), item.owner) in after
-                and consents[item.owner, model].state == "ready"
+                and consents[item.owner, model].is_ready(item.shard)
                 for item in items
             )
             for items in replicas

@@ -35,13 +35,14 @@ class Model:
 class Holding:
     """One model on one host. `bytes`: what a whole replica takes there, as that host estimates.
 
-    `decode_us_per_token`: measured there, 0 if not yet.
+    `decode_us_per_token`: measured there, 0 if not yet. `cuts`: it can run a part of it there.
     """
 
     state: Literal["file", "ready", "failed"]
     wanted: bool
     bytes: int
     decode_us_per_token: int = 0
+    cuts: bool = True
 
 
 @dataclass(frozen=True, slots=True)
