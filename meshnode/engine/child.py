@@ -27,7 +27,7 @@ from meshnode.engine.draft import DraftModel
 from meshnode.engine.llama import LlamaModel, Sampler, quantize_q4_0
 from meshnode.engine.pace import Rates, Threads
 from meshnode.engine.payoff import Speculation
-from meshnode.engine.pipe import Pipe, leave, resident_bytes
+from meshnode.engine.pipe import Pipe, Progress, leave, resident_bytes
 from meshnode.engine.prepare import prepare
 from meshnode.engine.reading import Reading, Readings, refuse_unsuitable
 from meshnode.engine.scheduler import Batch, Limits, Sampled, Scheduler
@@ -41,7 +41,6 @@ from meshnode.errors import MeshnodeError, ModelLoadError, RequestError
 INBOX_MAX = 1024
 # Fresh enough for a status page, rare enough to cost nothing.
 STATUS_INTERVAL_S = 0.25
-PROGRESS_STEP = 0.01
 # Slots that only keep: sessions outlive their requests. 32 in all took 6 MB more than 4.
 SLOTS_KEPT = 24
 # llama.cpp's bound on sequences.
@@ -501,7 +500,7 @@ def serve() -> None:
             slots_kept=min(SLOTS_KEPT, SLOTS_MAX - load.slots),
             kv_type=load.kv_type,
             threads=threads_max,
-            on_progress=_Progress(pipe),
+            on_progress=Progress(lambda progress: pipe.send(wire.Loading(progress))),
             projector=load.projector,
         )
         speculation = speculation_for(load, model, threads)
@@ -551,19 +550,6 @@ def speculation_for(load: wire.Load, model: LlamaModel, threads: Threads) -> Spe
 
 def _ignore_progress(_fraction: float) -> None:
     """A draft model is small, and the bar is full already."""
-
-
-class _Progress:
-    """Tells the parent of each further percent."""
-
-    def __init__(self, pipe: _Pipe) -> None:
-        self._pipe = pipe
-        self._told = 0.0
-
-    def __call__(self, progress: float) -> None:
-        if progress >= self._told + PROGRESS_STEP or progress >= 1.0:
-            self._told = progress
-            self._pipe.send(wire.Loading(min(progress, 1.0)))
 
 
 def main(arguments: list[str]) -> int:

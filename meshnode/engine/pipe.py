@@ -9,13 +9,14 @@ from __future__ import annotations
 import os
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NoReturn
 
 from meshnode.engine.wire import FrameReader
 
 READ_BYTES = 64 * 1024
+PROGRESS_STEP = 0.01
 
 
 class Pipe:
@@ -43,6 +44,19 @@ class Pipe:
         frames = FrameReader(frame_bytes_max)
         while data := os.read(self._in, READ_BYTES):
             yield from frames.feed(data)
+
+
+class Progress:
+    """Of loading, 0..1: passes on each further percent."""
+
+    def __init__(self, tell: Callable[[float], None]) -> None:
+        self._tell = tell
+        self._told = 0.0
+
+    def __call__(self, progress: float) -> None:
+        if progress >= self._told + PROGRESS_STEP or progress >= 1.0:
+            self._told = progress
+            self._tell(min(progress, 1.0))
 
 
 def leave(code: int = 0) -> NoReturn:

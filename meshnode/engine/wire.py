@@ -297,15 +297,16 @@ class FrameReader:
 
 def decode_to_child(body: bytes) -> ToChild:
     """Raises `LocalProtocolError` if the parent sent something else."""
-    return _decode(_to_child, body)
+    return decode(_to_child, body)
 
 
 def decode_from_child(bodies: Sequence[bytes]) -> list[FromChild]:
     """Raises `LocalProtocolError` if the child sent something else."""
-    return [_decode(_from_child, body) for body in bodies]
+    return [decode(_from_child, body) for body in bodies]
 
 
-def _decode(decoder: msgspec.msgpack.Decoder[Frame], body: bytes) -> Frame:
+def decode(decoder: msgspec.msgpack.Decoder[Frame], body: bytes) -> Frame:
+    """Raises `LocalProtocolError` if the other side of the pipe sent something else."""
     try:
         frame: Frame = decoder.decode(body)
     except msgspec.MsgspecError as error:
