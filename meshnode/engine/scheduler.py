@@ -45,6 +45,7 @@ from dataclasses import dataclass, replace
 from itertools import takewhile
 from typing import Literal
 
+from meshnode.config import SLOTS_MAX
 from meshnode.engine import Usage, prefix, saved
 from meshnode.engine.cells import stretch, view_at
 from meshnode.engine.kv import KvPool, Slot, common_prefix
@@ -75,8 +76,15 @@ BUSY_RETRY_AFTER_S = 2.0
 AWAITED_TOKENS_MIN = 8
 # A state is restored if it has so many tokens more than a slot: it takes cells of its own.
 RESTORED_TOKENS_MIN = 64
+# Slots that only keep: sessions outlive their requests. 32 in all took 6 MB more than 4.
+SLOTS_KEPT = 24
 # Instead of a draw, for a sequence that ended while its batch was in flight: no token is this one.
 UNDRAWN = -1
+
+
+def slots_kept(slots: int) -> int:
+    """How many slots only keep histories, beside so many in which sequences run."""
+    return min(SLOTS_KEPT, SLOTS_MAX - slots)
 
 
 @dataclass(frozen=True, slots=True)
@@ -361,7 +369,7 @@ class Scheduler:
         (the decode was aborted) covers the same tokens again; with more, it covers what comes
         after them.
         """
-        if self._is_pipelined and len(self._in_flight) >= self.limits.in_flight_max:
+        if self.is_full:
             return None
         batch = self._plan(proposals)
         if not batch.chunks:
@@ -464,6 +472,11 @@ class Scheduler:
     def idle(self) -> bool:
         """Whether `plan` would have nothing to do."""
         return not self._sequences
+
+    @property
+    def is_full(self) -> bool:
+        """Whether `plan` has to wait for a `commit`: no more batches may be in flight."""
+        return self._is_pipelined and len(self._in_flight) >= self.limits.in_flight_max
 
     # -- admission -----------------------------------------------------------------------------
 
