@@ -29,7 +29,7 @@ from meshnode.engine.pace import Rates, Threads
 from meshnode.engine.payoff import Speculation
 from meshnode.engine.pipe import Pipe, Progress, leave, resident_bytes
 from meshnode.engine.prepare import prepare
-from meshnode.engine.reading import Reading, Readings, refuse_unsuitable
+from meshnode.engine.reading import Reading, Readings, purpose_of, refuse_unsuitable
 from meshnode.engine.scheduler import UNDRAWN, Batch, Limits, Sampled, Scheduler, Trim, slots_kept
 from meshnode.engine.speculate import PromptLookup, verify
 from meshnode.engine.states import StateStore
@@ -494,7 +494,8 @@ class Child:
             yield wire.Done(answer.number, finish, usage, answer.index, answer.text.stop)
 
     def ready(self) -> wire.Ready:
-        return wire.Ready(self._model.context_tokens, self._model.style)
+        purpose = purpose_of(self._model.embedder)
+        return wire.Ready(self._model.context_tokens, self._model.style, purpose)
 
     def _send_status(self) -> None:
         now = time.monotonic()

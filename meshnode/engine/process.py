@@ -28,6 +28,7 @@ from meshnode.engine import (
     EngineStats,
     Finish,
     ModelCard,
+    Purpose,
     Request,
     Speculate,
     images_of,
@@ -234,6 +235,7 @@ class EngineProcess:
         self._error: str | None = None
         self._context_tokens = 0
         self._style = ChatStyle()
+        self._purpose: Purpose = "generate"
         self._draft: wire.Draft | None = None
         self._status: wire.Status | None = None
         self._changed = trio.Event()
@@ -273,6 +275,8 @@ class EngineProcess:
             memory_bytes=0,
             sessions=(),
             style=self._style,
+            purpose=self._purpose,
+            sees=self._options.projector is not None,
         )
         status = self._status
         if status is None:
@@ -549,9 +553,10 @@ class EngineProcess:
         match frame:
             case wire.Loading(progress=progress):
                 self._progress = progress
-            case wire.Ready(context_tokens=context_tokens, style=style):
+            case wire.Ready(context_tokens=context_tokens, style=style, purpose=purpose):
                 self._context_tokens = context_tokens
                 self._style = style
+                self._purpose = purpose
                 self._progress = 1.0
                 self._set_state("ready")
             case wire.Status():

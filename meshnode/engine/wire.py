@@ -20,6 +20,7 @@ from meshnode.engine import (
     Continuation,
     EmbedRequest,
     Grammar,
+    Purpose,
     Request,
     Sampling,
     Speculate,
@@ -184,6 +185,7 @@ class Ready(msgspec.Struct, frozen=True, tag="ready"):
 
     context_tokens: int
     style: ChatStyle
+    purpose: Purpose = "generate"
 
 
 class LoadFailed(msgspec.Struct, frozen=True, tag="load_failed"):

@@ -9,8 +9,9 @@ decoding), `passing.py` (pure: what is read of a request that a server of anothe
 `schema.py` (pure: JSON schemas to grammars), `tools.py` (pure: tools in prompts), `reading.py` with
 `reasoning.py` and `calls.py` (pure: an answer's text told apart into `said.py`), `refusal.py`
 (pure: our errors in OpenAI's shape), `dialects/` (other APIs, translated to and from OpenAI's
-chat), `server.py` (hypercorn on Trio), `tunnel.py` (the app for peers). The gateway is handed a
-`Mesh`; it never sees a protocol core, a libp2p object or a private key.
+chat), `metrics.py` (what is counted), `server.py` (hypercorn on Trio), `tunnel.py` (the app for
+peers). The gateway is handed a `Mesh`; it never sees a protocol core, a libp2p object or a private
+key.
 """
 
 from __future__ import annotations
@@ -164,6 +165,10 @@ class Mesh(Protocol):
 
     async def open_tunnel(self, peer_id: str) -> Stream:
         """A new `/http/1.1` stream to a peer. Raises `PeerUnreachableError`."""
+        ...
+
+    def metrics(self) -> bytes:
+        """What this node's engines have done, in Prometheus's text format."""
         ...
 
     def ready(self) -> tuple[bool, str]:

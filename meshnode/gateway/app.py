@@ -48,6 +48,7 @@ from meshnode.gateway.embeddings import (
     encode_floats,
     read_vectors,
 )
+from meshnode.gateway.metrics import METRICS_TYPE
 from meshnode.gateway.openai import (
     CHAT_PATH,
     TEXT_PATH,
@@ -181,6 +182,10 @@ def create_api_app(
     @app.get("/openapi.json")
     async def described() -> Result:
         return _json(encode_openapi())
+
+    @app.get("/metrics")
+    async def metrics() -> Result:
+        return mesh.metrics(), 200, {"content-type": METRICS_TYPE}
 
     @app.get("/healthz")
     async def alive() -> Result:

@@ -27,6 +27,7 @@ from meshnode.gateway.openai import CHAT_PATH, CHAT_SHAPE, TEXT_PATH, TEXT_SHAPE
 
 __all__ = ["encode_openapi"]
 
+_JSON = "application/json"
 _STREAM = "text/event-stream"
 _LINES = "application/x-ndjson"
 # Path, what is posted, and the type of a stream; None where nothing streams.
@@ -53,6 +54,7 @@ _OTHERS: tuple[tuple[str, str, str | None], ...] = (
     ("delete", "/v1/responses/{response_id}", "response_id"),
     ("get", "/api/tags", None),
     ("get", "/api/version", None),
+    ("get", "/metrics", None),
     ("get", "/healthz", None),
     ("get", "/readyz", None),
 )
@@ -63,10 +65,12 @@ def encode_openapi() -> bytes:
     schemas, components = _schemas()
     paths: dict[str, dict[str, Any]] = {}
     for path, shape, stream in _POSTS:
-        body = {"required": True, "content": {"application/json": {"schema": schemas[shape.body]}}}
-        paths[path] = {"post": {"requestBody": body, "responses": _responses(stream)}}
+        body = {"required": True, "content": {_JSON: {"schema": schemas[shape.body]}}}
+        kinds = (_JSON,) if stream is None else (_JSON, stream)
+        paths[path] = {"post": {"requestBody": body, "responses": _responses(kinds)}}
     for method, path, name in _OTHERS:
-        operation: dict[str, Any] = {"responses": _responses(None)}
+        kinds = ("text/plain",) if path == "/metrics" else (_JSON,)
+        operation: dict[str, Any] = {"responses": _responses(kinds)}
         if name is not None:
             place = {"name": name, "in": "path", "required": True, "schema": {"type": "string"}}
             operation["parameters"] = [place]
@@ -104,9 +108,9 @@ def _schemas() -> tuple[Mapping[type[msgspec.Struct], Any], dict[str, Any]]:
     return schemas, components
 
 
-def _responses(stream: str | None) -> dict[str, Any]:
-    kinds = ("application/json",) if stream is None else ("application/json", stream)
-    refused = {"description": "Refused; the error says why.", "content": {"application/json": {}}}
+def _responses(kinds: tuple[str, ...]) -> dict[str, Any]:
+    """`kinds` are the content types of an answer."""
+    refused = {"description": "Refused; the error says why.", "content": {_JSON: {}}}
     return {
         "200": {"description": "The answer.", "content": {kind: {} for kind in kinds}},
         "4XX": refused,

@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal
 
 import msgspec
 
-from meshnode.engine import PENALTY_TOKENS_MAX, ModelCard
+from meshnode.engine import PENALTY_TOKENS_MAX, EngineStats, ModelCard
 from meshnode.errors import RequestError
 from meshnode.gateway import ServedModel
 from meshnode.gateway.dialects import (
@@ -43,6 +43,7 @@ __all__ = [
     "GENERATE_SHAPE",
     "OLD_EMBED_SHAPE",
     "SHOW_SHAPE",
+    "capabilities_of",
     "decode_chat",
     "decode_embed_body",
     "decode_generate",
@@ -523,7 +524,20 @@ def _tag(model: ServedModel, card: ModelCard | None) -> dict[str, Any]:
     }
 
 
-def encode_show(model: ServedModel, card: ModelCard | None, *, thinks: bool) -> bytes:
+def capabilities_of(engine: EngineStats | None) -> list[str]:
+    """What a model can do, in Ollama's words; it has none for ranking. None: of a peer's."""
+    if engine is not None and engine.purpose != "generate":
+        return ["embedding"] if engine.purpose == "embed" else []
+    # Any model can be told of tools; whether it is good at them is another matter.
+    capabilities = ["completion", "tools"]
+    if engine is not None and engine.style.thinking != "none":
+        capabilities.append("thinking")
+    if engine is not None and engine.sees:
+        capabilities.append("vision")
+    return capabilities
+
+
+def encode_show(model: ServedModel, card: ModelCard | None, capabilities: Sequence[str]) -> bytes:
     """The answer of /api/show."""
     architecture = card.architecture if card else "unknown"
     return _json.encode(
@@ -534,8 +548,7 @@ def encode_show(model: ServedModel, card: ModelCard | None, *, thinks: bool) -> 
                 "general.parameter_count": card.parameters if card else 0,
                 f"{architecture}.context_length": model.context_tokens,
             },
-            # Any model can be told of tools; whether it is good at them is another matter.
-            "capabilities": ["completion", "tools", *(["thinking"] if thinks else [])],
+            "capabilities": capabilities,
             "modified_at": _date(model.created),
         }
     )

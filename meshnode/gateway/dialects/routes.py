@@ -16,6 +16,7 @@ import trio
 from quart import g, request
 from quart_trio import QuartTrio
 
+from meshnode.engine import EngineStats
 from meshnode.errors import RequestError, UnknownModelError
 from meshnode.gateway import Mesh, ServedModel
 from meshnode.gateway.dialects import Asked, ollama
@@ -105,13 +106,13 @@ def mount_dialects(
         kept.forget(g.tenant, id, trio.current_time())
         return _json(encode_deleted(id))
 
-    def known(model: ServedModel) -> ollama.Known:
+    def stats(model: ServedModel) -> EngineStats | None:
         engine = mesh.engine(model.digest)
-        return model, None if engine is None else engine.stats().card
+        return None if engine is None else engine.stats()
 
-    def thinks(model: ServedModel) -> bool:
-        engine = mesh.engine(model.digest)
-        return engine is not None and engine.stats().style.thinking != "none"
+    def known(model: ServedModel) -> ollama.Known:
+        here = stats(model)
+        return model, None if here is None else here.card
 
     @app.post("/api/chat")
     async def ollama_chat() -> Result:
@@ -147,7 +148,7 @@ def mount_dialects(
         if name not in models:
             raise UnknownModelError(name, tuple(models))
         found = models[name]
-        return _json(ollama.encode_show(*known(found), thinks=thinks(found)))
+        return _json(ollama.encode_show(*known(found), ollama.capabilities_of(stats(found))))
 
     @app.get("/api/version")
     async def ollama_version() -> Result:

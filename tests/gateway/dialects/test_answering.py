@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import json
 from contextlib import aclosing
+from dataclasses import replace
 
 import httpx
 import pytest
@@ -15,7 +16,7 @@ import trio
 from anthropic.types import Message, MessageTokensCount, RawMessageStreamEvent
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from ollama import ChatResponse, GenerateResponse
+from ollama import ChatResponse, GenerateResponse, ShowResponse
 from openai.types.responses import Response, ResponseStreamEvent
 from pydantic import TypeAdapter
 
@@ -474,6 +475,26 @@ async def test_a_count_that_is_none_is_an_error(nursery):
     response, body = await count(Link(nursery, b=Liar()).api)
     assert response.status_code == 503
     assert "count" in body["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "capabilities"),
+    [
+        ({}, ["completion", "tools"]),
+        ({"sees": True}, ["completion", "tools", "vision"]),
+        ({"style": ChatStyle("may")}, ["completion", "tools", "thinking"]),
+        ({"purpose": "embed"}, ["embedding"]),
+        ({"purpose": "rank", "sees": True}, []),
+    ],
+)
+async def test_ollama_is_told_what_a_model_can_do(changes, capabilities):
+    class Able(WordEngine):
+        def stats(self):
+            return replace(super().stats(), **changes)
+
+    api = create_api_app(local_mesh(Able())).test_client()
+    body = await (await api.post("/api/show", json={"model": MODEL})).get_data()
+    assert ShowResponse.model_validate_json(body).capabilities == capabilities
 
 
 async def test_a_stored_response_takes_no_options():
