@@ -97,9 +97,7 @@ class Bare:
             if isinstance(change, Keep):
                 llama.llama_memory_seq_rm(self.memory, change.slot, change.tokens, -1)
             else:
-                llama.llama_memory_seq_cp(
-                    self.memory, change.source, change.slot, 0, change.tokens
-                )
+                llama.llama_memory_seq_cp(self.memory, change.source, change.slot, 0, change.tokens)
 
     def forget(self) -> None:
         llama.llama_memory_clear(self.memory, True)
