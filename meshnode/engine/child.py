@@ -9,7 +9,6 @@ child ends, and Trio starts processes from short-lived threads.)
 
 from __future__ import annotations
 
-import os
 import queue
 import signal
 import sys
@@ -28,6 +27,7 @@ from meshnode.engine.draft import DraftModel
 from meshnode.engine.llama import LlamaModel, Sampler, quantize_q4_0
 from meshnode.engine.pace import Rates, Threads
 from meshnode.engine.payoff import Speculation
+from meshnode.engine.pipe import Pipe, Progress, leave, resident_bytes
 from meshnode.engine.prepare import prepare
 from meshnode.engine.reading import Reading, Readings, refuse_unsuitable
 from meshnode.engine.scheduler import Batch, Limits, Sampled, Scheduler
@@ -39,10 +39,8 @@ from meshnode.errors import MeshnodeError, ModelLoadError, RequestError
 
 # The parent keeps far fewer requests in flight; if it did not, the reader would wait here.
 INBOX_MAX = 1024
-READ_BYTES = 64 * 1024
 # Fresh enough for a status page, rare enough to cost nothing.
 STATUS_INTERVAL_S = 0.25
-PROGRESS_STEP = 0.01
 # Slots that only keep: sessions outlive their requests. 32 in all took 6 MB more than 4.
 SLOTS_KEPT = 24
 # llama.cpp's bound on sequences.
@@ -138,31 +136,15 @@ class _Answer:
         return text[skipped:]
 
 
-class _Pipe:
-    """Both ends of the conversation with the parent, on private file descriptors."""
-
-    def __init__(self) -> None:
-        self._in = os.dup(0)
-        self._out = os.dup(1)
-        # Whatever a library prints belongs into the log, not between our frames.
-        os.dup2(2, 1)
-        self._lock = threading.Lock()
+class _Pipe(Pipe):
+    """The conversation with the parent."""
 
     def send(self, *frames: wire.FromChild) -> None:
-        data = memoryview(b"".join(wire.encode(frame) for frame in frames))
-        with self._lock:
-            while data:
-                try:
-                    data = data[os.write(self._out, data) :]
-                except BrokenPipeError:
-                    _leave()
+        self.write(b"".join(map(wire.encode, frames)))
 
     def receive(self) -> Iterator[wire.ToChild]:
         """Frames until the parent closes the pipe or is gone."""
-        frames = wire.FrameReader()
-        while data := os.read(self._in, READ_BYTES):
-            for body in frames.feed(data):
-                yield wire.decode_to_child(body)
+        return map(wire.decode_to_child, self.bodies(wire.FRAME_BYTES_MAX))
 
 
 class Child:
@@ -210,11 +192,11 @@ class Child:
                     self._inbox.put(frame)
                     if frame.number in self._abortable:
                         self._model.abort()
-            _leave()
+            leave()
         finally:
             # Reached only by a bug. A child that computes but cannot hear must end, saying why.
             traceback.print_exc()
-            _leave(EXIT_BUG)
+            leave(EXIT_BUG)
 
     def _receive(self, frame: wire.Generate) -> None:
         try:
@@ -491,7 +473,7 @@ class Child:
                 kv_tokens_free=load.kv_tokens_free,
                 prefill_tokens_per_s=self._rates.prefill_tokens_per_s,
                 decode_tokens_per_s=self._rates.decode_tokens_per_s,
-                memory_bytes=_resident_bytes(),
+                memory_bytes=resident_bytes(),
                 saved_tokens=load.saved_tokens,
                 sessions=load.sessions,
                 speculation=None if self._speculation is None else self._speculation.stats(),
@@ -518,7 +500,7 @@ def serve() -> None:
             slots_kept=min(SLOTS_KEPT, SLOTS_MAX - load.slots),
             kv_type=load.kv_type,
             threads=threads_max,
-            on_progress=_Progress(pipe),
+            on_progress=Progress(lambda progress: pipe.send(wire.Loading(progress))),
             projector=load.projector,
         )
         speculation = speculation_for(load, model, threads)
@@ -568,30 +550,6 @@ def speculation_for(load: wire.Load, model: LlamaModel, threads: Threads) -> Spe
 
 def _ignore_progress(_fraction: float) -> None:
     """A draft model is small, and the bar is full already."""
-
-
-class _Progress:
-    """Tells the parent of each further percent."""
-
-    def __init__(self, pipe: _Pipe) -> None:
-        self._pipe = pipe
-        self._told = 0.0
-
-    def __call__(self, progress: float) -> None:
-        if progress >= self._told + PROGRESS_STEP or progress >= 1.0:
-            self._told = progress
-            self._pipe.send(wire.Loading(min(progress, 1.0)))
-
-
-def _resident_bytes() -> int:
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return pages * os.sysconf("SC_PAGE_SIZE")
-
-
-def _leave(code: int = 0) -> NoReturn:
-    """End at once, from any thread: nothing here outlives the parent or needs saving."""
-    sys.stderr.flush()
-    os._exit(code)
 
 
 def main(arguments: list[str]) -> int:

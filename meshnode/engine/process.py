@@ -7,16 +7,12 @@ C or the kernel's out-of-memory killer ends the child; the node goes on.
 
 from __future__ import annotations
 
-import os
-import signal
-import subprocess
-import sys
 from collections import deque
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal, Self
+from typing import Self
 
 import trio
 
@@ -34,6 +30,13 @@ from meshnode.engine import (
     Speculate,
     images_of,
     wire,
+)
+from meshnode.engine.child_process import (
+    READ_BYTES,
+    ChildDiedError,
+    ChildProcess,
+    State,
+    supervise,
 )
 from meshnode.engine.memory import (
     MemoryNeed,
@@ -60,29 +63,6 @@ SLOTS_DEFAULT = 8
 WAITING_MAX_DEFAULT = 32
 # What waits in an engine keeps its images: those of a few requests at their largest.
 IMAGES_IN_FLIGHT_BYTES_MAX = 4 * IMAGES_BYTES_MAX
-# First pause before a restart, doubled up to the bound; forgotten after a healthy while.
-RESTART_AFTER_S = 0.25
-RESTART_AFTER_MAX_S = 30.0
-HEALTHY_AFTER_S = 60.0
-# A child that dies this often before it is ready will not be ready the next time either.
-LOAD_ATTEMPTS_MAX = 3
-# A child gets this long to obey SIGTERM before SIGKILL, and to finish its last words.
-STOP_S = 2.0
-READ_BYTES = 64 * 1024
-# What is kept of the child's log for the error message.
-LOG_LINES_MAX = 20
-LOG_LINE_CHARS_MAX = 300
-
-# libgomp's threads spin at barriers for milliseconds by default, which burns a core between steps
-# and stalls a busy machine. About 0.2 ms outlasts the barriers inside a step, where sleeping would
-# cost a third of the speed; that nobody spins for a thread that cannot run is up to `pace.py`.
-# ggml would start a debugger for a backtrace when it aborts.
-CHILD_ENVIRONMENT = {
-    "GOMP_SPINCOUNT": "10000",
-    "GGML_NO_BACKTRACE": "1",
-    "OPENBLAS_NUM_THREADS": "1",
-    "PYTHONUNBUFFERED": "1",
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -227,7 +207,7 @@ class EngineProcess:
     def __init__(self, card: ModelCard, options: EngineOptions | None = None) -> None:
         self._card = card
         self._options = options or EngineOptions()
-        self._state: Literal["loading", "ready", "failed", "stopped"] = "loading"
+        self._state: State = "loading"
         self._progress = 0.0
         self._error: str | None = None
         self._context_tokens = 0
@@ -367,34 +347,12 @@ class EngineProcess:
         Started at once, while the model loads; `wait_ready` waits for the rest.
         """
         task_status.started()
-        restart_after_s = RESTART_AFTER_S
-        loads_failed = 0
-        try:
-            while True:
-                self._set_state("loading")
-                started_at = trio.current_time()
-                try:
-                    await self._run_child(await self._check_file())
-                except ModelLoadError as error:
-                    self._set_state("failed", str(error))
-                    return
-                except _ChildDiedError as death:
-                    loads_failed = 0 if death.was_ready else loads_failed + 1
-                    if loads_failed >= LOAD_ATTEMPTS_MAX:
-                        self._set_state("failed", f"{death} It died {loads_failed} times so.")
-                        return
-                    self._set_state("loading", str(death))
-                if trio.current_time() - started_at > HEALTHY_AFTER_S:
-                    restart_after_s = RESTART_AFTER_S
-                await trio.sleep(restart_after_s)
-                restart_after_s = min(2 * restart_after_s, RESTART_AFTER_MAX_S)
-        finally:
-            if self._state != "failed":
-                self._set_state("stopped")
+        await supervise(self._attempt, self._set_state)
 
-    def _set_state(
-        self, state: Literal["loading", "ready", "failed", "stopped"], error: str | None = None
-    ) -> None:
+    async def _attempt(self) -> None:
+        await self._run_child(await self._check_file())
+
+    def _set_state(self, state: State, error: str | None = None) -> None:
         self._state = state
         if error is not None or state == "ready":
             self._error = error
@@ -420,48 +378,28 @@ class EngineProcess:
         return need
 
     async def _run_child(self, need: MemoryNeed) -> None:
-        """Start a child and serve it to its end. Raises `ModelLoadError` or `_ChildDiedError`."""
-        process = await trio.lowlevel.open_process(
-            [sys.executable, "-P", "-m", "meshnode.engine.child"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            # -P and our own path: the child finds the modules that we found, and does not take
-            # a numpy.py in the current directory for numpy.
-            env={**os.environ, **CHILD_ENVIRONMENT, "PYTHONPATH": os.pathsep.join(sys.path)},
-        )
-        log: deque[str] = deque(maxlen=LOG_LINES_MAX)
+        """Start a child and serve it to its end. Raises `ModelLoadError` or `ChildDiedError`."""
+        child = await ChildProcess.start("meshnode.engine.child")
         load_error: str | None = None
         try:
-            self._pid = process.pid
+            self._pid = child.pid
             # Each request in flight puts a Generate and a Cancel into the outbox, and a Cancel of
             # the request before may still be there, having crossed with its Done.
             queued_max = 3 * (self._options.slots + self._options.waiting_max) + 1
             self._outbox, outgoing = trio.open_memory_channel[bytes](queued_max)
             self._outbox.send_nowait(wire.encode(self._load_frame(need)))
-            assert process.stdin is not None
-            assert process.stdout is not None
-            assert process.stderr is not None
-            async with trio.open_nursery() as nursery:
-                nursery.start_soon(_write, process.stdin, outgoing)
-                log_read = trio.Event()
-                nursery.start_soon(_read_log, process.stderr, log, log_read)
-                load_error = await self._read(process.stdout)
-                with trio.move_on_after(STOP_S):
-                    await log_read.wait()
-                    await process.wait()
-                nursery.cancel_scope.cancel()
+            load_error = await child.converse(outgoing, self._read)
         finally:
             was_ready = self._state == "ready"
             self._state = "loading"
             self._status = None
             self._outbox = self._pid = None
-            await _stop(process)
-            why = _cause_of_death(self._card.path, process.returncode, log)
+            await child.stop()
+            why = child.cause_of_death(self._card.path)
             self._fail_answers(why)
         if load_error is not None:
             raise ModelLoadError(load_error)
-        raise _ChildDiedError(why, was_ready)
+        raise ChildDiedError(why, was_ready)
 
     def _load_frame(self, need: MemoryNeed) -> wire.Load:
         spill_dir = self._options.kv_spill_dir
@@ -557,14 +495,6 @@ class EngineProcess:
             answer.fail(EngineError(why))
 
 
-class _ChildDiedError(Exception):
-    """The child ended without being asked; the message is for the operator."""
-
-    def __init__(self, why: str, was_ready: bool) -> None:
-        super().__init__(why)
-        self.was_ready = was_ready
-
-
 class _TooLongError(EngineError):
     """The child counted this many prompt tokens; the request knows the rest of the message."""
 
@@ -595,58 +525,3 @@ def _encode_request(frame: wire.ToChild, images_bytes: int) -> bytes:
         return encoded
     except LocalProtocolError as error:
         raise RequestError(f"The request is too large: {error}.") from error
-
-
-async def _write(stdin: trio.abc.SendStream, outgoing: trio.MemoryReceiveChannel[bytes]) -> None:
-    """One writer, never cancelled within a frame while the child lives."""
-    try:
-        async with stdin:
-            async for data in outgoing:
-                await stdin.send_all(data)
-    except trio.BrokenResourceError:
-        pass  # the child is gone; its standard output ends too, and that is acted upon
-
-
-async def _read_log(stderr: trio.abc.ReceiveStream, log: deque[str], finished: trio.Event) -> None:
-    """Keep the last lines, each of bounded length, whatever the child prints."""
-    rest = ""
-    while data := await stderr.receive_some(READ_BYTES):
-        *lines, rest = (rest + data.decode("utf-8", "replace")).split("\n")
-        log.extend(line[:LOG_LINE_CHARS_MAX] for line in lines if line.strip())
-        rest = rest[:LOG_LINE_CHARS_MAX]
-    log.extend([rest] if rest.strip() else [])
-    finished.set()
-
-
-async def _stop(process: trio.Process) -> None:
-    """Terminate, then kill; returns when the process is gone."""
-    with trio.CancelScope(shield=True):
-        if process.poll() is None:
-            process.terminate()
-            with trio.move_on_after(STOP_S):
-                await process.wait()
-        if process.poll() is None:
-            process.kill()
-            await process.wait()
-        for stream in (process.stdin, process.stdout, process.stderr):
-            if stream is not None:
-                await trio.aclose_forcefully(stream)
-
-
-def _cause_of_death(path: str, code: int | None, log: deque[str]) -> str:
-    """One sentence or two for the operator; the log never holds prompts or answers."""
-    if code is not None and code < 0:
-        how = f"was ended by {signal.Signals(-code).name}"
-        hint = _SIGNAL_HINTS.get(-code, "")
-    else:
-        how, hint = f"ended with code {code}", ""
-    last = f" Its last words: {log[-1]}" if log else ""
-    return f"The engine process of {path} {how}{hint}.{last}"
-
-
-_SIGNAL_HINTS: dict[int, str] = {
-    signal.SIGBUS: ": the file was truncated while it was in use, or its disk failed",
-    signal.SIGKILL: ": killed by somebody, or by the kernel because memory ran out",
-    signal.SIGABRT: ": llama.cpp gave up",
-    signal.SIGSEGV: ": a bug in llama.cpp, or a file that it does not understand",
-}

@@ -259,8 +259,12 @@ _from_child: msgspec.msgpack.Decoder[FromChild] = msgspec.msgpack.Decoder(FromCh
 
 def encode(frame: ToChild | FromChild) -> bytes:
     """A frame with its length. Raises `LocalProtocolError` if it is over `FRAME_BYTES_MAX`."""
-    body = _encoder.encode(frame)
-    if len(body) > FRAME_BYTES_MAX:
+    return with_length(_encoder.encode(frame), FRAME_BYTES_MAX)
+
+
+def with_length(body: bytes, frame_bytes_max: int) -> bytes:
+    """Raises `LocalProtocolError` if it is larger than that."""
+    if len(body) > frame_bytes_max:
         raise LocalProtocolError(f"an engine frame of {len(body)} bytes is too large")
     return _LENGTH.pack(len(body)) + body
 
@@ -268,7 +272,8 @@ def encode(frame: ToChild | FromChild) -> bytes:
 class FrameReader:
     """Cuts a byte stream into frames; holds at most one incomplete frame."""
 
-    def __init__(self) -> None:
+    def __init__(self, frame_bytes_max: int = FRAME_BYTES_MAX) -> None:
+        self._frame_bytes_max = frame_bytes_max
         self._buffer = bytearray()
 
     def feed(self, data: bytes | bytearray) -> list[bytes]:
@@ -280,7 +285,7 @@ class FrameReader:
         bodies = []
         while len(self._buffer) >= _LENGTH.size:
             (length,) = _LENGTH.unpack_from(self._buffer)
-            if length > FRAME_BYTES_MAX:
+            if length > self._frame_bytes_max:
                 raise LocalProtocolError(f"an engine frame claims {length} bytes")
             end = _LENGTH.size + length
             if len(self._buffer) < end:
@@ -292,15 +297,16 @@ class FrameReader:
 
 def decode_to_child(body: bytes) -> ToChild:
     """Raises `LocalProtocolError` if the parent sent something else."""
-    return _decode(_to_child, body)
+    return decode(_to_child, body)
 
 
 def decode_from_child(bodies: Sequence[bytes]) -> list[FromChild]:
     """Raises `LocalProtocolError` if the child sent something else."""
-    return [_decode(_from_child, body) for body in bodies]
+    return [decode(_from_child, body) for body in bodies]
 
 
-def _decode(decoder: msgspec.msgpack.Decoder[Frame], body: bytes) -> Frame:
+def decode(decoder: msgspec.msgpack.Decoder[Frame], body: bytes) -> Frame:
+    """Raises `LocalProtocolError` if the other side of the pipe sent something else."""
     try:
         frame: Frame = decoder.decode(body)
     except msgspec.MsgspecError as error:
