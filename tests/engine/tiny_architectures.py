@@ -12,7 +12,8 @@ from typing import Any
 
 import llama_cpp.llama_cpp as llama
 import numpy as np
-from gguf_writer import Tensor, write_gguf
+
+from tests.models.gguf_writer import Tensor, write_gguf
 
 WORDS, CONTEXT_TOKENS = 96, 512
 COMMON: dict[str, Any] = {
@@ -225,7 +226,7 @@ class _Parameters(ctypes.Structure):
 
 def _shapes(metadata: dict[str, Any]) -> dict[str, tuple[int, ...]]:
     """As llama.cpp asks for them, all optional ones too."""
-    ggml = ctypes.CDLL(os.path.join(os.path.dirname(llama.__file__), "lib", "libggml-base.so"))
+    ggml = ctypes.CDLL(os.path.join(os.path.dirname(llama.__file__), "lib", "libggml-base.so.0"))
     ggml.gguf_init_from_buffer.restype = ctypes.c_void_p
     ggml.gguf_init_from_buffer.argtypes = [ctypes.c_char_p, ctypes.c_size_t, _Parameters]
     ggml.gguf_free.argtypes = [ctypes.c_void_p]

@@ -3,24 +3,42 @@
 from __future__ import annotations
 
 import itertools
+import os
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
 import pytest
-from ring import Computer, Ring
-from tiny_architectures import SETTINGS, WORDS, write_tiny
 
-from meshnode.models.stages import Cuts, cut, cut_points
+from meshnode.engine.child_process import CHILD_ENVIRONMENT
+
+os.environ.update(CHILD_ENVIRONMENT)  # before libgomp is loaded, as the child has it
+
+from meshnode.models.stages import Cuts, cut_points
 from meshnode.models.stages.architectures import RULES
+from tests.engine.ring import Bare, Batch, Ring
+from tests.engine.tiny_architectures import SETTINGS, WORDS, write_tiny
 
 PROMPT_TOKENS = 40  # more than the tiny models' windows
 
 
-def computed(computer: Computer | Ring) -> np.ndarray:
+def computed(model: Bare | Ring) -> np.ndarray:
     """Logits for a prompt, then for its next token together with another sequence's first."""
     tokens = np.random.default_rng(6).integers(0, WORDS, PROMPT_TOKENS).tolist()
-    prompt = computer.compute(tokens, list(range(PROMPT_TOKENS)), [0] * PROMPT_TOKENS)
-    return np.concatenate([prompt, computer.compute([5, 7], [PROMPT_TOKENS, 0], [0, 1])])
+    prompt = model.compute(Batch().add(0, 0, tokens))
+    return np.concatenate(
+        [prompt, model.compute(Batch().add(0, PROMPT_TOKENS, [5]).add(1, 0, [7]))]
+    )
+
+
+def whole(source: Path) -> np.ndarray:
+    with closing(Bare(source, rows_max=64)) as model:
+        return computed(model)
+
+
+def in_stages(source: Path, edges: tuple[int, ...]) -> np.ndarray:
+    with closing(Ring(source, *edges[1:-1], layers=edges[-1])) as ring:
+        return computed(ring)
 
 
 def ways(cuts: Cuts, stages: int) -> list[tuple[int, ...]]:
@@ -28,20 +46,6 @@ def ways(cuts: Cuts, stages: int) -> list[tuple[int, ...]]:
     inner = itertools.combinations(range(1, cuts.layers), stages - 1)
     edges = [(0, *way, cuts.layers) for way in inner]
     return [way for way in edges if all(itertools.starmap(cuts.allows, itertools.pairwise(way)))]
-
-
-def whole(source: Path) -> np.ndarray:
-    computer = Computer(str(source))
-    logits = computed(computer)
-    computer.close()
-    return logits
-
-
-def in_stages(source: Path, edges: tuple[int, ...]) -> np.ndarray:
-    ring = Ring([cut(source, first, end) for first, end in itertools.pairwise(edges)], source)
-    logits = computed(ring)
-    ring.close()
-    return logits
 
 
 def test_every_architecture_of_the_table_is_here() -> None:
