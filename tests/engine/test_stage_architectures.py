@@ -14,8 +14,10 @@ from meshnode.engine.child_process import CHILD_ENVIRONMENT
 
 os.environ.update(CHILD_ENVIRONMENT)  # before libgomp is loaded, as the child has it
 
-from meshnode.models.stages import Cuts, cut_points
+from meshnode.errors import ModelLoadError
+from meshnode.models.stages import Cuts, cut, cut_points
 from meshnode.models.stages.architectures import RULES
+from meshnode.models.stages.lookup import Lookup
 from tests.engine.ring import Bare, Batch, Ring
 from tests.engine.tiny_architectures import SETTINGS, WORDS, write_tiny
 
@@ -63,3 +65,49 @@ def test_two_and_three_stages_compute_what_the_whole_does(name: str, tmp_path: P
         possible = ways(cuts, stages)
         edges = possible[len(possible) // 2]
         assert np.array_equal(in_stages(source, edges), expected), edges
+
+
+def test_a_stage_whose_layers_all_have_windows(tmp_path: Path) -> None:
+    """The factors of the others' rotations are not in its file: llama.cpp would not load it."""
+    source = write_tiny(tmp_path / "tiny.gguf", "gemma4")
+    assert np.array_equal(in_stages(source, (0, 2, 9)), whole(source))
+
+
+@pytest.mark.parametrize(
+    ("name", "edges"),
+    [
+        ("deepseek", (0, 3, 8)),
+        ("gemma", (0, 3, 8)),
+        ("gemma2", (0, 3, 8)),
+        ("gemma3", (0, 3, 8)),
+        ("granite", (0, 3, 8)),
+        ("grok", (0, 3, 8)),
+        ("minicpm", (0, 3, 8)),
+        ("olmo2/windows", (0, 3, 8)),
+        ("qwen3next", (0, 6, 12)),
+        ("smollm3", (0, 6, 12)),
+    ],
+)
+def test_without_its_rules_it_is_another_model(
+    name: str, edges: tuple[int, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = write_tiny(tmp_path / "tiny.gguf", name)
+    monkeypatch.setitem(RULES, name.split("/")[0], ())
+    try:
+        given = in_stages(source, edges)
+    except (ModelLoadError, AssertionError):
+        return  # it lacks tensors that such a model would have
+    assert not np.array_equal(given, whole(source))
+
+
+# F16, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q2_K to Q6_K, IQ4_NL, IQ4_XS, BF16, TQ1_0, TQ2_0, MXFP4
+@pytest.mark.parametrize("kind", [1, 2, 3, 6, 7, 8, 10, 11, 12, 13, 14, 20, 23, 30, 34, 35, 39])
+def test_rows_are_looked_up_as_llama_cpp_does(kind: int, tmp_path: Path) -> None:
+    source = write_tiny(tmp_path / "tiny.gguf", "llama/wide", rows_of_tokens=kind)
+    lookup = Lookup(cut(source, 0, 8), source)
+    batch = Batch().add(0, 0, list(range(WORDS)))
+    with closing(Bare(source, rows_max=128)) as model:
+        expected = model.compute(batch)
+        model.forget()
+        given = model.compute(batch, lookup.rows(np.arange(WORDS, dtype=np.int32)))
+    assert np.array_equal(given, expected)
