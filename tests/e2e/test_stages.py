@@ -11,9 +11,9 @@ from tests.e2e.agreed import items, wait_agreed
 from tests.e2e.conftest import Figure
 from tests.e2e.mesh import MODEL_NAME, Json, Mesh, NodeProcess
 
-# The whole model takes 592 MiB with its KV cache, half of its layers 473 and a third 433 (with all
+# The whole model takes 322 MiB with its KV cache, half of its layers 271 and a third 254 (with all
 # that each process needs for itself).
-MEMORY = {2: "500MiB", 3: "445MiB"}
+MEMORY = {2: "300MiB", 3: "260MiB"}
 STORY = "Repeat this ten times: one two three four five six seven eight nine ten."
 STORY_TOKENS = 80
 TOKENS_BEFORE_KILL = 20
@@ -72,16 +72,12 @@ def test_stages_say_what_the_whole_model_says(mesh: Mesh, figure: Figure, stages
 
 
 @pytest.mark.parametrize("place", [0, 1, -1])
-def test_an_answer_survives_the_owner_of_any_layers(
-    mesh: Mesh, figure: Figure, place: int
-) -> None:
+def test_an_answer_survives_the_owner_of_any_layers(mesh: Mesh, figure: Figure, place: int) -> None:
     split = Split(mesh, stages=3, spares=1)
     undisturbed = load.ask(split.gate, STORY, STORY_TOKENS)
     assert undisturbed.is_whole, undisturbed
     victim = split.owner(place)
-    killed = threading.Timer(
-        undisturbed.at[TOKENS_BEFORE_KILL] - undisturbed.asked_at, victim.kill
-    )
+    killed = threading.Timer(undisturbed.at[TOKENS_BEFORE_KILL] - undisturbed.asked_at, victim.kill)
     killed.start()
     told = load.ask(split.gate, STORY, STORY_TOKENS)
     killed.join()

@@ -3,29 +3,24 @@
 from __future__ import annotations
 
 import os
-import signal
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from pathlib import Path
 
-import msgspec
-import numpy as np
 import pytest
 import trio
 
 from meshnode.engine import ModelCard
 from meshnode.engine.card import load_card
 from meshnode.engine.child_process import CHILD_ENVIRONMENT
-from meshnode.engine.stage_process import STEPS_UNDER_WAY_MAX, StageOptions, StageProcess
-from meshnode.engine.steps import Shape, Step, decode, encode
-from meshnode.errors import EngineError, ModelLoadError, RemoteProtocolError
+from meshnode.engine.stage_process import StageOptions, StageProcess
+from meshnode.engine.steps import Shape, decode, encode
 from meshnode.models.catalog import resolve
 
 os.environ.update(CHILD_ENVIRONMENT)  # before libgomp is loaded, as the child has it
 
-from tests.engine.conftest import ignore_progress  # noqa: E402
-from tests.engine.ring import EPOCH, PIPELINE, Batch  # noqa: E402
-from tests.engine.serving import HANG_S  # noqa: E402
+from tests.engine.conftest import ignore_progress
+from tests.engine.ring import EPOCH, PIPELINE, Batch
+from tests.engine.serving import HANG_S
 
 OPTIONS = StageOptions(0, 3, context_tokens=512, slots=4, threads=1)
 AFTER = Shape(width=576, slots=4, context_tokens=512, vocabulary=0)
