@@ -11,6 +11,7 @@ import json
 import re
 import types
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from typing import (
     Annotated,
     Any,
@@ -60,7 +61,7 @@ NOTHING = [
     (r"format", ("",)),
     (r"encoding_format", ("float",)),
     (r"truncation", ("disabled",)),
-    (r"text\.verbosity", ("medium",)),
+    (r"(text\.)?verbosity", ("medium",)),
     (r"response_format|text\.format", ({"type": "text"},)),
     (r"service_tier", ("auto", "default", "standard_only")),
     (r"speed", ("standard",)),
@@ -73,6 +74,7 @@ NOTHING = [
     (r"input\.type", ("message",)),
     (r".*\.image_url\.detail|input\.content\.detail", ("auto", "high")),
     (r"stream_options\.include_obfuscation", (False,)),  # of what an eavesdropper sees
+    (r"options\.num_ctx", (2,)),  # there is as much room; no prompt is cut in any
     # The same text as a list of one part.
     (r"messages\.content", ({"type": "text", "text": "x"},)),
     (r"input\.content", ({"type": "input_text", "text": "x"},)),
@@ -169,13 +171,13 @@ APIS = {
     ),
     "ollama chat": Api(
         ollama._types.ChatRequest,
-        of(ollamas.decode_chat),
+        of(partial(ollamas.decode_chat, room=lambda name: 2)),
         {"model": "m", "messages": [TURN]},
         {"format", "messages.images", "options.seed", "think", "tools.function.name"},
     ),
     "ollama generate": Api(
         ollama._types.GenerateRequest,
-        of(ollamas.decode_generate),
+        of(partial(ollamas.decode_generate, room=lambda name: 2)),
         {"model": "m", "prompt": "hi"},
         {"format", "images", "options.stop", "system", "think"},
     ),

@@ -22,6 +22,7 @@ from meshnode.gateway.dialects import (
     Asked,
     End,
     Name,
+    Tokens,
     Told,
     arguments_object,
     ask,
@@ -81,6 +82,8 @@ class _Options(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     repeat_penalty: Annotated[float, msgspec.Meta(gt=0.0, le=10.0)] | None = None
     repeat_last_n: Annotated[int, msgspec.Meta(ge=-1, le=PENALTY_TOKENS_MAX)] | None = None
     typical_p: _Share | None = None
+    # How much room there must be at least. No prompt is cut, however much there is.
+    num_ctx: Tokens | None = None
     # Harmless: how Ollama uses its machine. A node's operator says how this one is used.
     low_vram: bool | None = None
     main_gpu: int | None = None
@@ -93,7 +96,6 @@ class _Options(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     # Harmless: what stays of a prompt that is cut. None is cut here.
     num_keep: int | None = None
     # Not supported yet.
-    num_ctx: Any = None
     penalize_newline: Any = None
     tfs_z: Any = None
 
@@ -182,7 +184,6 @@ class _ShowBody(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
 
 
 _NEUTRAL_OPTIONS: Mapping[str, tuple[Any, ...]] = {
-    "num_ctx": (),
     "penalize_newline": (True,),
     "tfs_z": (1, 1.0),
 }
@@ -227,7 +228,12 @@ _old_embed_decoder = msgspec.json.Decoder(_OldEmbedBody)
 _show_decoder = msgspec.json.Decoder(_ShowBody)
 
 
-def decode_chat(body: bytes) -> Asked:
+Room = Callable[[str], int | None]
+"""The context of a model by its name, in tokens: 0 if nobody knows it, None if there is no such
+model, which others will say."""
+
+
+def decode_chat(body: bytes, room: Room) -> Asked:
     """Understand the body of /api/chat. Raises `RequestError` naming the field."""
     chat: _ChatBody = decode_body(_chat_decoder, body)
     refuse_unsupported(chat, _NEUTRAL_BODY)
@@ -243,7 +249,7 @@ def decode_chat(body: bytes) -> Asked:
         }
         for tool in chat.tools or ()
     ]  # fmt: skip
-    return _ask(chat, _turns(chat.messages), _chat_told, tools)
+    return _ask(chat, room, _turns(chat.messages), _chat_told, tools)
 
 
 def _turns(messages: Sequence[_Message]) -> list[dict[str, Any]]:
@@ -289,7 +295,7 @@ def _answered(message: _Message, unanswered: list[tuple[str, str]]) -> str:
     return f"call_{message.tool_name or ''}"
 
 
-def decode_generate(body: bytes) -> Asked:
+def decode_generate(body: bytes, room: Room) -> Asked:
     """Understand the body of /api/generate: a chat of one turn, as Ollama's own templates have it.
 
     Raises `RequestError` naming the field.
@@ -301,7 +307,7 @@ def decode_generate(body: bytes) -> Asked:
     ]
     if asked.system:
         messages.insert(0, {"role": "system", "content": asked.system})
-    return _ask(asked, messages, _generate_told)
+    return _ask(asked, room, messages, _generate_told)
 
 
 def decode_embed_body(body: bytes) -> Embed:
@@ -343,6 +349,7 @@ def _content(text: str, images: list[str] | None, path: str) -> str | list[dict[
 
 def _ask(
     body: _Body,
+    room: Room,
     messages: Sequence[Mapping[str, Any]],
     shown: Callable[[Told], dict[str, Any]],
     tools: Sequence[Mapping[str, Any]] = (),
@@ -350,6 +357,13 @@ def _ask(
     options = body.options or _Options()
     refuse_unsupported(options, _NEUTRAL_OPTIONS, "options.")
     stop = [options.stop] if isinstance(options.stop, str) else options.stop
+    there_is = room(body.model)
+    if options.num_ctx is not None and there_is is not None and options.num_ctx > there_is:
+        raise RequestError(
+            f"`options.num_ctx`: the model's context is {there_is or 'not known; it may be less'}.",
+            param="options.num_ctx",
+            code="unsupported_parameter",
+        )
     limit = options.num_predict
     if limit == 0:  # releases of Ollama disagree on what it means
         raise unsupported("options.num_predict")
@@ -436,11 +450,13 @@ class _Writer:
         self._calls: list[tuple[str, str]] = []
         self._clock = clock
         self._began = clock()
+        self._first: int | None = None
 
     def opening(self) -> bytes:
         return b""
 
     def say(self, said: Said) -> bytes:
+        self._first = self._first or self._clock()
         match said:
             case Reasoning(text=text):
                 return self._line(Told(text, ""))
@@ -476,11 +492,21 @@ class _Writer:
                 **self._shown(told),
                 "done": True,
                 "done_reason": "length" if end.reason == "length" else "stop",
-                "total_duration": self._clock() - self._began,  # nanoseconds
+                **self._durations(),
                 "prompt_eval_count": end.usage.prompt_tokens,
                 "eval_count": end.usage.completion_tokens,
             }
         )
+
+    def _durations(self) -> dict[str, int]:
+        """In nanoseconds. Of a stream, up to its first text and after it, too: its clients tell
+        people its speed by them. Of a whole answer nobody here knows when its text began."""
+        now = self._clock()
+        durations = {"total_duration": now - self._began}
+        if self._first is not None:
+            durations["prompt_eval_duration"] = self._first - self._began
+            durations["eval_duration"] = now - self._first
+        return durations
 
 
 def encode_embeddings(embed: Embed, answer: Vectors, took_ns: int) -> bytes:

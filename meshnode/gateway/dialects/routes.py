@@ -114,13 +114,16 @@ def mount_dialects(
         here = stats(model)
         return model, None if here is None else here.card
 
+    def room(name: str) -> int | None:
+        return next((each.context_tokens for each in mesh.models() if each.id == name), None)
+
     @app.post("/api/chat")
     async def ollama_chat() -> Result:
-        return await complete(ollama.decode_chat(await _body()))
+        return await complete(ollama.decode_chat(await _body(), room))
 
     @app.post("/api/generate")
     async def ollama_generate() -> Result:
-        return await complete(ollama.decode_generate(await _body()))
+        return await complete(ollama.decode_generate(await _body(), room))
 
     @app.post("/api/embed")
     async def ollama_embed() -> Result:

@@ -477,6 +477,23 @@ async def test_a_count_that_is_none_is_an_error(nursery):
     assert "count" in body["error"]["message"]
 
 
+async def test_streams_tell_ollamas_clients_their_speed(api):
+    _, body = await post(api, "/api/chat", stream=True)
+    last = ChatResponse.model_validate(lines(body)[-1])
+    assert last.prompt_eval_duration > 0
+    assert last.eval_duration > 0
+    assert last.prompt_eval_duration + last.eval_duration == last.total_duration
+
+
+@pytest.mark.parametrize(
+    ("name", "tokens", "status"), [(MODEL, 512, 200), (MODEL, 513, 400), ("nobody", 513, 404)]
+)
+async def test_ollama_may_ask_for_as_much_room_as_there_is(api, name, tokens, status):
+    response, body = await post(api, "/api/chat", model=name, options={"num_ctx": tokens})
+    assert response.status_code == status
+    assert (b"`options.num_ctx`: the model's context is 512." in body) == (status == 400)
+
+
 @pytest.mark.parametrize(
     ("changes", "capabilities"),
     [
@@ -558,7 +575,8 @@ DONE = b"data: [DONE]\n\n"
 
 
 def a_writer():
-    return ollama.decode_chat(json.dumps(BODIES["/api/chat"]).encode()).writer("id", 0)
+    asked = ollama.decode_chat(json.dumps(BODIES["/api/chat"]).encode(), lambda name: 0)
+    return asked.writer("id", 0)
 
 
 async def test_text_goes_on_before_the_next_comes():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from typing import Any
 
 import pytest
@@ -33,8 +34,14 @@ def respond(body: bytes) -> Asked:
 DECODERS = {
     "responses": (respond, {"model": "m", "input": "hi"}),
     "messages": (decode_messages, {"model": "m", "max_tokens": 5, "messages": [TURN]}),
-    "chat": (ollama.decode_chat, {"model": "m", "messages": [TURN]}),
-    "generate": (ollama.decode_generate, {"model": "m", "prompt": "hi"}),
+    "chat": (
+        partial(ollama.decode_chat, room=lambda name: 4096),
+        {"model": "m", "messages": [TURN]},
+    ),
+    "generate": (
+        partial(ollama.decode_generate, room=lambda name: 4096),
+        {"model": "m", "prompt": "hi"},
+    ),
 }
 
 
@@ -179,6 +186,7 @@ WORKS = [
     ("chat", {"format": "json"}, "grammar.param", "response_format"),
     ("chat", {"format": {"type": "null"}}, "grammar.param", "response_format.json_schema"),
     ("chat", {"options": {"repeat_penalty": 1.1}}, "sampling.repeat_penalty", 1.1),
+    ("chat", {"options": {"num_ctx": 4096}}, "max_tokens", None),
     ("chat", {"options": {"mirostat": 2}}, "sampling.mirostat", 2),
     ("messages", {}, "max_tokens", 5),
     (
@@ -444,7 +452,7 @@ REFUSED = [
         "output_config.format.schema.not",
     ),
     ("messages", {"n": 2}, "n"),
-    ("chat", {"options": {"num_ctx": 4096}}, "options.num_ctx"),
+    ("chat", {"options": {"num_ctx": 4097}}, "options.num_ctx"),
     ("chat", {"options": {"num_predict": 0}}, "options.num_predict"),
     ("chat", {"options": {"repeat_penalty": 0}}, "options.repeat_penalty"),
     ("chat", {"options": {"mirostat": 1, "top_k": 3}}, "options.top_k"),
