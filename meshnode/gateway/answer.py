@@ -305,14 +305,14 @@ class _Search:
     def __init__(self, mesh: Mesh, pool: TunnelPool, ask: Ask, *, again: bool = False) -> None:
         """`again`: it is not the first search for this request.
 
-        Raises `UnknownModelError` or `NoReplicaError`.
+        Raises `UnknownModelError`, `NoReplicaError` or `RequestError`.
         """
         self._mesh = mesh
         self._pool = pool
         self._ask = ask
         self._again = again
         self._route = mesh.route(ask.call.model, ask.session, ask.prompt_bytes, again=again)
-        self._candidates = deque(self._route.candidates)
+        self._candidates = self._able()
         self._attempts: list[Attempt] = []
         self._reroutes_left = REROUTES_MAX
         self._retry_after_s = RETRY_AFTER_FAILURE_S
@@ -355,7 +355,20 @@ class _Search:
         """By what the node has learned meanwhile, without those that have failed this request."""
         ask, tried = self._ask, {attempt.peer_id for attempt in self._attempts}
         self._route = self._mesh.route(ask.call.model, ask.session, ask.prompt_bytes, again=True)
-        self._candidates = deque(c for c in self._route.candidates if c.peer_id not in tried)
+        self._candidates = deque(c for c in self._able() if c.peer_id not in tried)
+
+    def _able(self) -> deque[Candidate]:
+        """Those of the route that know this kind of request."""
+        candidates = deque(self._route.candidates)
+        if isinstance(self._ask.call, Count):
+            candidates = deque(each for each in candidates if not each.upstream)
+        if not candidates:
+            raise RequestError(
+                "`model`: one of a server behind a node; such are not asked to count tokens.",
+                param="model",
+                code="unsupported_parameter",
+            )
+        return candidates
 
     def _lose(self, candidate: Candidate, error: MeshnodeError) -> None:
         self._mesh.failed(candidate.peer_id)
@@ -377,12 +390,6 @@ async def _begin(
     """One candidate's answer, once its first bytes are here. Raises one of `_Lost`."""
     if candidate.upstream and ask.continuation is not None:
         raise EngineError("A server of another kind cannot go on in the middle of an answer.")
-    if candidate.upstream and isinstance(ask.call, Count):
-        raise RequestError(
-            "`model`: one of a server behind a node; such are not asked to count tokens.",
-            param="model",
-            code="unsupported_parameter",
-        )
     # Counted before it is sent: the next request of a burst must see this one.
     mesh.routed(route, candidate.peer_id, ask.session)
     stack.callback(mesh.finished, route, candidate.peer_id)

@@ -12,10 +12,12 @@ import subprocess
 from pathlib import Path
 
 import anthropic
+import httpx
 import jsonschema
 import ollama
 import openai
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 
 from tests.e2e.mesh import HANG_S, MODEL_NAME, QUESTION, Mesh, NodeProcess
 
@@ -229,6 +231,22 @@ def test_messages_are_counted_as_they_are_computed(messages: anthropic.resources
     assert counted.input_tokens == usage.input_tokens + (usage.cache_read_input_tokens or 0)
     bare = messages.count_tokens(model=MODEL_NAME, messages=TURN)
     assert bare.input_tokens < counted.input_tokens
+
+
+def test_prometheus_is_told_what_was_computed(node: NodeProcess, llama: ollama.Client) -> None:
+    def counted() -> dict[str, float]:
+        families = text_string_to_metric_families(httpx.get(f"{node.url}/metrics").text)
+        return {each.name: each.value for family in families for each in family.samples
+                if each.labels.get("model") == MODEL_NAME and "le" not in each.labels}  # fmt: skip
+
+    before = counted()
+    answer = llama.chat(MODEL_NAME, messages=TURN, options=OPTIONS)
+    after = counted()
+    told = {"prompt": answer.prompt_eval_count, "completion": answer.eval_count}
+    for kind, tokens in told.items():
+        name = f"meshnode_{kind}_tokens_total"
+        assert after[name] - before.get(name, 0) == tokens
+    assert after["meshnode_slots"] == 4
 
 
 def test_messages_call_tools(messages: anthropic.resources.Messages) -> None:

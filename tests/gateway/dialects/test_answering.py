@@ -30,7 +30,7 @@ from meshnode.gateway.door import Door
 from meshnode.gateway.keys import ApiKey, generate_token, hash_token, with_key
 from meshnode.gateway.said import Content
 from meshnode.gateway.server import serve_api
-from tests.fakes import MODEL, FakeMesh, WordEngine, local_mesh
+from tests.fakes import DIGEST, MODEL, FakeMesh, WordEngine, local_mesh
 from tests.gateway.link import HANG_S, Link
 
 TURN = {"role": "user", "content": "to be or"}
@@ -465,6 +465,12 @@ async def test_servers_of_other_kinds_are_not_asked_to_count():
     response, body = await count(create_api_app(mesh).test_client())
     assert response.status_code == 400
     assert "`model`" in body["error"]["message"]
+    # But an engine with the same bytes is, wherever it stands in the ranking.
+    mesh.engines[DIGEST] = WordEngine()
+    behind = Candidate("peer-b", False, "first", upstream=True)
+    mesh.candidates = (behind, Candidate("peer-a", True, "second"))
+    response, body = await count(create_api_app(mesh).test_client())
+    assert body == {"input_tokens": 3}
 
 
 async def test_a_count_that_is_none_is_an_error(nursery):
