@@ -25,7 +25,8 @@ class SpeculationSnapshot(Struct, frozen=True):
 
 class ModelSnapshot(Struct, frozen=True):
     """One of our own models, loaded or not. `progress` is 0..1 while loading; rates are tokens per
-    second; `speculation` is None where nobody guesses ahead."""
+    second; `speculation` is None where nobody guesses ahead. `parts` are the layers that are here
+    of a model that is cut, and `ring` the peers that answer together, if we are their head."""
 
     name: str
     digest: str
@@ -41,6 +42,19 @@ class ModelSnapshot(Struct, frozen=True):
     memory_bytes: int
     saved_tokens: int = 0
     speculation: SpeculationSnapshot | None = None
+    parts: tuple[PartSnapshot, ...] = ()
+    ring: tuple[str, ...] = ()
+
+
+class PartSnapshot(Struct, frozen=True):
+    """Layers `first` to `end - 1` of a model, on this node; `steps` it has computed so far."""
+
+    first: int
+    end: int
+    state: str
+    error: str | None
+    memory_bytes: int
+    steps: int
 
 
 class OfferSnapshot(Struct, frozen=True):

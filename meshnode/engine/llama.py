@@ -368,8 +368,7 @@ class LlamaModel:
 
     # -- loading -------------------------------------------------------------------------------
 
-    @staticmethod
-    def _load_model(path: str, on_progress: Callable[[float], None]) -> Any:
+    def _load_model(self, path: str, on_progress: Callable[[float], None]) -> Any:
         @_llama.llama_progress_callback  # type: ignore[untyped-decorator]
         def progress(fraction: float, _data: object) -> bool:
             on_progress(fraction)
@@ -731,6 +730,10 @@ class LlamaModel:
     def decode(self, batch: Batch) -> bool:
         """Compute a batch of tokens; False if `abort` stopped it, then trim its slots to where
         they were."""
+        self._fill(batch)
+        return self._compute(self._batch)
+
+    def _fill(self, batch: Batch) -> None:
         filled = 0
         for chunk in batch.chunks:
             end = filled + len(chunk.tokens)
@@ -742,7 +745,6 @@ class LlamaModel:
             self._batch_logits[end - chunk.outputs : end] = 1
             filled = end
         self._batch.n_tokens = filled
-        return self._compute(self._batch)
 
     def decode_view(self, chunk: Chunk, view: View) -> bool:
         """Compute a view that `prompt_tokens` has given, in place of its cells; as `decode`."""

@@ -7,7 +7,7 @@ is kinder. Also decides how much of the memory a mesh may plan with; does not kn
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
 
@@ -49,6 +49,7 @@ class MemoryNeed:
     context_tokens: int
     draft_bytes: int = 0
     vision_bytes: int = 0
+    saves: bool = True
 
     @property
     def kv_bytes(self) -> int:
@@ -57,6 +58,8 @@ class MemoryNeed:
     @property
     def saved_bytes(self) -> int:
         """KV outside of the cache, at most."""
+        if not self.saves:
+            return 0
         return min(self.kv_bytes // SAVED_PART, SAVED_BYTES_MAX)
 
     @property
@@ -164,6 +167,17 @@ def stage_need(
         kv_bytes_per_token=math.ceil(kv_bytes_per_token),
         compute_bytes=stage.width * COMPUTE_BYTES_PER_EMBEDDING,
         context_tokens=context_tokens,
+    )
+
+
+def head_need(whole: MemoryNeed, stage: Stage) -> MemoryNeed:
+    """What the last stage of a model would use, as an engine; it saves no KV."""
+    part = Fraction(stage.end - stage.first, stage.layers)
+    return replace(
+        whole,
+        weights_bytes=stage.source_bytes,
+        kv_bytes_per_token=math.ceil(whole.kv_bytes_per_token * part),
+        saves=False,
     )
 
 

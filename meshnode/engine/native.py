@@ -26,6 +26,14 @@ _LOG_ERROR = re.compile(
 )
 
 
+# Kinds of positions (llama_rope_type) that have four numbers for each row: time, height, width.
+_FOURFOLD_POSITIONS = (
+    _llama.LLAMA_ROPE_TYPE_MROPE,
+    _llama.LLAMA_ROPE_TYPE_IMROPE,
+    _llama.LLAMA_ROPE_TYPE_VISION,
+)
+
+
 class _Log:
     """llama.cpp's log, from warnings up, on standard error; keeps the latest error."""
 
@@ -83,3 +91,8 @@ def tokenise(
 def pointer(array: np.ndarray[Any, Any], cell: Any) -> Any:
     """To an array's first cell; the array must outlive it."""
     return array.ctypes.data_as(ctypes.POINTER(cell))
+
+
+def position_planes(model: Any) -> int:
+    """How many numbers llama.cpp wants of each position, where it is given activations."""
+    return 4 if _llama.llama_model_rope_type(model) in _FOURFOLD_POSITIONS else 1

@@ -7,6 +7,8 @@ C or the kernel's out-of-memory killer ends the child; the node goes on.
 
 from __future__ import annotations
 
+import os
+import signal
 from collections import deque
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -44,20 +46,28 @@ from meshnode.engine.memory import (
     check_fits,
     context_for,
     draft_context,
+    head_need,
     memory_need,
 )
-from meshnode.engine.scheduler import BUSY_RETRY_AFTER_S
+from meshnode.engine.scheduler import BUSY_RETRY_AFTER_S, slots_kept
+from meshnode.engine.steps import Shape, step_bytes_max
 from meshnode.errors import (
     ContextLengthError,
     EngineBusyError,
     EngineError,
     LocalProtocolError,
+    MeshnodeError,
     ModelLoadError,
     NoVisionError,
+    RemoteProtocolError,
     RequestError,
+    StageError,
 )
 from meshnode.models.gguf import GgufHeader, ProjectorHeader, read_header, read_projector
+from meshnode.models.stages import cut
 
+# More machines than share a model; so many steps may be on their way.
+STAGES_MAX = 64
 SLOTS_DEFAULT = 8
 # At this depth a request waits about as long as a client's patience; others may be free.
 WAITING_MAX_DEFAULT = 32
@@ -66,10 +76,21 @@ IMAGES_IN_FLIGHT_BYTES_MAX = 4 * IMAGES_BYTES_MAX
 
 
 @dataclass(frozen=True, slots=True)
+class Part:
+    """Layers `first` to `end - 1`, the last ones of a model that several machines run as a
+    pipeline. Such an engine answers while it is in one; it reads nothing for embeddings, cannot
+    see, and saves no KV outside of its cache."""
+
+    first: int
+    end: int
+
+
+@dataclass(frozen=True, slots=True)
 class EngineOptions:
     """How to run a model. None: the smaller of the trained context and the default; threads as
     many as pays; no directory, so no KV is spilled to disk. `draft` is the file of the model that
-    guesses, if one does, `projector` the mmproj file of a model that can see."""
+    guesses, if one does, `projector` the mmproj file of a model that can see. `part`: not all of
+    the model's layers."""
 
     context_tokens: int | None = None
     slots: int = SLOTS_DEFAULT
@@ -81,6 +102,7 @@ class EngineOptions:
     speculate: Speculate = "off"
     draft: Path | None = None
     projector: Path | None = None
+    part: Part | None = None
 
 
 class _Pending:
@@ -220,6 +242,8 @@ class EngineProcess:
         self._answers: dict[int, _Pending] = {}
         self._outbox: trio.MemorySendChannel[bytes] | None = None
         self._pid: int | None = None
+        self._width = 0
+        self._pipeline = _Pipeline(b"", over=EngineError("No pipeline has begun."))
 
     @property
     def pid(self) -> int | None:
@@ -339,6 +363,64 @@ class EngineProcess:
             )
         return self._outbox
 
+    # -- a part in its pipeline ----------------------------------------------------------------
+
+    @property
+    def shape(self) -> Shape:
+        """What a part takes from the stage before it; and `slots` are all that it uses."""
+        slots = self._options.slots + slots_kept(self._options.slots)
+        return Shape(self._width, slots, self._context_tokens, vocabulary=0)
+
+    def start_pipeline(self, pipeline: bytes, epoch: int, stages: int) -> None:
+        """From now on steps of this pipeline come out; `stages` at most are in flight at once.
+
+        All stages must have forgotten what they knew, as this one does now.
+        """
+        if not 1 < stages <= STAGES_MAX:
+            raise ValueError(f"a pipeline of {stages} stages")
+        self.stop_pipeline("Another pipeline has begun.")
+        self._pipeline = _Pipeline(pipeline)
+        self._tell(wire.StartPipeline(pipeline, epoch, stages))
+
+    def stop_pipeline(self, reason: str) -> None:
+        """What is in flight is lost, and all KV. Sequences stay: in the next pipeline they are
+        computed again, and their answers go on. Their clients wait, for a bounded time.
+
+        Whoever waits in `next_step` or `feed` gets an `EngineError` with this reason.
+        """
+        if self._pipeline.over is None:
+            self._pipeline.end(EngineError(reason))
+            self._tell(wire.StopPipeline(reason))
+
+    async def next_step(self) -> bytes:
+        """The frame that is next to be sent to the first stage; one task at a time waits here.
+
+        Raises `EngineError` if the pipeline is over, `RemoteProtocolError` if because what came
+        from the stage before was not what it should be.
+        """
+        return await self._pipeline.take()
+
+    async def feed(self, frame: bytes) -> None:
+        """Rows from the stage before. Raises as `next_step` does, and `RemoteProtocolError` for
+        more than was sent."""
+        await trio.lowlevel.checkpoint()
+        pipeline = self._pipeline
+        if pipeline.over is not None:
+            raise pipeline.over
+        if len(frame) > step_bytes_max(self._width) or not pipeline.in_flight:
+            raise RemoteProtocolError("rows of a step that was not sent")
+        pipeline.in_flight -= 1
+        self._tell(wire.Rows(pipeline.name, frame))
+
+    def _tell(self, frame: wire.ToChild) -> None:
+        """Of a pipeline; to nobody if there is no child. One that does not listen is ended."""
+        if self._outbox is None or self._pid is None:
+            self._pipeline.end(EngineError(f"The engine of {self._card.name} is {self._state}."))
+        elif self._outbox.statistics().current_buffer_used < self._queued_max + STAGES_MAX:
+            self._outbox.send_nowait(wire.encode(frame))
+        else:
+            os.kill(self._pid, signal.SIGKILL)
+
     # -- supervision ---------------------------------------------------------------------------
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
@@ -370,6 +452,9 @@ class EngineProcess:
         draft = await read_draft_header(self._options)
         eyes = await read_eyes(self._options)
         need = memory_need(header, context_tokens, draft, eyes, kv_type=self._options.kv_type)
+        if self._options.part is not None:
+            need = await self._check_part(self._options.part, need)
+            self._width = header.embedding_length
         check_fits(self._card.path, need, available_bytes())
         self._context_tokens = context_tokens
         if draft is not None:
@@ -377,16 +462,25 @@ class EngineProcess:
             self._draft = wire.Draft(str(self._options.draft), draft_tokens)
         return need
 
+    async def _check_part(self, part: Part, whole: MemoryNeed) -> MemoryNeed:
+        if self._options.projector is not None:
+            raise ModelLoadError(f"{self._card.path} cannot see where it is cut into parts.")
+        try:
+            stage = await trio.to_thread.run_sync(cut, self._card.path, part.first, part.end)
+        except StageError as error:
+            raise ModelLoadError(str(error)) from error
+        return head_need(whole, stage)
+
     async def _run_child(self, need: MemoryNeed) -> None:
         """Start a child and serve it to its end. Raises `ModelLoadError` or `ChildDiedError`."""
-        child = await ChildProcess.start("meshnode.engine.child")
+        is_part = self._options.part is not None
+        child = await ChildProcess.start(f"meshnode.engine.{'head' if is_part else 'child'}")
         load_error: str | None = None
         try:
             self._pid = child.pid
-            # Each request in flight puts a Generate and a Cancel into the outbox, and a Cancel of
-            # the request before may still be there, having crossed with its Done.
-            queued_max = 3 * (self._options.slots + self._options.waiting_max) + 1
-            self._outbox, outgoing = trio.open_memory_channel[bytes](queued_max)
+            # What a pipeline says comes on top, and never takes the room of the requests.
+            buffer_max = 2 * self._queued_max + STAGES_MAX
+            self._outbox, outgoing = trio.open_memory_channel[bytes](buffer_max)
             self._outbox.send_nowait(wire.encode(self._load_frame(need)))
             load_error = await child.converse(outgoing, self._read)
         finally:
@@ -397,12 +491,19 @@ class EngineProcess:
             await child.stop()
             why = child.cause_of_death(self._card.path)
             self._fail_answers(why)
+            self._pipeline.end(EngineError(why))
         if load_error is not None:
             raise ModelLoadError(load_error)
         raise ChildDiedError(why, was_ready)
 
+    @property
+    def _queued_max(self) -> int:
+        """Each request in flight puts a Generate and a Cancel into the outbox, and a Cancel of
+        the request before may still be there, having crossed with its Done."""
+        return 3 * (self._options.slots + self._options.waiting_max) + 1
+
     def _load_frame(self, need: MemoryNeed) -> wire.Load:
-        spill_dir = self._options.kv_spill_dir
+        part, spill_dir = self._options.part, self._options.kv_spill_dir
         return wire.Load(
             path=self._card.path,
             context_tokens=self._context_tokens,
@@ -417,6 +518,7 @@ class EngineProcess:
             spill_dir=None if spill_dir is None else str(spill_dir),
             speculate=self._options.speculate,
             draft=self._draft,
+            part=None if part is None else (part.first, part.end),
         )
 
     async def _read(self, stdout: trio.abc.ReceiveStream) -> str | None:
@@ -459,6 +561,12 @@ class EngineProcess:
                 self._handle_answer(frame)
             case wire.Vector() | wire.Embedded():
                 self._handle_vectors(frame)
+            case wire.Planned(pipeline=name, step=step):
+                if name == self._pipeline.name:
+                    self._pipeline.add(step)
+            case wire.PipelineFailed(pipeline=name, message=message):
+                if name == self._pipeline.name:
+                    self._pipeline.end(RemoteProtocolError(message))
 
     def _handle_answer(self, frame: wire.Text | wire.Done) -> None:
         answer = self._answers[frame.number]
@@ -493,6 +601,39 @@ class EngineProcess:
         self._tell_change()
         for answer in answers.values():
             answer.fail(EngineError(why))
+
+
+class _Pipeline:
+    """The steps of one run of a pipeline; `over` says why there are no more."""
+
+    def __init__(self, name: bytes, over: MeshnodeError | None = None) -> None:
+        self.name = name
+        self.in_flight = 0
+        self.over = over
+        self._steps: deque[bytes] = deque()
+        self._changed = trio.Event()
+
+    def add(self, step: bytes) -> None:
+        self._steps.append(step)
+        self._tell_change()
+
+    def end(self, error: MeshnodeError) -> None:
+        if self.over is None:
+            self.over = error
+            self._tell_change()
+
+    async def take(self) -> bytes:
+        await trio.lowlevel.checkpoint()
+        while self.over is None and not self._steps:
+            await self._changed.wait()
+        if self.over is not None:
+            raise self.over
+        self.in_flight += 1
+        return self._steps.popleft()
+
+    def _tell_change(self) -> None:
+        self._changed.set()
+        self._changed = trio.Event()
 
 
 class _TooLongError(EngineError):

@@ -23,7 +23,7 @@ import numpy as np
 
 from meshnode.config import KvType
 from meshnode.engine.activations import Rows, unpack
-from meshnode.engine.native import GGML_TYPES, checked, initialise, pointer
+from meshnode.engine.native import GGML_TYPES, checked, initialise, pointer, position_planes
 from meshnode.engine.steps import STATE_BYTES_MAX, STEP_ROWS_MAX, Keep, Shape, Share, Step
 from meshnode.errors import EngineError, ModelLoadError, RemoteProtocolError, StageError
 from meshnode.models.stages import Stage, cut, open_stage
@@ -32,13 +32,6 @@ from meshnode.models.stages.lookup import Lookup
 # What llama_decode returns.
 _DECODED = 0
 _KV_FULL = 1
-# Kinds of positions (llama_rope_type) that have four numbers for each row: time, height, width.
-_FOURFOLD_POSITIONS = (
-    _llama.LLAMA_ROPE_TYPE_MROPE,
-    _llama.LLAMA_ROPE_TYPE_IMROPE,
-    _llama.LLAMA_ROPE_TYPE_VISION,
-)
-_PLANES_OF_TEXT = 3
 # What llama.cpp calls the position of nothing.
 _NO_POSITION = -1
 
@@ -188,8 +181,7 @@ class StageModel:
     def _make_batch(self) -> None:
         """A llama_batch whose arrays are numpy's. All its rows are wanted."""
         size = STEP_ROWS_MAX
-        kind = _llama.llama_model_rope_type(self._model)
-        self._planes = 1 + _PLANES_OF_TEXT if kind in _FOURFOLD_POSITIONS else 1
+        self._planes = position_planes(self._model)
         self._positions = np.zeros(self._planes * size, np.int32)
         self._slots = np.zeros(size, np.int32)
         self._slot_counts = np.ones(size, np.int32)

@@ -313,7 +313,7 @@ async def test_what_does_not_fit_into_memory(
         await stage.run()
     error = stage.stats().error
     assert error is not None
-    assert "5 MiB weights + 30 MiB rows of tokens + 1 MiB KV cache for 512 tokens" in error
+    assert "5 MiB weights + 29 MiB rows of tokens + 1 MiB KV cache for 512 tokens" in error
     assert "100 MiB are available" in error
 
 

@@ -75,8 +75,9 @@ class Stage:
 
     The file begins with `header`; then come `pieces`; whatever neither covers is zeros that nobody
     reads. `ranges` are what is needed of the source, first byte and end, ascending, and
-    `source_bytes` how much that is. Activations have `width` numbers: whoever computes multiplies
-    those of the stage before by `input_scale`, and looked-up rows by `lookup_scale`.
+    `source_bytes` how much that is; `edge_bytes` of it are in no layer. Activations have `width`
+    numbers: whoever computes multiplies those of the stage before by `input_scale`, and looked-up
+    rows by `lookup_scale`.
     """
 
     architecture: str
@@ -92,6 +93,7 @@ class Stage:
     ranges: tuple[tuple[int, int], ...]
     bytes_total: int
     source_bytes: int
+    edge_bytes: int
     input_scale: float
     lookup_scale: float
     lookup: Rows
@@ -245,6 +247,9 @@ class _Cutter:
             ranges=ranges,
             bytes_total=bytes_total,
             source_bytes=sum(end - start for start, end in ranges),
+            edge_bytes=sum(
+                tensor.size_bytes for name, tensor in self._tensors() if _layer_of(name) is None
+            ),
             input_scale=self._changes.input_scale,
             lookup_scale=self._changes.lookup_scale,
             lookup=Rows(
