@@ -13,14 +13,14 @@ from meshnode.engine.child_process import CHILD_ENVIRONMENT
 
 os.environ.update(CHILD_ENVIRONMENT)  # before libgomp is loaded, as the child has it
 
-from ring import Computer  # noqa: E402
-from tiny_architectures import WORDS, write_tiny  # noqa: E402
+from ring import Computer
+from tiny_architectures import WORDS, write_tiny
 
-from meshnode.engine.activations import pack  # noqa: E402
-from meshnode.engine.stage_model import StageModel  # noqa: E402
-from meshnode.engine.steps import Keep, Share, Step  # noqa: E402
-from meshnode.errors import RemoteProtocolError  # noqa: E402
-from meshnode.models.stages import cut, cut_points, open_stage  # noqa: E402
+from meshnode.engine.activations import pack
+from meshnode.engine.stage_model import StageModel
+from meshnode.engine.steps import Keep, Share, Step
+from meshnode.errors import RemoteProtocolError
+from meshnode.models.stages import cut, cut_points, open_stage
 
 PROMPT_TOKENS = 40
 
