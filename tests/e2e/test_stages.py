@@ -11,9 +11,9 @@ from tests.e2e.agreed import items, wait_agreed
 from tests.e2e.conftest import Figure
 from tests.e2e.mesh import MODEL_NAME, Json, Mesh, NodeProcess
 
-# The whole model takes 592 MiB with its KV cache, half of its layers 473 and a third 433 (with all
+# The whole model takes 322 MiB with its KV cache, half of its layers 271 and a third 254 (with all
 # that each process needs for itself).
-MEMORY = {2: "500MiB", 3: "445MiB"}
+MEMORY = {2: "300MiB", 3: "260MiB"}
 STORY = "Repeat this ten times: one two three four five six seven eight nine ten."
 STORY_TOKENS = 80
 TOKENS_BEFORE_KILL = 20
