@@ -207,7 +207,12 @@ class HostedModel:
                 if known is not None and self.keep_ring is not None:
                     for layers in sorted(self._assigned_parts - self._parts.keys()):
                         self._parts[layers] = part_of(
-                            known.card, *layers, known.header.layers, self._options, self.keep_ring
+                            known.card,
+                            *layers,
+                            known.header.layers,
+                            known.need.context_tokens,
+                            self._options,
+                            self.keep_ring,
                         )
                         nursery.start_soon(self._run_part, layers, self._parts[layers])
                 await changed.wait()

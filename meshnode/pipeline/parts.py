@@ -19,7 +19,7 @@ from meshnode.console.snapshot import PartSnapshot
 from meshnode.engine import ModelCard
 from meshnode.engine.process import EngineOptions, EngineProcess, Part
 from meshnode.engine.stage_process import StageOptions, StageProcess
-from meshnode.engine.steps import Shape
+from meshnode.engine.steps import STEP_SLOTS_MAX, Shape
 from meshnode.errors import ModelLoadError
 from meshnode.messages import Opening
 
@@ -34,10 +34,16 @@ State = Literal["loading", "ready", "failed"]
 Keep = Callable[["HeadPart"], Awaitable[None]]
 
 
+def _state(state: Literal["loading", "ready", "failed", "stopped"]) -> State:
+    return "failed" if state == "stopped" else state
+
+
 class StagePart:
     """Layers `first` to `end - 1`, which are not the last. Implements `ring.Stage`."""
 
-    def __init__(self, card: ModelCard, first: int, end: int, options: EngineOptions) -> None:
+    def __init__(
+        self, card: ModelCard, first: int, end: int, context_tokens: int, options: EngineOptions
+    ) -> None:
         self.card = card
         self.layers = (first, end)
         self.process = StageProcess(
@@ -45,7 +51,8 @@ class StagePart:
             StageOptions(
                 first=first,
                 end=end,
-                context_tokens=options.context_tokens,
+                context_tokens=context_tokens,
+                slots=STEP_SLOTS_MAX,  # whatever its head has; they share one cache
                 kv_type=options.kv_type,
                 threads=options.threads,
             ),
@@ -55,8 +62,7 @@ class StagePart:
 
     @property
     def state(self) -> State:
-        state = self.process.stats().state
-        return "failed" if state in ("failed", "stopped") else state
+        return _state(self.process.stats().state)
 
     @property
     def error(self) -> str | None:
@@ -122,8 +128,7 @@ class HeadPart:
     @property
     def state(self) -> State:
         """Of its layers; it answers only in a ring."""
-        state = self.engine.stats().state
-        return "failed" if state in ("failed", "stopped") else state
+        return _state(self.engine.stats().state)
 
     @property
     def error(self) -> str | None:
@@ -172,9 +177,15 @@ class HeadPart:
 
 
 def part_of(
-    card: ModelCard, first: int, end: int, layers: int, options: EngineOptions, keep: Keep
+    card: ModelCard,
+    first: int,
+    end: int,
+    layers: int,
+    context_tokens: int,
+    options: EngineOptions,
+    keep: Keep,
 ) -> StagePart | HeadPart:
     """The last part of a model with so many layers is its head."""
     if end == layers:
         return HeadPart(card, first, end, options, keep)
-    return StagePart(card, first, end, options)
+    return StagePart(card, first, end, context_tokens, options)

@@ -209,7 +209,9 @@ class Rings:
         try:
             await send_frame(stream, encode(opening))
             reply = await receive_frame(stream, MESSAGE_BYTES_MAX)
-            answer: Opened | NotOpened = decode(reply or b"", Opened | NotOpened)  # type: ignore[arg-type]
+            if reply is None:
+                raise _NotOpenedError(peer, "it closed the stream")
+            answer: Opened | NotOpened = decode(reply, Opened | NotOpened)  # type: ignore[arg-type]
             if isinstance(answer, NotOpened):
                 raise _NotOpenedError(answer.by, answer.reason)
         except BaseException:

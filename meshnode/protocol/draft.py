@@ -18,6 +18,7 @@ from meshnode.messages import (
     CONSENTS_MAX,
     ITEMS_MAX,
     ORDERS_MAX,
+    Body,
     Claim,
     Item,
     Order,
@@ -25,7 +26,7 @@ from meshnode.messages import (
 )
 from meshnode.protocol.placement import Part, Plan, Replica
 from meshnode.protocol.quorum import Faults
-from meshnode.protocol.rules import ItemKey, item_key, order_key
+from meshnode.protocol.rules import ItemKey, item_key, order_key, serving_models
 from meshnode.protocol.words import Word
 
 __all__ = [
@@ -86,7 +87,7 @@ def draft_items(
     drafted = [_promoted(item, words) for item in planned]
     kept = {(item_key(item), item.owner) for item in drafted}
     taken = {item_key(item) for item in drafted}
-    served = {item.model for item in drafted if item.state == "serving"}
+    served = serving_models(Body(tuple(drafted)))
     leaving: list[Item] = []
     for item in items:
         if (item_key(item), item.owner) in kept or item_key(item) in taken:

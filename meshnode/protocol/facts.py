@@ -58,6 +58,8 @@ def problem_of(
             compute_bytes=max(consent.bytes - consent.weight_bytes - consent.kv_bytes, 0)
             + consent.edge_bytes,
             activation_bytes=consent.activation_bytes,
+            cut_every=consent.cut_every,
+            depth=consent.layers,
         )
         # The rate of a pipeline says nothing about the one host that offers it.
         rate = rates.get((peer, model), 0.0) if consent.state == "ready" else 0.0
@@ -74,8 +76,9 @@ def problem_of(
         )
         memory[peer] = max(memory.get(peer, (-1, 0)), (consent.sequence, consent.memory_bytes))
     leaving: Counter[str] = Counter()
+    stays = {(i.owner, i.model, i.shard) for i in body.items if i.state != "draining"}
     for item in body.items:
-        if item.state == "draining":
+        if item.state == "draining" and (item.owner, item.model, item.shard) not in stays:
             leaving[item.owner] += item.bytes
     wants: dict[str, Want] = {}
     for model, fact in models.items():
@@ -93,7 +96,7 @@ def problem_of(
                 us_per_gb=us_per_gb.get(peer, unmeasured),
                 load_bytes_per_s=LOAD_BYTES_PER_S,
                 holdings=held,
-                stages=any(held_model.cuts for held_model in held.values()),
+                stages=True,
                 draining=peer in drained,
             )
             for peer, held in holdings.items()

@@ -148,13 +148,15 @@ def _refused_items(body: Body, consents: dict[tuple[str, str], Consent]) -> str 
     if len(set(keys)) != len(keys):
         return "two owners of one shard"  # S4
     replicas: defaultdict[tuple[str, int], list[Item]] = defaultdict(list)
-    committed: defaultdict[str, int] = defaultdict(int)
+    # By owner, model and layers: what an old and a new replica have in common is loaded once.
+    committed: dict[tuple[str, str, Shard], int] = {}
     offered: dict[str, tuple[int, int]] = {}
     for (peer, _), word in consents.items():
         offered[peer] = max(offered.get(peer, (-1, 0)), (word.sequence, word.memory_bytes))
     for item in body.items:
         replicas[item.model, item.replica].append(item)
-        committed[item.owner] += item.bytes
+        held = (item.owner, item.model, item.shard)
+        committed[held] = max(committed.get(held, 0), item.bytes)
         consent = consents.get((item.owner, item.model))
         if consent is None or consent.state in ("gone", "failed"):
             return "an owner that has not consented"
@@ -180,7 +182,8 @@ def _refused_items(body: Body, consents: dict[tuple[str, str], Consent]) -> str 
                 return "an owner that cannot run these layers"
             if item.bytes < _layers_bytes(consent, item.shard):
                 return "less memory than the layers need"
-    for owner, total in committed.items():
+    for owner in {owner for owner, *_ in committed}:
+        total = sum(size for (other, *_), size in committed.items() if other == owner)
         if total > offered[owner][1]:
             return "more memory committed than the owner offers"  # S8
     return None

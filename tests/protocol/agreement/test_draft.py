@@ -130,9 +130,7 @@ def test_replicas_on_their_way_out_are_no_longer_current() -> None:
 
 def cut(state: str = "file", parts: tuple[tuple[int, int], ...] = ()) -> Word:
     """A model of 9 layers that is cut every two: four units, the last of three layers."""
-    consent = replace(
-        word(state).consent, layers=9, cut_every=2, activation_bytes=4, parts=parts
-    )
+    consent = replace(word(state).consent, layers=9, cut_every=2, activation_bytes=4, parts=parts)
     return Word(consent, b"")
 
 
