@@ -9,6 +9,7 @@ import ctypes
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -97,12 +98,21 @@ class Bare:
             if isinstance(change, Keep):
                 llama.llama_memory_seq_rm(self.memory, change.slot, change.tokens, -1)
             else:
-                llama.llama_memory_seq_cp(
-                    self.memory, change.source, change.slot, 0, change.tokens
-                )
+                llama.llama_memory_seq_cp(self.memory, change.source, change.slot, 0, change.tokens)
 
     def forget(self) -> None:
         llama.llama_memory_clear(self.memory, True)
+
+    def save(self, slot: int) -> bytes:
+        state = (ctypes.c_uint8 * llama.llama_state_seq_get_size(self._context, slot))()
+        size = llama.llama_state_seq_get_data(self._context, state, len(state), slot)
+        assert size == len(state)
+        return bytes(state)
+
+    def restore(self, slot: int, state: bytes) -> None:
+        cells = (ctypes.c_uint8 * len(state)).from_buffer_copy(state)
+        size = llama.llama_state_seq_set_data(self._context, cells, len(state), slot)
+        assert size == len(state)
 
     def tokens(self, text: str) -> list[int]:
         data = text.encode()
@@ -117,25 +127,26 @@ class Bare:
         llama.llama_model_free(self._model)
 
 
+def load(path: Path, first: int, end: int) -> StageModel:
+    return StageModel(
+        str(path),
+        first,
+        end,
+        context_tokens=CONTEXT_TOKENS,
+        slots=SLOTS,
+        threads=1,
+        on_progress=lambda _fraction: None,
+    )
+
+
 class Ring:
     """Stages that end before each of `cuts`, and the last one; as frames between them."""
 
     def __init__(self, path: Path, *cuts: int, layers: int, codec: Codec = "f32") -> None:
         self._stack = ExitStack()
-        starts = (0, *cuts)
+        self.cuts = cuts
         self.stages = [
-            self._stack.enter_context(
-                StageModel(
-                    str(path),
-                    first,
-                    end,
-                    context_tokens=CONTEXT_TOKENS,
-                    slots=SLOTS,
-                    threads=1,
-                    on_progress=lambda _fraction: None,
-                )
-            )
-            for first, end in zip(starts, cuts, strict=False)
+            self._stack.enter_context(load(path, first, end)) for first, end in pairwise((0, *cuts))
         ]
         last = cut(path, cuts[-1], layers)
         with open_stage(last, path) as file:
