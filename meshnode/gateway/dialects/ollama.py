@@ -185,7 +185,7 @@ class _ShowBody(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
 
 _NEUTRAL_OPTIONS: Mapping[str, tuple[Any, ...]] = {
     "penalize_newline": (True,),
-    "tfs_z": (1, 1.0),
+    "tfs_z": (1.0,),
 }
 _NEUTRAL_BODY: Mapping[str, tuple[Any, ...]] = {
     "logprobs": (False,),

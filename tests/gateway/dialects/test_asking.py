@@ -118,6 +118,33 @@ WORKS = [
         "prompt",
         (ChatMessage("user", "hi", (Image(b"hi", 2, True),)),),
     ),
+    (  # what results show comes after all of them
+        "responses",
+        {
+            "input": [
+                TURN,
+                {"type": "function_call", "call_id": "c", "name": "f", "arguments": "{}"},
+                {
+                    "type": "function_call_output",
+                    "call_id": "c",
+                    "output": [
+                        {"type": "input_image", "image_url": PNG_URL},
+                        {"type": "input_text", "text": "42"},
+                    ],
+                },
+                {"type": "function_call_output", "call_id": "d", "output": "43"},
+                {"role": "user", "content": "and?"},
+            ]
+        },
+        "prompt",
+        (
+            ChatMessage("user", "hi"),
+            ChatMessage("assistant", "", calls=(FunctionCall("c", "f", "{}"),)),
+            ChatMessage("tool", "42", call_id="c"),
+            ChatMessage("tool", "43", call_id="d"),
+            ChatMessage("user", "and?", (Image(b"hi", 0),)),
+        ),
+    ),
     ("responses", {"reasoning": {"effort": "low"}}, "wish.effort", "low"),
     (
         "responses",
