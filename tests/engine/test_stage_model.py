@@ -195,6 +195,17 @@ def test_what_does_not_go_on_is_refused(stage: StageModel) -> None:
     assert stage.compute(Batch().add(0, 3, [4]).step(1)).shape == (1, 576)
 
 
+def test_what_is_aborted_can_begin_again(stage: StageModel) -> None:
+    step = Batch().add(0, 0, [3, 1, 4, 1, 5]).step(0)
+    rows = stage.compute(step)
+    stage.forget()
+    stage.abort()
+    with pytest.raises(EngineError, match="aborted"):
+        stage.compute(step)
+    stage.forget()
+    assert np.array_equal(stage.compute(step), rows)
+
+
 def test_a_full_cache_is_an_error_with_a_name(stage: StageModel) -> None:
     for slot in (0, 1):
         stage.compute(Batch().add(slot, 0, [7] * 512).step(slot))
