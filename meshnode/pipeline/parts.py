@@ -46,6 +46,7 @@ class StagePart:
     ) -> None:
         self.card = card
         self.layers = (first, end)
+        self.kv_type = options.kv_type
         self.process = StageProcess(
             card,
             StageOptions(
@@ -115,6 +116,7 @@ class HeadPart:
         """`keep` forms a ring for it, again and again (`Rings.keep`)."""
         self.card = card
         self.layers = (first, end)
+        self.kv_type = options.kv_type
         self.engine = EngineProcess(card, replace(options, part=Part(first, end)))
         self.ring: Opening | None = None
         """The one it is in."""
