@@ -19,6 +19,7 @@ os.environ.update(CHILD_ENVIRONMENT)  # before libgomp is loaded, as the child h
 from meshnode.engine import stage_model
 from meshnode.engine.stage_model import StageModel
 from tests.engine.ring import Bare, Batch, Ring, load
+from tests.engine.tiny_architectures import write_tiny
 
 LAYERS = 30
 TEXT = "The sun rises in the east, and the city wakes with it: bread, trams, and pigeons."
@@ -235,7 +236,6 @@ def test_a_stage_that_has_little_room_is_on_disk(
         return [line.partition("/")[2] for line in maps if line.endswith("(deleted)")]
 
     before = stage_files()
-    assert all(name.startswith("memfd:llama-") for name in before)
     monkeypatch.setattr(stage_model, "available_bytes", lambda: 0)
     step = Batch().add(0, 0, [3, 1, 4, 1, 5]).step(0)
     with load(q4_0_path, 0, 1) as on_disk:
@@ -244,6 +244,22 @@ def test_a_stage_that_has_little_room_is_on_disk(
         assert np.array_equal(on_disk.compute(step), stage.compute(step))
     assert stage_files() == before
     assert os.listdir(q4_0_path.parent) == [q4_0_path.name]
+
+
+def test_a_recurrent_stage_goes_back_to_nothing_only(tmp_path: Path) -> None:
+    begin = Batch().add(0, 0, [1, 2, 3]).step(0)
+    with load(write_tiny(tmp_path / "tiny.gguf", "lfm2"), 0, 3) as stage:
+        rows = stage.compute(begin)
+        state = stage.save(0)
+        with pytest.raises(RemoteProtocolError, match="slot 0, which holds 0"):
+            stage.compute(Batch(changes=[Keep(0, 2)]).add(0, 2, [3]).step(1))
+        assert np.array_equal(stage.compute(begin), rows)
+        with pytest.raises(RemoteProtocolError, match="to share"):
+            stage.compute(Batch(changes=[Share(0, 1, 3)]).add(1, 3, [4]).step(1))
+        # Moved, it goes on as if it had stayed.
+        stayed = stage.compute(Batch().add(0, 3, [4]).step(1))
+        assert stage.restore(1, state) == 3
+        assert np.array_equal(stage.compute(Batch().add(1, 3, [4]).step(1)), stayed)
 
 
 def test_the_last_layers_and_none_are_refused(q4_0_path: Path) -> None:
