@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import struct
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
@@ -18,7 +19,7 @@ os.environ.update(CHILD_ENVIRONMENT)  # before libgomp is loaded, as the child h
 
 from meshnode.engine import stage_model
 from meshnode.engine.stage_model import StageModel
-from tests.engine.ring import Bare, Batch, Ring, load
+from tests.engine.ring import CONTEXT_TOKENS, Bare, Batch, Ring, load
 from tests.engine.tiny_architectures import write_tiny
 
 LAYERS = 30
@@ -177,6 +178,24 @@ def test_what_is_no_state_is_refused(stage: StageModel) -> None:
         with pytest.raises(EngineError, match=why):
             stage.save(slot)
     assert stage.restore(1, state) == 5
+
+
+def test_a_state_with_impossible_positions_leaves_nothing_behind(stage: StageModel) -> None:
+    begin = Batch().add(0, 0, [3, 1, 4, 1, 5]).step(0)
+    rows = stage.compute(begin)
+    state = stage.save(0)
+    # Its head is a magic number, flags, streams and cells; then comes the first cell's position.
+    before = state[:16] + struct.pack("<i", -5) + state[20:]
+    with pytest.raises(EngineError, match="slot 1 is not this stage's"):
+        stage.restore(1, before)
+    # Such a cell is removed with all others only, which is said when somebody counts on them.
+    with pytest.raises(EngineError, match="Slot 0 is empty"):
+        stage.save(0)
+    assert np.array_equal(stage.compute(begin), rows)
+    beyond = state[:16] + struct.pack("<i", CONTEXT_TOKENS) + state[20:]
+    with pytest.raises(EngineError, match="slot 1 is not this stage's"):
+        stage.restore(1, beyond)
+    assert stage.save(0) == state
 
 
 def test_what_does_not_go_on_is_refused(stage: StageModel) -> None:
