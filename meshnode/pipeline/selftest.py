@@ -12,11 +12,13 @@ import hashlib
 import json
 import logging
 import os
+from importlib.metadata import version
 from pathlib import Path
 from typing import Literal
 
 import trio
 
+from meshnode.config import KvType
 from meshnode.engine import Delta, Engine, Request, Sampling
 from meshnode.errors import EngineError
 
@@ -41,9 +43,10 @@ class SelfTests:
     def __init__(self, path: Path) -> None:
         self._path = path
 
-    async def run(self, engine: Engine, key: str, *, whole: bool) -> Verdict:
-        """Ask `engine`, compare with what is remembered under `key`, remember what a whole model
-        says for good, and what stages say until then."""
+    async def run(self, engine: Engine, kv_type: KvType, *, whole: bool) -> Verdict:
+        """Ask `engine`, compare with what is remembered of its model, remember what the whole
+        model says for good, and what stages say until then."""
+        key = _key(engine.stats().card.digest, kv_type)
         said = await _said(engine)
         if said is None:
             return "no answer"
@@ -59,9 +62,10 @@ class SelfTests:
             return "differs"
         return "as the whole model" if was_whole else "as before"
 
-    def knows(self, key: str) -> bool:
+    async def knows(self, digest: str, kv_type: KvType) -> bool:
         """Whether the whole model has said its part here."""
-        return self._read().get(key, ("", False))[1]
+        known = await trio.to_thread.run_sync(self._read)
+        return known.get(_key(digest, kv_type), ("", False))[1]
 
     def _read(self) -> dict[str, tuple[str, bool]]:
         """Nothing, if there is no such file or it is not ours any more."""
@@ -77,6 +81,11 @@ class SelfTests:
         draft = self._path.with_name(f"{self._path.name}.{os.getpid()}.tmp")
         draft.write_text(json.dumps(kept, indent=1))
         os.replace(draft, self._path)
+
+
+def _key(digest: str, kv_type: KvType) -> str:
+    """Another llama.cpp may round otherwise."""
+    return f"{digest}|{kv_type}|{version('llama_cpp_python')}"
 
 
 async def _said(engine: Engine) -> str | None:
