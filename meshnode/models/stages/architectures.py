@@ -133,9 +133,6 @@ RULES: dict[str, tuple[Rule, ...]] = {
     "starcoder2": (),
 }
 
-# What the norm behind the last layer is called, if not "output_norm.weight".
-LAST_NORMS = dict.fromkeys(("lfm2", "lfm2moe"), "token_embd_norm.weight")
-
 _ENCODER = "it is an encoder, which has no stages to generate with"
 _NORM = "it normalises what comes in"
 _STREAMS = "several streams run between its layers, not one"
