@@ -426,7 +426,7 @@ def test_a_source_that_shrank_or_vanished(path: Path) -> None:
 
 
 @settings(
-    max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 @given(
     architecture=st.sampled_from(sorted(RULES)),
