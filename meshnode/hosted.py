@@ -385,7 +385,7 @@ class HostedModel:
             compute_bytes=need.total_bytes - need.weights_bytes - need.kv_bytes,
             activation_bytes=0 if cuts is None else ACTIVATION_BYTES * header.embedding_length,
             edge_bytes=known.edge_bytes,
-            cut_every=1 if cuts is None else max(cuts.step, cuts.shortest),
+            cut_every=1 if cuts is None else cuts.every,
             parts=tuple(
                 sorted(layers for layers, part in self._parts.items() if part.state == "ready")
             ),
@@ -533,7 +533,7 @@ def _cuts_of(path: str) -> tuple[Cuts | None, int]:
     rows of tokens are read from the file. Raises `ModelLoadError`."""
     try:
         cuts = cut_points(path)
-        head = cut(path, cuts.layers - max(cuts.step, cuts.shortest), cuts.layers)
+        head = cut(path, cuts.edges()[-2], cuts.layers)
     except StageError as error:
         logger.info("%s", error)
         return None, 0
