@@ -17,6 +17,7 @@ import numpy as np
 from meshnode.config import KvType
 from meshnode.engine.activations import Rows
 from meshnode.engine.llama import DecodeError, LlamaModel
+from meshnode.engine.memory import available_bytes, prefers_disk
 from meshnode.engine.native import pointer, position_planes
 from meshnode.engine.scheduler import Batch
 from meshnode.errors import StageError
@@ -64,7 +65,8 @@ class HeadModel(LlamaModel):
         self._planes = position_planes(self._model)
 
     def _load_model(self, path: str, on_progress: Callable[[float], None]) -> Any:
-        with open_stage(self._stage, path) as file:
+        on_disk = prefers_disk(self._stage, available_bytes())
+        with open_stage(self._stage, path, on_disk=on_disk) as file:
             return super()._load_model(file.path, on_progress)
 
     @property

@@ -23,6 +23,7 @@ import numpy as np
 
 from meshnode.config import KvType
 from meshnode.engine.activations import Rows, unpack
+from meshnode.engine.memory import available_bytes, prefers_disk
 from meshnode.engine.native import GGML_TYPES, checked, initialise, pointer, position_planes
 from meshnode.engine.steps import STATE_BYTES_MAX, STEP_ROWS_MAX, Keep, Shape, Share, Step
 from meshnode.errors import EngineError, ModelLoadError, RemoteProtocolError, StageError
@@ -147,7 +148,8 @@ class StageModel:
         params = _llama.llama_model_default_params()
         params.n_gpu_layers = 0
         params.progress_callback = progress
-        with open_stage(stage, path) as file:
+        on_disk = prefers_disk(stage, available_bytes())
+        with open_stage(stage, path, on_disk=on_disk) as file:
             loaded = _llama.llama_model_load_from_file(os.fsencode(file.path), params)
         model = checked(loaded, path, "stage")
         # llama.cpp copies as many numbers of each row as this says, whatever we have.

@@ -75,6 +75,9 @@ class Bare:
         width = llama.llama_model_n_embd(self._model)
         self._of_tokens = llama.llama_batch_init(rows_max, 0, SLOTS)
         self._of_rows = llama.llama_batch_init(rows_max, width, SLOTS)
+        # Activations have four positions where there are several axes; as many as there may be.
+        self._positions = np.zeros(4 * rows_max, np.int32)
+        self._of_rows.pos = self._positions.ctypes.data_as(ctypes.POINTER(ctypes.c_int32))
 
     def compute(self, batch: Batch, rows: np.ndarray[Any, Any] | None = None) -> np.ndarray:
         """float32[n, vocabulary]; `rows` instead of the batch's tokens."""
@@ -84,10 +87,14 @@ class Bare:
         if rows is not None:
             rows = np.ascontiguousarray(rows, np.float32)
             ctypes.memmove(given.embd, rows.ctypes.data, rows.nbytes)
+            # Time, height and width are the same for text; the fourth is nothing.
+            self._positions[: 4 * count] = batch.positions * 3 + [0] * count
         for row in range(count):
             if rows is None:
                 given.token[row] = batch.tokens[row]
-            given.pos[row], given.logits[row] = batch.positions[row], 1
+            given.logits[row] = 1
+            if rows is None:
+                given.pos[row] = batch.positions[row]
             given.n_seq_id[row], given.seq_id[row][0] = 1, batch.slots[row]
         assert llama.llama_decode(self._context, given) == 0
         logits = [llama.llama_get_logits_ith(self._context, row) for row in range(count)]
@@ -149,6 +156,7 @@ class Ring:
             self._stack.enter_context(load(path, first, end)) for first, end in pairwise((0, *cuts))
         ]
         last = cut(path, cuts[-1], layers)
+        self._scale = np.float32(last.input_scale)
         with open_stage(last, path) as file:
             self.last = Bare(file.path)
         self._stack.callback(self.last.close)
@@ -167,7 +175,7 @@ class Ring:
                      rows=packed, codec=codec)
             )  # fmt: skip
         rows = activations.unpack(packed, codec, self.stages[-1].shape.width)
-        return self.last.compute(batch, rows)
+        return self.last.compute(batch, rows * self._scale)
 
     def forget(self) -> None:
         for stage in self.stages:

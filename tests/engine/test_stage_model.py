@@ -16,6 +16,7 @@ from meshnode.errors import EngineError, RemoteProtocolError, StageError
 
 os.environ.update(CHILD_ENVIRONMENT)  # before libgomp is loaded, as the child has it
 
+from meshnode.engine import stage_model
 from meshnode.engine.stage_model import StageModel
 from tests.engine.ring import Bare, Batch, Ring, load
 
@@ -213,6 +214,25 @@ def test_smaller_codecs_are_close(whole: Bare, q4_0_path: Path, codec: Codec) ->
         expected, given = (_log_softmax(each.compute(batch)) for each in (whole, ring))
     divergence = (np.exp(expected) * (expected - given)).sum(axis=1).mean()
     assert 0 < divergence < 0.02
+
+
+def test_a_stage_that_has_little_room_is_on_disk(
+    stage: StageModel, q4_0_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stage_files() -> list[str]:
+        maps = Path("/proc/self/maps").read_text().splitlines()
+        return [line.partition("/")[2] for line in maps if line.endswith("(deleted)")]
+
+    before = stage_files()
+    assert all(name.startswith("memfd:llama-") for name in before)
+    monkeypatch.setattr(stage_model, "available_bytes", lambda: 0)
+    step = Batch().add(0, 0, [3, 1, 4, 1, 5]).step(0)
+    with load(q4_0_path, 0, 1) as on_disk:
+        (name,) = set(stage_files()) - set(before)
+        assert name.startswith(str(q4_0_path.parent)[1:])
+        assert np.array_equal(on_disk.compute(step), stage.compute(step))
+    assert stage_files() == before
+    assert os.listdir(q4_0_path.parent) == [q4_0_path.name]
 
 
 def test_the_last_layers_and_none_are_refused(q4_0_path: Path) -> None:
