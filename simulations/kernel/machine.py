@@ -110,6 +110,8 @@ class Machine:
     """It does not tick before."""
     armed_ns: int | None = None
     """When it will be asked next whether it is time to tick; not after its deadline."""
+    armed_s: float = 0.0
+    """What its own clock shows then."""
 
     @property
     def peer_id(self) -> PeerId:

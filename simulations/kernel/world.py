@@ -398,8 +398,8 @@ class World:
         if machine.is_asleep:
             return
         deadline = machine.stack.deadline()
-        if deadline is None:
-            return
+        if deadline is None or (machine.armed_ns is not None and deadline > machine.armed_s):
+            return  # it is never, or will be asked before
         now_ns = self.loop.now_ns
         due_ns = now_ns
         if deadline > machine.clock.now_s(now_ns):
@@ -409,7 +409,7 @@ class World:
             due_ns += SPIN_NS
         due_ns = max(due_ns, machine.busy_until_ns)
         if machine.armed_ns is None or due_ns < machine.armed_ns:
-            machine.armed_ns = due_ns
+            machine.armed_ns, machine.armed_s = due_ns, machine.clock.now_s(due_ns)
             self.loop.at(due_ns, self._ring, machine, machine.starts)
 
     def _ring(self, machine: Machine, run: int) -> None:
