@@ -209,6 +209,7 @@ class World:
         machine.events.clear()
         machine.loaded.clear()
         machine.parts.clear()
+        machine.heads.clear()
         machine.running = ()
         machine.effects_left = None
         self._tell_power(machine, "on")
@@ -685,7 +686,8 @@ class World:
     def tell_offers(self, machine: Machine) -> None:
         """What it serves, and how busy it is with that."""
         if machine.is_awake:
-            offers = tuple(self.offered(machine, model) for model in machine.loaded)
+            models = (*machine.loaded, *machine.heads)
+            offers = tuple(self.offered(machine, model) for model in models)
             self.tell(machine, SetOffers(offers))
 
     def _tell_models(self, machine: Machine) -> None:
