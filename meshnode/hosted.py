@@ -21,7 +21,7 @@ from typing import Literal
 import trio
 
 from meshnode.config import Config
-from meshnode.console.snapshot import ModelSnapshot, SpeculationSnapshot
+from meshnode.console.snapshot import ModelSnapshot, PartSnapshot, SpeculationSnapshot
 from meshnode.engine import Engine, EngineStats, ModelCard
 from meshnode.engine.card import load_card
 from meshnode.engine.memory import MemoryNeed, available_bytes, context_for, memory_need
@@ -438,7 +438,10 @@ class HostedModel:
         stats = self.stats()
         head = self._head
         ring = () if head is None or head.ring is None else head.ring.owners
-        parts = tuple(part.snapshot() for _, part in sorted(self._parts.items()))
+        parts = tuple(
+            PartSnapshot(*layers, part.state, part.error, part.memory_bytes, part.steps)
+            for layers, part in sorted(self._parts.items())
+        )
         if stats is None:
             known = "" if self._identity is None else self._identity.card.digest
             return ModelSnapshot(
