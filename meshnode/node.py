@@ -447,6 +447,7 @@ class Node:
                     context_tokens=max(offer.context_tokens for _, offer in offered),
                     state="ready" if ready else ("failed" if states == {"failed"} else "loading"),
                     served_by=ready,
+                    approximate=offered[0][1].approximate,
                 )
             )
         return tuple(served)
@@ -465,6 +466,7 @@ class Node:
             raise
         assigned = self._stack.agreement.assigned(resolved.digest)
         fronted = {peer for peer, offer in resolved.offers if offer.upstream}
+        approximations = (offer.approximate for _, offer in resolved.offers)
         return Route(
             model=resolved.name,
             digest=resolved.digest,
@@ -478,6 +480,7 @@ class Node:
                 )
                 for each in ranked
             ),
+            approximate=next((found for found in approximations if found is not None), None),
         )
 
     def _is_decided(self, model: str) -> bool:
