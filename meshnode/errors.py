@@ -54,6 +54,10 @@ class ModelLoadError(EngineError):
     """A model file is missing, corrupt, unsupported or too large for this machine."""
 
 
+class StageError(EngineError):
+    """A model, or a stage of it, cannot be cut out by layers; the message says why."""
+
+
 class RequestError(EngineError):
     """The request itself cannot be served by any replica of this model (HTTP 400)."""
 

@@ -2,7 +2,8 @@
 
 Decides whether a file is whole and of a kind that we can run, before llama.cpp maps it: a mapped
 file that is shorter than its header says kills the process that touches the missing page. Reads
-the header only, never the weights; knows nothing of engines.
+the header only, never the weights; knows nothing of engines. `read_layout` says where everything
+is, for those who cut a file into parts (`stages`).
 
 The format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md (versions 2 and 3; all
 numbers little-endian).
@@ -15,7 +16,7 @@ import os
 import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import BinaryIO
 
@@ -38,13 +39,16 @@ DEFAULT_ALIGNMENT = 32
 ALIGNMENT_MAX = 1024 * 1024
 # Pixels on a side of what a vision encoder looks at; the largest known take 1 536.
 IMAGE_SIDE_MAX = 16_384
+# Only `read_layout` keeps a header's bytes; the largest known (262 144 words) has 16 MB.
+HEADER_BYTES_MAX = 128 * 1024 * 1024
 # The KV cache holds keys and values as 16-bit floats.
 KV_CELL_BYTES = 2
 
 _MAGIC = b"GGUF"
 _VERSIONS = (2, 3)
 _U32, _U64 = struct.Struct("<I"), struct.Struct("<Q")
-_STRING, _ARRAY, _BOOL = 8, 9, 7
+_STRING, _ARRAY, _BOOL, _UNSIGNED, _SIGNED, _FLOAT = 8, 9, 7, 4, 5, 6
+_ARRAY_HEAD_BYTES = 16  # its type, that of its items, and how many there are
 _NUMBERS = {
     0: struct.Struct("<B"),
     1: struct.Struct("<b"),
@@ -79,7 +83,8 @@ _QUANTIZATIONS = {
     38: "MXFP4", 39: "NVFP4", 40: "Q1_0", 41: "Q2_0",
 }  # fmt: skip
 
-_Value = int | float | bool | str | list[int | float | bool] | None
+Value = int | float | bool | str | list[int | float | bool] | None
+"""Of a metadata key; None stands for an array of strings, or of too many items."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,6 +121,29 @@ class ProjectorHeader:
     compute_bytes: int
 
 
+@dataclass(frozen=True, slots=True)
+class Tensor:
+    """One line of a file's table of tensors; `offset` counts from the beginning of the file."""
+
+    name: str
+    shape: tuple[int, ...]
+    kind: int
+    offset: int
+    size_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """Where everything is in a whole file. `values` are the bytes of each key's type and value."""
+
+    architecture: str
+    metadata: dict[str, Value]
+    values: dict[str, bytes]
+    tensors: dict[str, Tensor]
+    alignment: int
+    size_bytes: int
+
+
 def read_header(path: str | Path) -> GgufHeader:
     """Read and check a file's header; blocks for a fraction of a second.
 
@@ -129,6 +157,71 @@ def read_projector(path: str | Path) -> ProjectorHeader:
     """As `read_header`, of an mmproj file."""
     with _opened(path) as reader:
         return _describe_projector(reader.contents())
+
+
+def read_layout(path: str | Path) -> Layout:
+    """As `read_header`, and where the file has what; a second for the largest vocabularies."""
+    with _opened(path) as reader:
+        contents = reader.contents()
+        described = _describe(contents)
+        return Layout(
+            architecture=described.architecture,
+            metadata=contents.metadata,
+            values={key: reader.between(*span) for key, span in contents.spans.items()},
+            tensors=contents.tensors,
+            alignment=contents.alignment,
+            size_bytes=contents.size_bytes,
+        )
+
+
+def value_bytes(value: bool | int | float | str | list[bool] | list[int]) -> bytes:
+    """A key's type and value as a file has them; whole numbers are 32-bit ones."""
+    match value:
+        case bool():
+            return _U32.pack(_BOOL) + _NUMBERS[_BOOL].pack(value)
+        case int():
+            return _U32.pack(_UNSIGNED) + _U32.pack(value)
+        case float():
+            return _U32.pack(_FLOAT) + _NUMBERS[_FLOAT].pack(value)
+        case str():
+            return _U32.pack(_STRING) + string_bytes(value)
+        case list():
+            kind = _BOOL if all(type(item) is bool for item in value) else _SIGNED
+            items = b"".join(_NUMBERS[kind].pack(item) for item in value)
+            return _U32.pack(_ARRAY) + _U32.pack(kind) + _U64.pack(len(value)) + items
+
+
+def string_bytes(text: str) -> bytes:
+    """A string as a file has it: its length goes before it."""
+    data = text.encode()
+    return _U64.pack(len(data)) + data
+
+
+def tensor_bytes(kind: int, shape: tuple[int, ...]) -> int:
+    """How much a tensor of a known type and a possible shape takes in a file."""
+    block_elements, block_bytes = _TENSOR_TYPES[kind]
+    return math.prod(shape) // block_elements * block_bytes
+
+
+def aligned(offset: int, alignment: int) -> int:
+    """The first multiple of `alignment` from `offset` on."""
+    return -(-offset // alignment) * alignment
+
+
+def array_slice(value: bytes, first: int, end: int) -> bytes:
+    """Items `first` to `end - 1` of an array of numbers, both as `Layout.values` has them."""
+    kind = _U32.unpack_from(value, 4)[0]
+    size = _NUMBERS[kind].size
+    items = value[_ARRAY_HEAD_BYTES:]
+    return value[:8] + _U64.pack(end - first) + items[first * size : end * size]
+
+
+def array_length(value: bytes) -> int:
+    """Of an array of numbers, as `Layout.values` has it; 0 for whatever else it is."""
+    if _U32.unpack_from(value)[0] != _ARRAY or _U32.unpack_from(value, 4)[0] not in _NUMBERS:
+        return 0
+    length: int = _U64.unpack_from(value, 8)[0]
+    return length
 
 
 @contextmanager
@@ -150,8 +243,10 @@ class _BadFileError(Exception):
 class _Contents:
     """A header, read and checked."""
 
-    metadata: dict[str, _Value]
-    tensors: int
+    metadata: dict[str, Value]
+    spans: dict[str, tuple[int, int]]
+    tensors: dict[str, Tensor]
+    alignment: int
     parameters: int
     weights_bytes: int
     size_bytes: int
@@ -172,17 +267,35 @@ class _Reader:
             raise _BadFileError(f"GGUF version {version} is not supported (2 and 3 are)")
         tensors = self._bounded(self._u64(), TENSORS_MAX, "tensors")
         keys = self._bounded(self._u64(), KEYS_MAX, "metadata keys")
-        metadata = dict(self._key_value() for _ in range(keys))
-        parameters, weights_bytes = self._tensors(tensors, _alignment(metadata))
-        return _Contents(metadata, tensors, parameters, weights_bytes, self._size_bytes)
+        metadata: dict[str, Value] = {}
+        spans: dict[str, tuple[int, int]] = {}
+        for _ in range(keys):
+            key = self._string(NAME_BYTES_MAX)
+            first = self._file.tell()
+            metadata[key] = self._value(self._u32(), key)
+            spans[key] = (first, self._file.tell())
+        alignment = _alignment(metadata)
+        table = self._tensors(tensors, alignment)
+        return _Contents(
+            metadata=metadata,
+            spans=spans,
+            tensors=table,
+            alignment=alignment,
+            parameters=sum(math.prod(tensor.shape) for tensor in table.values()),
+            weights_bytes=sum(tensor.size_bytes for tensor in table.values()),
+            size_bytes=self._size_bytes,
+        )
+
+    def between(self, first: int, end: int) -> bytes:
+        """Bytes of the header once more, as they are."""
+        if end > HEADER_BYTES_MAX:
+            raise _BadFileError(f"its header is larger than {HEADER_BYTES_MAX} bytes")
+        self._file.seek(first)
+        return self._bytes(end - first)
 
     # -- metadata ------------------------------------------------------------------------------
 
-    def _key_value(self) -> tuple[str, _Value]:
-        key = self._string(NAME_BYTES_MAX)
-        return key, self._value(self._u32(), key)
-
-    def _value(self, kind: int, key: str) -> _Value:
+    def _value(self, kind: int, key: str) -> Value:
         if kind in _NUMBERS:
             return self._number(kind)
         if kind == _STRING:
@@ -208,48 +321,43 @@ class _Reader:
 
     # -- tensors -------------------------------------------------------------------------------
 
-    def _tensors(self, count: int, alignment: int) -> tuple[int, int]:
-        """Check that every tensor lies within the file; returns weights and bytes in all."""
+    def _tensors(self, count: int, alignment: int) -> dict[str, Tensor]:
+        """The table of tensors, each of which lies within the file."""
         if count == 0:
             raise _BadFileError("it has no tensors")
-        parameters = weights_bytes = end_max = 0
-        names = set()
+        listed: dict[str, Tensor] = {}
         for _ in range(count):
-            name = self._string(NAME_BYTES_MAX)
-            if name in names:
-                raise _BadFileError(f"it has two tensors named {name!r}")
-            names.add(name)
-            elements, size = self._tensor_size(name)
-            offset = self._u64()
-            if offset % alignment:
-                raise _BadFileError(f"the tensor {name!r} is not aligned")
-            parameters += elements
-            weights_bytes += size
-            end_max = max(end_max, offset + size)
-        header_end = self._file.tell()
-        expected = -(-header_end // alignment) * alignment + end_max
+            tensor = self._tensor()
+            if tensor.name in listed:
+                raise _BadFileError(f"it has two tensors named {tensor.name!r}")
+            if tensor.offset % alignment:
+                raise _BadFileError(f"the tensor {tensor.name!r} is not aligned")
+            listed[tensor.name] = tensor
+        data_start = aligned(self._file.tell(), alignment)
+        expected = data_start + max(item.offset + item.size_bytes for item in listed.values())
         if expected > self._size_bytes:
             missing = expected - self._size_bytes
             raise _BadFileError(
                 f"it is truncated: {missing} of {expected} bytes are missing; download it again"
             )
-        return parameters, weights_bytes
+        return {
+            name: replace(tensor, offset=data_start + tensor.offset)
+            for name, tensor in listed.items()
+        }
 
-    def _tensor_size(self, name: str) -> tuple[int, int]:
-        """Weights and bytes of the tensor whose shape and type come next."""
+    def _tensor(self) -> Tensor:
+        """The next line of the table; its offset still counts from where the weights begin."""
+        name = self._string(NAME_BYTES_MAX)
         dimensions = self._u32()
         if not 1 <= dimensions <= DIMENSIONS_MAX:
             raise _BadFileError(f"the tensor {name!r} has {dimensions} dimensions")
-        shape = [self._u64() for _ in range(dimensions)]
+        shape = tuple(self._u64() for _ in range(dimensions))
         kind = self._u32()
         if kind not in _TENSOR_TYPES:
             raise _BadFileError(f"the tensor {name!r} has the unknown type {kind}")
-        block_elements, block_bytes = _TENSOR_TYPES[kind]
-        elements = math.prod(shape)
-        size = elements // block_elements * block_bytes
-        if not 0 < elements <= WEIGHTS_MAX or shape[0] % block_elements:
-            raise _BadFileError(f"the tensor {name!r} has the impossible shape {shape}")
-        return elements, size
+        if not 0 < math.prod(shape) <= WEIGHTS_MAX or shape[0] % _TENSOR_TYPES[kind][0]:
+            raise _BadFileError(f"the tensor {name!r} has the impossible shape {list(shape)}")
+        return Tensor(name, shape, kind, self._u64(), tensor_bytes(kind, shape))
 
     # -- primitives ----------------------------------------------------------------------------
 
@@ -309,7 +417,7 @@ def _describe(contents: _Contents) -> GgufHeader:
         embedding_length=embedding_length,
         kv_bytes_per_token=_kv_bytes_per_token(metadata, architecture, layers, embedding_length),
         has_chat_template=isinstance(metadata.get("tokenizer.chat_template"), str),
-        tensors=contents.tensors,
+        tensors=len(contents.tensors),
         weights_bytes=contents.weights_bytes,
         size_bytes=contents.size_bytes,
         embeds=_whole(metadata, f"{architecture}.pooling_type", 0) > 0,
@@ -334,7 +442,7 @@ def _describe_projector(contents: _Contents) -> ProjectorHeader:
 
 
 def _kv_bytes_per_token(
-    metadata: dict[str, _Value], architecture: str, layers: int, embedding_length: int
+    metadata: dict[str, Value], architecture: str, layers: int, embedding_length: int
 ) -> int:
     """Over all layers; an upper bound for architectures that do not say their heads."""
     if metadata.get(f"{architecture}.attention.causal") is False:
@@ -351,19 +459,19 @@ def _kv_bytes_per_token(
     return total_heads * (key_size + value_size) * KV_CELL_BYTES
 
 
-def _whole(metadata: dict[str, _Value], key: str, default: int) -> int:
+def _whole(metadata: dict[str, Value], key: str, default: int) -> int:
     value = metadata.get(key)
     return value if type(value) is int and value >= 0 else default
 
 
-def _largest(metadata: dict[str, _Value], key: str, default: int) -> int:
+def _largest(metadata: dict[str, Value], key: str, default: int) -> int:
     value = metadata.get(key)
     if isinstance(value, list):
         return max((item for item in value if type(item) is int), default=default)
     return _whole(metadata, key, default)
 
 
-def _alignment(metadata: dict[str, _Value]) -> int:
+def _alignment(metadata: dict[str, Value]) -> int:
     alignment = _whole(metadata, "general.alignment", DEFAULT_ALIGNMENT)
     if not 1 <= alignment <= ALIGNMENT_MAX or alignment & (alignment - 1):
         raise _BadFileError(f"its alignment is {alignment}")
