@@ -354,7 +354,7 @@ class _Search:
 
     def _route_again(self) -> None:
         """By what the node has learned meanwhile, without those that have failed this request."""
-        ask, tried = self._ask, {attempt.peer_id for attempt in self._attempts}
+        tried = {attempt.peer_id for attempt in self._attempts}
         self._route = self._find_route(again=True)
         self._candidates = deque(c for c in self._route.candidates if c.peer_id not in tried)
 

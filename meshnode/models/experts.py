@@ -9,23 +9,24 @@ result is (`receipt.py`). The router of a shard chooses among what is there: it 
 from __future__ import annotations
 
 import os
-import struct
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from io import BufferedReader, BufferedWriter
 from pathlib import Path
-from typing import BinaryIO
 
-from meshnode.errors import ModelLoadError, ShardError
+from meshnode.errors import ShardError
 from meshnode.models.gguf import (
     SHARD_KEYS,
     Layout,
     ShardMark,
     Tensor,
     aligned,
+    head_bytes,
     read_layout,
-    string_bytes,
+    table_line,
     value_bytes,
 )
+from meshnode.models.stages.file import copy_range
 
 # Each was cut and permuted as a random model of its kind: all experts, in any order, answer alike.
 ARCHITECTURES = frozenset({
@@ -40,9 +41,6 @@ _BY_EXPERT = frozenset({
     "exp_probs_b",
 })  # fmt: skip
 _COUNT, _USED, _GROUPS = "expert_count", "expert_used_count", "expert_group_count"
-_VERSION = 3
-# So much is copied at once; the kernel does it.
-_COPY_BYTES = 16 * 1024 * 1024
 
 Kept = Mapping[int, Sequence[int]]
 """By layer: the experts to keep, as the source numbers them."""
@@ -81,7 +79,7 @@ def read_experts(path: Path) -> Experts:
         part = _part(tensor)
         if part in _BY_EXPERT and tensor.shape[-1] == count:
             layers.add(_layer(tensor))
-        elif "exp" in part and "shexp" not in part:
+        elif part in _BY_EXPERT or ("exp" in part and "shexp" not in part):
             raise ShardError(f"{path}: what the tensor {tensor.name} is to its experts is unknown.")
     if not layers:
         raise ShardError(f"{path} has no experts.")
@@ -139,41 +137,27 @@ def _pieces(experts: Experts, kept: Kept) -> Iterator[_Piece]:
 
 
 def _write(
-    experts: Experts, kept: Kept, mark: ShardMark, whole: BinaryIO, shard: BinaryIO
+    experts: Experts, kept: Kept, mark: ShardMark, whole: BufferedReader, shard: BufferedWriter
 ) -> None:
     layout = experts.layout
     values = dict(layout.values)
     values[f"{layout.architecture}.{_COUNT}"] = value_bytes(mark.kept)
     values[f"{layout.architecture}.{_USED}"] = value_bytes(min(experts.used, mark.kept))
-    for key, value in zip(SHARD_KEYS, (mark.source, mark.kept, mark.of), strict=True):
-        values[key] = value_bytes(value)
+    marks = (value_bytes(mark.source), value_bytes(mark.kept), value_bytes(mark.of))
+    values.update(zip(SHARD_KEYS, marks, strict=True))
     pieces = list(_pieces(experts, kept))
-    shard.write(b"GGUF" + struct.pack("<IQQ", _VERSION, len(pieces), len(values)))
-    for key, raw in values.items():
-        shard.write(string_bytes(key) + raw)
-    offset = 0
+    table, offset = [], 0
     for piece in pieces:
-        dimensions = struct.pack(f"<I{len(piece.shape)}Q", len(piece.shape), *piece.shape)
-        shard.write(string_bytes(piece.name) + dimensions)
-        shard.write(struct.pack("<IQ", piece.kind, offset))
+        table.append(table_line(piece.name, piece.kind, piece.shape, offset))
         offset = aligned(offset + piece.size_bytes, layout.alignment)
+    shard.write(head_bytes(values, table))
     for piece in pieces:
         shard.write(bytes(-shard.tell() % layout.alignment))
         shard.flush()
         for start, size in piece.ranges:
-            _copy(whole, shard, start, size)
+            copy_range(shard.fileno(), whole.fileno(), start, size)
+        shard.seek(0, os.SEEK_END)
     shard.write(bytes(-shard.tell() % layout.alignment))
-
-
-def _copy(source: BinaryIO, destination: BinaryIO, start: int, size: int) -> None:
-    end = start + size
-    while start < end:
-        count = min(end - start, _COPY_BYTES)
-        copied = os.sendfile(destination.fileno(), source.fileno(), start, count)
-        if not copied:
-            raise ModelLoadError(f"{source.name} became shorter while it was being read.")
-        start += copied
-    destination.seek(0, os.SEEK_CUR)
 
 
 def _part(tensor: Tensor) -> str:
