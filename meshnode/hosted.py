@@ -25,11 +25,12 @@ from meshnode.engine.card import load_card
 from meshnode.engine.memory import MemoryNeed, context_for, memory_need
 from meshnode.engine.process import EngineOptions, EngineProcess, read_draft_header, read_eyes
 from meshnode.errors import ConfigError, ModelLoadError
-from meshnode.messages import SESSIONS_MAX, Offer
+from meshnode.messages import APPROXIMATE_MARK, SESSIONS_MAX, Approximate, Offer
 from meshnode.models.catalog import ModelSource, resolve
 from meshnode.models.digest import digest
 from meshnode.models.gguf import GgufHeader, read_header
 from meshnode.models.quantize import requantized
+from meshnode.models.receipt import read_receipt
 from meshnode.protocol.dispatch import session_hash
 
 logger = logging.getLogger(__name__)
@@ -69,11 +70,12 @@ class Holding:
 
 @dataclass(frozen=True, slots=True)
 class _Identity:
-    """What is known of a file once it has been read through."""
+    """What is known of a file once it has been read through; `approximate`: it is not whole."""
 
     card: ModelCard
     header: GgufHeader
     need: MemoryNeed
+    approximate: Approximate | None
 
 
 class HostedModel:
@@ -139,11 +141,12 @@ class HostedModel:
     async def _identify(self) -> _Identity:
         card = await self._prepare()
         header = await trio.to_thread.run_sync(read_header, card.path)
+        approximate = await trio.to_thread.run_sync(_measured, card, header)
         context_tokens = context_for(card.path, header, self._options.context_tokens)
         draft = await read_draft_header(self._options)
         eyes = await read_eyes(self._options)
         need = memory_need(header, context_tokens, draft, eyes, kv_type=self._options.kv_type)
-        return _Identity(card, header, need)
+        return _Identity(card, header, need, approximate)
 
     async def _prepare(self) -> ModelCard:
         first = 0.1 if self._source.packaged else PREPARED
@@ -279,6 +282,7 @@ class HostedModel:
             prefill_tokens_per_s=stats.prefill_tokens_per_s,
             decode_tokens_per_s=stats.decode_tokens_per_s,
             sessions=_session_hashes(stats.sessions),
+            approximate=self._approximate,
         )
 
     def snapshot(self) -> ModelSnapshot:
@@ -286,8 +290,9 @@ class HostedModel:
         if stats is None:
             known = "" if self._identity is None else self._identity.card.digest
             return ModelSnapshot(
-                self.name, known, self.state, self._progress, self._error, 0, 0, 0, 0, 0.0, 0.0, 0
-            )
+                self.name, known, self.state, self._progress, self._error, 0, 0, 0, 0, 0.0, 0.0, 0,
+                approximate=self._approximate,
+            )  # fmt: skip
         return ModelSnapshot(
             name=stats.card.name,
             digest=stats.card.digest,
@@ -305,7 +310,43 @@ class HostedModel:
             speculation=None
             if stats.speculation is None
             else SpeculationSnapshot(**dataclasses.asdict(stats.speculation)),
+            approximate=self._approximate,
         )
+
+    @property
+    def _approximate(self) -> Approximate | None:
+        return None if self._identity is None else self._identity.approximate
+
+
+def _measured(card: ModelCard, header: GgufHeader) -> Approximate | None:
+    """What the receipt of an expert shard says of it; None for a whole model.
+
+    Raises `ModelLoadError` for a shard without a good one, and for a name that says otherwise than
+    the file what it is: nobody may get a shard who asked for the model.
+    """
+    says_so = APPROXIMATE_MARK in card.name
+    if header.shard is None:
+        if says_so:
+            raise ModelLoadError(
+                f"{card.path} is no shard, but {card.name} says so; give it a name without "
+                f"{APPROXIMATE_MARK}: --model {card.path}=NAME"
+            )
+        return None
+    signed = read_receipt(Path(card.path), card.digest, header.shard)
+    if not says_so:
+        full_name = f"{card.name}{APPROXIMATE_MARK}{header.shard.kept}of{header.shard.of}"
+        raise ModelLoadError(
+            f"{card.path} is an expert shard, and its name must say so: "
+            f"--model {card.path}={full_name}"
+        )
+    approximate = signed.approximate
+    logger.warning(
+        "model %s is an approximation (%s), measured by %s",
+        card.name,
+        approximate,
+        approximate.measured_by,
+    )
+    return approximate
 
 
 def find_models(config: Config) -> tuple[HostedModel, ...]:

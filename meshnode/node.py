@@ -584,7 +584,9 @@ class Node:
             ),
             peers=self._peer_snapshots(),
             mesh_models=tuple(
-                MeshModelSnapshot(m.id, m.digest, m.state, m.context_tokens, m.served_by)
+                MeshModelSnapshot(
+                    m.id, m.digest, m.state, m.context_tokens, m.served_by, m.approximate
+                )
                 for m in self.models()
             ),
             groups=self._operations.groups(),

@@ -1,7 +1,7 @@
 """The `meshnode` command: what people type, and what they see.
 
 In the order of a first day: `serve.py` (run a node), `mesh.py` (make a mesh, invite), `look.py`
-(what is there), `chat.py` (use it), `key.py` (let others use it), `placement.py` and `orders.py`
+(what is there), `shard.py` (a part of a model too large), `chat.py` (use it), `key.py` (let others use it), `placement.py` and `orders.py`
 (where models are and should be), `agreement.py` (proofs, recovery), `health.py` (doctor). They are
 thin: a running node is asked over its own HTTP API (`api.py`), a stopped one is its data
 directory. Nothing here is imported by anything else, and everything slow is imported inside the
@@ -26,6 +26,7 @@ from meshnode.cli.orders import drain, pin, unpin
 from meshnode.cli.output import print_json
 from meshnode.cli.placement import placement
 from meshnode.cli.serve import client, serve
+from meshnode.cli.shard import shard
 
 
 @click.group(
@@ -85,6 +86,7 @@ for command in (placement, pin, unpin, drain):
     cli.add_command(command)
 for command in (export, verify, recover):
     mesh.add_command(command)
+models.add_command(shard)
 
 
 def main() -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from msgspec import Struct
 
+from meshnode.messages import Approximate
+
 
 class MeshSnapshot(Struct, frozen=True):
     """`root_key_here`: this node made the mesh, founds its group and may recover it."""
@@ -25,7 +27,7 @@ class SpeculationSnapshot(Struct, frozen=True):
 
 class ModelSnapshot(Struct, frozen=True):
     """One of our own models, loaded or not. `progress` is 0..1 while loading; rates are tokens per
-    second; `speculation` is None where nobody guesses ahead."""
+    second; `speculation` is None where nobody guesses ahead, `approximate` for a whole model."""
 
     name: str
     digest: str
@@ -41,6 +43,7 @@ class ModelSnapshot(Struct, frozen=True):
     memory_bytes: int
     saved_tokens: int = 0
     speculation: SpeculationSnapshot | None = None
+    approximate: Approximate | None = None
 
 
 class OfferSnapshot(Struct, frozen=True):
@@ -66,13 +69,14 @@ class PeerSnapshot(Struct, frozen=True):
 
 
 class MeshModelSnapshot(Struct, frozen=True):
-    """A model of the mesh and who serves it."""
+    """A model of the mesh and who serves it; `approximate` is None for a whole model."""
 
     id: str
     digest: str
     state: str
     context_tokens: int
     served_by: tuple[str, ...]
+    approximate: Approximate | None = None
 
 
 class VoterSnapshot(Struct, frozen=True):

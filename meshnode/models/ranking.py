@@ -10,14 +10,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal, get_args
 
 import numpy as np
 
+from meshnode.config import Ranking
 from meshnode.errors import ShardError
 
-Ranking = Literal["output-norm", "weight", "probability", "random", "global"]
-RANKINGS: tuple[Ranking, ...] = get_args(Ranking)
 Scores = Mapping[int, np.ndarray[tuple[int], np.dtype[np.float64]]]
 """By layer: a number for each expert; more is better."""
 

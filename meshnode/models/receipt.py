@@ -14,11 +14,11 @@ from typing import Annotated, Literal
 import msgspec
 from msgspec import Meta, Struct
 
+from meshnode.config import Ranking
 from meshnode.errors import ModelLoadError
 from meshnode.identity import PeerId, Signer, verify_by
 from meshnode.messages import Approximate, Count, Digest, PeerIdText, Signature, UnixSeconds
 from meshnode.models.gguf import ShardMark
-from meshnode.models.ranking import Ranking
 
 SUFFIX = ".receipt.json"
 # Figures and digests; the longest are the names of texts.
