@@ -1,11 +1,11 @@
 """The `meshnode` command: what people type, and what they see.
 
 In the order of a first day: `serve.py` (run a node), `mesh.py` (make a mesh, invite), `look.py`
-(what is there), `shard.py` (a part of a model too large), `chat.py` (use it), `key.py` (let others use it), `placement.py` and `orders.py`
-(where models are and should be), `agreement.py` (proofs, recovery), `health.py` (doctor). They are
-thin: a running node is asked over its own HTTP API (`api.py`), a stopped one is its data
-directory. Nothing here is imported by anything else, and everything slow is imported inside the
-command that needs it, so that `meshnode --help` answers at once.
+(what is there), `chat.py` (use it), `key.py` (let others use it), `shard.py` (a part of a model),
+`placement.py` and `orders.py` (where models are and should be), `agreement.py` (proofs, recovery),
+`health.py` (doctor). They are thin: a running node is asked over its own HTTP API (`api.py`), a
+stopped one is its data directory. Nothing here is imported by anything else, and everything slow is
+imported inside the command that needs it, so that `meshnode --help` answers at once.
 """
 
 from __future__ import annotations

@@ -44,7 +44,8 @@ def observe(source: Path, experts: Experts, text: str, threads: int) -> tuple[Se
         for done, window in enumerate(windows, start=1):
             model.read(window)
             _tell(Progress("ranking", _RANKING_SHARE * done / len(windows)))
-    return observer.seen(experts.layers), sum(map(len, windows))
+    computed = [layer for layer in experts.layers if layer not in experts.idle]
+    return observer.seen(computed), sum(map(len, windows))
 
 
 def compare(source: Path, shard: Path, text: str, threads: int) -> tuple[Quality, int]:
@@ -102,7 +103,8 @@ def make(order: Order) -> Made:
         raise ShardError(f"{source} has {experts.count} experts in a layer; keep fewer than that.")
     calibration, held_out = _read_text(order.calibration), _read_text(order.held_out)
     seen, calibration_tokens = observe(source, experts, calibration, order.threads)
-    kept = choose(order.ranking, seen, order.kept)
+    any_of = dict.fromkeys(experts.idle, range(order.kept))
+    kept = {**choose(order.ranking, seen, order.kept), **any_of}
     _tell(Progress("cutting", _RANKING_SHARE))
     mark = ShardMark(order.source_digest, order.kept, experts.count)
     write_shard(source, destination, kept, mark)

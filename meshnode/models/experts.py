@@ -41,6 +41,7 @@ _BY_EXPERT = frozenset({
     "exp_probs_b",
 })  # fmt: skip
 _COUNT, _USED, _GROUPS = "expert_count", "expert_used_count", "expert_group_count"
+_AHEAD = "nextn_predict_layers"
 
 Kept = Mapping[int, Sequence[int]]
 """By layer: the experts to keep, as the source numbers them."""
@@ -48,29 +49,32 @@ Kept = Mapping[int, Sequence[int]]
 
 @dataclass(frozen=True, slots=True)
 class Experts:
-    """What a file that may be cut says of its experts; `layers` are those that have some."""
+    """What a file that may be cut says of its experts.
+
+    `layers` are those that have some; of these nobody computes `idle`, which guess ahead.
+    """
 
     layout: Layout
     count: int
     used: int
     layers: tuple[int, ...]
+    idle: tuple[int, ...]
 
 
 def read_experts(path: Path) -> Experts:
     """Raises `ModelLoadError` for a bad file, `ShardError` for one that may not be cut."""
     layout = read_layout(path)
-    architecture, metadata = layout.architecture, layout.metadata
-    count, used = (metadata.get(f"{architecture}.{key}", 0) for key in (_COUNT, _USED))
-    if type(count) is not int or type(used) is not int or not 0 < used <= count:
-        raise ShardError(f"{path} has no experts, or not as many in all layers.")
-    if any(key in metadata for key in SHARD_KEYS):
+    architecture = layout.architecture
+    count, used = _number(layout, _COUNT), _number(layout, _USED)
+    if not 0 < used <= count:
+        raise ShardError(f"{path} has no experts to choose from.")
+    if any(key in layout.metadata for key in SHARD_KEYS):
         raise ShardError(f"{path} is a shard already; cut the whole model.")
     if architecture in _REFUSED:
         raise ShardError(f"{path}: {architecture} cannot be cut: {_REFUSED[architecture]}.")
     if architecture not in ARCHITECTURES:
         raise ShardError(f"{path}: {architecture} was never tested as a shard.")
-    groups = metadata.get(f"{architecture}.{_GROUPS}", 1)
-    if type(groups) is not int or groups > 1:
+    if _number(layout, _GROUPS) > 1:
         raise ShardError(
             f"{path} chooses its experts by groups, which a shard would tear; it was never tested."
         )
@@ -83,7 +87,9 @@ def read_experts(path: Path) -> Experts:
             raise ShardError(f"{path}: what the tensor {tensor.name} is to its experts is unknown.")
     if not layers:
         raise ShardError(f"{path} has no experts.")
-    return Experts(layout, count, used, tuple(sorted(layers)))
+    end = _number(layout, "block_count") - _number(layout, _AHEAD)
+    idle = tuple(sorted(layer for layer in layers if layer >= end))
+    return Experts(layout, count, used, tuple(sorted(layers)), idle)
 
 
 def write_shard(source: Path, destination: Path, kept: Kept, mark: ShardMark) -> int:
@@ -158,6 +164,14 @@ def _write(
             copy_range(shard.fileno(), whole.fileno(), start, size)
         shard.seek(0, os.SEEK_END)
     shard.write(bytes(-shard.tell() % layout.alignment))
+
+
+def _number(layout: Layout, key: str) -> int:
+    """A setting of the model; 0 if it has none. Lists, of other numbers by layer, are refused."""
+    value = layout.metadata.get(f"{layout.architecture}.{key}", 0)
+    if type(value) is not int:
+        raise ShardError(f"{key} is not the same for all layers.")
+    return value
 
 
 def _part(tensor: Tensor) -> str:
