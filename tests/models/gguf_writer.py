@@ -29,6 +29,8 @@ class Tensor:
     kind: int = 2  # Q4_0
     size: int = 72
     offset: int | None = None
+    data: bytes = b""
+    """Zeros, if it is empty."""
 
 
 TENSORS = (Tensor("a"), Tensor("b", (64,), 0, 256))
@@ -37,19 +39,22 @@ TENSORS = (Tensor("a"), Tensor("b", (64,), 0, 256))
 def write_gguf(
     metadata: Mapping[str, Any] = LLAMA, tensors: Sequence[Tensor] = TENSORS, version: int = 3
 ) -> bytes:
-    """The bytes of a file whose tensors are zeros."""
+    """The bytes of a file."""
     out = b"GGUF" + struct.pack("<IQQ", version, len(tensors), len(metadata))
     for key, value in metadata.items():
         out += string(key) + value_of(value)
     end = 0
+    weights = b""
     for tensor in tensors:
         offset = end if tensor.offset is None else tensor.offset
+        if tensor.data:
+            weights += bytes(offset - len(weights)) + tensor.data
         out += string(tensor.name) + struct.pack("<I", len(tensor.shape))
         out += struct.pack(f"<{len(tensor.shape)}Q", *tensor.shape)
         out += struct.pack("<IQ", tensor.kind, offset)
         end = -(-(offset + tensor.size) // ALIGNMENT) * ALIGNMENT
     out += bytes(-len(out) % ALIGNMENT)
-    return out + bytes(end)
+    return out + weights + bytes(end - len(weights))
 
 
 def string(text: str) -> bytes:
@@ -70,6 +75,10 @@ def value_of(value: Any) -> bytes:
             return struct.pack("<I", 8) + string(value)
         case [str(), *_]:
             return struct.pack("<IIQ", 9, 8, len(value)) + b"".join(map(string, value))
+        case [bool(), *_]:
+            return struct.pack("<IIQ", 9, 7, len(value)) + struct.pack(f"<{len(value)}?", *value)
+        case [float(), *_]:
+            return struct.pack("<IIQ", 9, 6, len(value)) + struct.pack(f"<{len(value)}f", *value)
         case [*_]:
             return struct.pack("<IIQ", 9, 4, len(value)) + struct.pack(f"<{len(value)}I", *value)
     raise TypeError(value)

@@ -8,16 +8,19 @@ is llama.cpp's; `REFUSED` has those known not to work. All others were never tri
 from __future__ import annotations
 
 from meshnode.models.stages.rules import (
+    AtLeast,
     CountMeans,
     DeclaresSections,
     DenseFirst,
     EveryFew,
     EveryFewBySetting,
     FromCountOn,
-    NeedsNone,
-    NeedsSetting,
+    Gating,
+    NoPictures,
+    QueryRank,
     Recurrent,
     RecurrentWithoutHeads,
+    Refuses,
     Rule,
     ScalesAllInput,
     ScalesInputBySetting,
@@ -30,6 +33,7 @@ _EXPERTS_EVERY_FEW = EveryFewBySetting("interleave_moe_layer_step")
 _NO_ROPE = "one layer in four does not rotate keys (NoPE)"
 
 RULES: dict[str, tuple[Rule, ...]] = {
+    "afmoe": (ScalesAllInput(), DenseFirst(), Windows(4), EveryFew(4, _NO_ROPE)),
     "apertus": (),
     "arcee": (),
     "bailingmoe2": (DenseFirst(),),
@@ -37,15 +41,12 @@ RULES: dict[str, tuple[Rule, ...]] = {
     "command-r": (FromCountOn(64, "Command R+, which normalises queries and keys,"),),
     "dbrx": (),
     "deepseek": (DenseFirst(),),
-    "deepseek2": (
-        DenseFirst(),
-        CountMeans((26, 27), "a lite variant, with queries of full rank,"),
-        NeedsSetting("attention.q_lora_rank", "it is a lite variant, known by its 26 or 27 layers"),
-    ),
+    "deepseek2": (DenseFirst(), QueryRank(), Gating()),
     "dots1": (DenseFirst(),),
     "ernie4_5": (),
     "ernie4_5-moe": (DenseFirst(), _EXPERTS_EVERY_FEW),
-    "exaone-moe": (DenseFirst(), Windows(4)),
+    "exaone": (),
+    "exaone-moe": (DenseFirst(), Windows(4, built_in=True)),
     "exaone4": (CountMeans((64,), "the 32B variant, which has windows,"),),
     "falcon": (),
     "gemma": (ScalesAllInput(),),
@@ -61,23 +62,45 @@ RULES: dict[str, tuple[Rule, ...]] = {
     ),
     "gemma4": (
         ScalesTokens(),
-        Windows(6),
-        NeedsNone("embedding_length_per_layer_input", "each layer looks tokens up for itself"),
-        NeedsNone("attention.shared_kv_layers", "layers share the KV of others"),
+        Windows(6, built_in=True, full_factors=True),
+        AtLeast(2),
+        Refuses(
+            "its layers look tokens up for themselves",
+            lambda model: model.whole("embedding_length_per_layer_input") > 0,
+        ),
+        Refuses(
+            "its last layers use the KV of earlier ones",
+            lambda model: model.whole("attention.shared_kv_layers") > 0,
+        ),
     ),
     "glm4moe": (DenseFirst(), DeclaresSections()),
     "gpt-oss": (Windows(2, built_in=True),),
     "gpt2": (),
     "gptneox": (),
-    "granite": (ScalesInputBySetting(),),
+    "granite": (
+        ScalesInputBySetting(),
+        Refuses(
+            "pictures go into several of its layers",
+            lambda model: model.get("deepstack_mapping") is not None,
+        ),
+    ),
     "granitemoe": (ScalesInputBySetting(),),
     "grok": (ScalesInputBySetting(),),
     "hunyuan-dense": (),
     "hunyuan-moe": (),
     "internlm2": (),
     "lfm2": (RecurrentWithoutHeads(),),
+    "lfm2moe": (DenseFirst(), RecurrentWithoutHeads()),
     "llama": (),
-    "llama4": (Windows(4), EveryFew(4, _NO_ROPE), _EXPERTS_EVERY_FEW),
+    "llama4": (
+        Windows(4, built_in=True),
+        EveryFew(4, _NO_ROPE),
+        _EXPERTS_EVERY_FEW,
+        Refuses(
+            "which layer does not rotate keys depends on how many layers there are",
+            lambda model: model.get("attention.sliding_window") == 0,
+        ),
+    ),
     "minicpm": (ScalesInputBySetting(), ScalesResidual(1.4)),
     "minimax-m2": (),
     "mistral3": (),
@@ -90,11 +113,14 @@ RULES: dict[str, tuple[Rule, ...]] = {
     "phimoe": (),
     "qwen2": (),
     "qwen2moe": (),
+    "qwen2vl": (),
     "qwen3": (),
     "qwen35": (Recurrent(4),),
+    "qwen35moe": (Recurrent(4),),
     "qwen3moe": (),
     "qwen3next": (Recurrent(4),),
-    "qwen3vl": (),
+    "qwen3vl": (NoPictures(),),
+    "qwen3vlmoe": (NoPictures(),),
     "seed_oss": (),
     "smallthinker": (
         Windows(4, full_first=True),
@@ -105,8 +131,10 @@ RULES: dict[str, tuple[Rule, ...]] = {
     "stablelm": (),
     "starcoder": (),
     "starcoder2": (),
-    "afmoe": (ScalesAllInput(), DenseFirst(), Windows(4), EveryFew(4, _NO_ROPE)),
 }
+
+# What the norm behind the last layer is called, if not "output_norm.weight".
+LAST_NORMS = dict.fromkeys(("lfm2", "lfm2moe"), "token_embd_norm.weight")
 
 _ENCODER = "it is an encoder, which has no stages to generate with"
 _NORM = "it normalises what comes in"

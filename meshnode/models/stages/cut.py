@@ -29,19 +29,21 @@ from meshnode.models.gguf import (
     tensor_bytes,
     value_bytes,
 )
-from meshnode.models.stages.architectures import REFUSED, RULES
-from meshnode.models.stages.rules import Changes, Model
+from meshnode.models.stages.architectures import LAST_NORMS, REFUSED, RULES
+from meshnode.models.stages.rules import ROWS_OF_TOKENS, Changes, Model
 
 # Two ranges of the source with less between them are one: a request costs more than such a gap,
 # which is the padding between two tensors.
 GAP_BYTES_MAX = 64
-# The whole model's settings that every stage needs: how positions are rotated in long contexts.
-_EVERYWHERE = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
+# More makes no sense: llama.cpp takes 512 layers, and a step's rows are no wider (`steps.py`).
+LAYERS_MAX = 512
+WIDTH_MAX = 65_536
+# What every stage needs, whichever its layers: how positions are rotated.
+_FACTORS = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
 _POSITIONS = "position_embd.weight"
-_TOKENS = "token_embd.weight"
-_NORM, _NORM_BIAS = "output_norm.weight", "output_norm.bias"
+_NORM_BIAS = "output_norm.bias"
 _HEAD, _HEAD_BIAS = "output.weight", "output.bias"
-_KNOWN = frozenset((*_EVERYWHERE, _POSITIONS, _TOKENS, _NORM, _NORM_BIAS, _HEAD, _HEAD_BIAS))
+_KNOWN = frozenset((*_FACTORS, _POSITIONS, ROWS_OF_TOKENS, _NORM_BIAS, _HEAD, _HEAD_BIAS))
 # Arrays that are not about layers, however many items they have.
 _NOT_PER_LAYER = ("rope.dimension_sections",)
 _F32 = 0
@@ -165,12 +167,15 @@ def _refusal(model: Model) -> str | None:
         return f"{architecture}: {REFUSED[architecture]}"
     if architecture not in RULES:
         return f"{architecture}: this architecture was never tried"
-    if model.layers < 1:
-        return "it has no layers"
-    strange = next((name for name in layout.tensors if not _is_known(name)), None)
+    if not 1 <= model.layers <= LAYERS_MAX or not 1 <= model.width <= WIDTH_MAX:
+        return f"{architecture}: {model.layers} layers of width {model.width} make no sense"
+    if sum(tensor.size_bytes for tensor in layout.tensors.values()) > layout.size_bytes:
+        return f"{architecture}: its tensors overlap"
+    norm = _last_norm(architecture)
+    strange = next((name for name in layout.tensors if name != norm and not _is_known(name)), None)
     if strange is not None:
         return f"{architecture}: what to do with its tensor {strange!r} is not known"
-    tokens = layout.tensors.get(_TOKENS)
+    tokens = layout.tensors.get(ROWS_OF_TOKENS)
     if tokens is None or len(tokens.shape) != 2 or tokens.shape[0] != model.width:
         return f"{architecture}: it has no rows of tokens of its width"
     for rule in RULES[architecture]:
@@ -199,6 +204,10 @@ def _is_known(name: str) -> bool:
     return name in _KNOWN or _layer_of(name) is not None
 
 
+def _last_norm(architecture: str) -> str:
+    return LAST_NORMS.get(architecture, "output_norm.weight")
+
+
 def _layer_of(name: str) -> int | None:
     """The layer that a tensor belongs to, if its name says one."""
     kind, _, rest = name.partition(".")
@@ -219,7 +228,7 @@ class _Cutter:
             rule.change(model, first, end, self._changes)
 
     def stage(self) -> Stage:
-        model, tokens = self._model, self._layout.tensors[_TOKENS]
+        model, tokens = self._model, self._layout.tensors[ROWS_OF_TOKENS]
         header, pieces, bytes_total = self._file()
         ranges = _coalesced(pieces)
         return Stage(
@@ -285,12 +294,13 @@ class _Cutter:
                 if self._first <= layer < self._end:
                     part = name.split(".", 2)[2]
                     yield f"{_LAYER}.{layer - self._first}.{part}", tensor
-            elif name in _EVERYWHERE:
-                yield name, tensor
+            elif name in _FACTORS:
+                if self._changes.rotation_factors:
+                    yield name, tensor
             elif name == _POSITIONS:
                 if self._first == 0:
                     yield name, tensor
-            elif self._is_last and (name != _TOKENS or self._is_tied):
+            elif self._is_last and (name != ROWS_OF_TOKENS or self._is_tied):
                 yield name, tensor
 
     @property
@@ -303,17 +313,18 @@ class _Cutter:
         tensors, width = self._layout.tensors, self._model.width
         if not self._is_last:
             # Norm and head come after the layers, where a stage stops computing.
-            if _NORM in tensors:
-                yield _NORM, _F32, (width,), struct.pack("<f", 1.0) * width
+            norm = _last_norm(self._model.architecture)
+            if norm in tensors:
+                yield norm, _F32, (width,), struct.pack("<f", 1.0) * width
             if _NORM_BIAS in tensors:
                 yield _NORM_BIAS, _F32, (width,), b""
-            yield _TOKENS, _F32, (width, 1), b""
+            yield ROWS_OF_TOKENS, _F32, (width, 1), b""
             if _HEAD in tensors:
                 yield _HEAD, _F32, (width, 1), b""
             if _HEAD_BIAS in tensors:
                 yield _HEAD_BIAS, _F32, (1,), b""
         elif not self._is_tied:
-            yield _TOKENS, tensors[_TOKENS].kind, tensors[_TOKENS].shape, b""
+            yield ROWS_OF_TOKENS, tensors[ROWS_OF_TOKENS].kind, tensors[ROWS_OF_TOKENS].shape, b""
         if self._first > 0 and _POSITIONS in tensors:
             # Positions were added before the first layer; here nothing is.
             yield _POSITIONS, tensors[_POSITIONS].kind, tensors[_POSITIONS].shape, b""

@@ -16,6 +16,10 @@ from dataclasses import dataclass, field
 
 from meshnode.models.gguf import Layout, Value
 
+ROWS_OF_TOKENS = "token_embd.weight"
+_NUMBER_MAX = 2**31 - 1
+_SOFTMAX, _SIGMOID = 1, 2  # enum llama_expert_gating_func_type
+
 
 @dataclass(frozen=True, slots=True)
 class Model:
@@ -35,14 +39,19 @@ class Model:
     def width(self) -> int:
         return self.whole("embedding_length")
 
+    @property
+    def words(self) -> int:
+        """How large its vocabulary is."""
+        return self.layout.tensors[ROWS_OF_TOKENS].shape[-1]
+
     def get(self, key: str) -> Value:
         """A setting of this architecture."""
         return self.layout.metadata.get(f"{self.architecture}.{key}")
 
     def whole(self, key: str, default: int = 0) -> int:
-        """A setting that is a number, unsigned."""
+        """A setting that is a number, unsigned; none that is larger makes sense."""
         value = self.get(key)
-        return value if type(value) is int and value >= 0 else default
+        return min(value, _NUMBER_MAX) if type(value) is int and value >= 0 else default
 
 
 @dataclass(slots=True)
@@ -50,12 +59,13 @@ class Changes:
     """What is different in a stage: settings, by name, and factors for what comes in.
 
     `lookup_scale` is for the rows that are looked up for tokens, `input_scale` for activations of
-    the stage before.
+    the stage before. `rotation_factors`: whether the stage needs those of the whole.
     """
 
     settings: dict[str, bool | int | float | list[bool] | list[int]] = field(default_factory=dict)
     lookup_scale: float = 1.0
     input_scale: float = 1.0
+    rotation_factors: bool = True
 
 
 class Rule:
@@ -129,44 +139,42 @@ class Windows(Rule):
     """Most layers see only a window of the last tokens; every `every`th sees all.
 
     By place: so each stage gets a list that says it for each of its layers. llama.cpp aborts if
-    a model with a window has no layer that uses it. `full_first`: the first of each group is the
-    one that sees all, else it is the last. `built_in`: there is a window even if no setting
-    says so.
+    a model with windows has no layer that uses them. `full_first`: the first of each group is the
+    one that sees all, else it is the last. `built_in`: there are windows even if no setting says
+    so. `full_factors`: only layers that see all rotate by the factors in the file.
     """
 
     every: int
     full_first: bool = False
     built_in: bool = False
+    full_factors: bool = False
 
-    def _pattern(self, model: Model) -> list[bool] | None:
-        """For each layer of the whole, whether it has a window; None if there are no windows."""
-        if not (model.whole("attention.sliding_window") or self.built_in):
-            return None
+    def _pattern(self, model: Model) -> list[bool]:
+        """For each layer of the whole, whether it has a window."""
         said = model.get("attention.sliding_window_pattern")
         if isinstance(said, list):
             return [bool(item) for item in said]
-        every = said if type(said) is int else self.every
+        every = model.whole("attention.sliding_window_pattern", self.every)
         if every == 0:
             return [True] * model.layers
         full = 0 if self.full_first else every - 1
         return [layer % every != full for layer in range(model.layers)]
 
     def why_not(self, model: Model) -> str | None:
-        pattern = self._pattern(model)
-        if pattern is not None and len(pattern) < model.layers:
+        if len(self._pattern(model)) < model.layers:
             return "its list of windows is shorter than it has layers"
         return None
 
     def why_not_stage(self, model: Model, first: int, end: int) -> str | None:
-        pattern = self._pattern(model)
-        if pattern is not None and any(pattern) and not any(pattern[first:end]):
+        has_windows = self.built_in or model.whole("attention.sliding_window") > 0
+        if has_windows and not any(self._pattern(model)[first:end]):
             return "none of these layers has an attention window, which llama.cpp demands"
         return None
 
     def change(self, model: Model, first: int, end: int, changes: Changes) -> None:
-        pattern = self._pattern(model)
-        if pattern is not None:
-            changes.settings["attention.sliding_window_pattern"] = pattern[first:end]
+        pattern = self._pattern(model)[first:end]
+        changes.settings["attention.sliding_window_pattern"] = pattern
+        changes.rotation_factors = not self.full_factors or not all(pattern)
 
 
 @dataclass(frozen=True)
@@ -274,6 +282,36 @@ class CountMeans(Rule):
 
 
 @dataclass(frozen=True)
+class QueryRank(Rule):
+    """Lite variants, which llama.cpp knows by how many layers they have, say no rank of their
+    queries; to others, a rank of 0 says the same. A stage with a rank must not look lite."""
+
+    lite: tuple[int, ...] = (26, 27)
+
+    def why_not_stage(self, model: Model, first: int, end: int) -> str | None:
+        if model.get("attention.q_lora_rank") is not None and end - first in self.lite:
+            return f"llama.cpp would take {end - first} layers for a lite variant"
+        return None
+
+    def change(self, model: Model, first: int, end: int, changes: Changes) -> None:
+        changes.settings["attention.q_lora_rank"] = model.whole("attention.q_lora_rank")
+
+
+@dataclass(frozen=True)
+class Gating(Rule):
+    """How experts are chosen, where the file does not say: a variant with so many layers and
+    words (GLM 4.7 Lite) by sigmoid, all others by softmax."""
+
+    layers: tuple[int, ...] = (47, 48)
+    words: int = 154880
+
+    def change(self, model: Model, first: int, end: int, changes: Changes) -> None:
+        if not model.whole("expert_gating_func"):
+            by_sigmoid = model.layers in self.layers and model.words == self.words
+            changes.settings["expert_gating_func"] = _SIGMOID if by_sigmoid else _SOFTMAX
+
+
+@dataclass(frozen=True)
 class FromCountOn(Rule):
     """As `CountMeans`, for all models with at least so many layers. Smaller ones stay smaller."""
 
@@ -290,26 +328,35 @@ class FromCountOn(Rule):
 
 
 @dataclass(frozen=True)
-class NeedsSetting(Rule):
-    """Without this setting it is another variant, which cannot be cut."""
+class Refuses(Rule):
+    """Models of which `when` is true are a variant that cannot be cut."""
 
-    key: str
     why: str
+    when: Callable[[Model], bool]
 
     def why_not(self, model: Model) -> str | None:
-        return None if model.get(self.key) is not None else self.why
+        return self.why if self.when(model) else None
 
 
 @dataclass(frozen=True)
-class NeedsNone(Rule):
-    """With this setting above 0 it is another variant, which cannot be cut."""
+class AtLeast(Rule):
+    """llama.cpp aborts if there are fewer layers."""
 
-    key: str
-    why: str
+    layers: int
 
-    def why_not(self, model: Model) -> str | None:
-        value = model.get(self.key)
-        return None if value in (None, 0) else self.why
+    def why_not_stage(self, model: Model, first: int, end: int) -> str | None:
+        if end - first < self.layers:
+            return f"llama.cpp demands {self.layers} layers of such a model"
+        return None
+
+
+@dataclass(frozen=True)
+class NoPictures(Rule):
+    """Pictures come in as several vectors for each place (deepstack), so llama.cpp would take
+    activations that are wider than the model. A stage's are those of text."""
+
+    def change(self, model: Model, first: int, end: int, changes: Changes) -> None:
+        changes.settings["n_deepstack_layers"] = 0
 
 
 @dataclass(frozen=True)
