@@ -8,6 +8,7 @@ held-out text is read by both, so nothing but a window's logits is kept.
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 
@@ -35,20 +36,24 @@ _ROWS = 16
 # Of all the work: the calibration text is read once, the held-out text by two models.
 _RANKING_SHARE = 0.4
 
+Tell = Callable[[Progress], None]
 
-def observe(source: Path, experts: Experts, text: str, threads: int) -> tuple[Seen, int]:
+
+def observe(
+    source: Path, experts: Experts, text: str, threads: int, tell: Tell
+) -> tuple[Seen, int]:
     """What the experts of a model did with a text, and how many tokens it was."""
     observer = Observer(experts.layout.architecture, experts.count)
     with WindowReader(source, WINDOW_TOKENS, threads, observer) as model:
         windows = model.windows(text, TEXT_TOKENS_MAX)
         for done, window in enumerate(windows, start=1):
             model.read(window)
-            _tell(Progress("ranking", _RANKING_SHARE * done / len(windows)))
+            tell(Progress("ranking", _RANKING_SHARE * done / len(windows)))
     computed = [layer for layer in experts.layers if layer not in experts.idle]
     return observer.seen(computed), sum(map(len, windows))
 
 
-def compare(source: Path, shard: Path, text: str, threads: int) -> tuple[Quality, int]:
+def compare(source: Path, shard: Path, text: str, threads: int, tell: Tell) -> tuple[Quality, int]:
     """How near the shard comes to the whole model on a text, and how many tokens it was."""
     totals = np.zeros(4)  # divergence, agreements, surprise of the whole model, of the shard
     with (
@@ -63,7 +68,7 @@ def compare(source: Path, shard: Path, text: str, threads: int) -> tuple[Quality
                 following = np.array(window[1:][rows])
                 totals += _differences(expected[rows], found[rows], following)
             share = (1.0 - _RANKING_SHARE) * done / len(windows)
-            _tell(Progress("measuring", _RANKING_SHARE + share))
+            tell(Progress("measuring", _RANKING_SHARE + share))
     judged = sum(len(window) - 1 for window in windows)
     kl, agreement, surprise, surprise_part = (totals / judged).tolist()
     if not np.isfinite(totals).all():
@@ -95,20 +100,20 @@ def _log_softmax(logits: Array) -> Array:
     return scores
 
 
-def make(order: Order) -> Made:
+def make(order: Order, tell: Tell) -> Made:
     """Raises `ShardError` or `ModelLoadError`."""
     source, destination = Path(order.source), Path(order.destination)
     experts = read_experts(source)
     if not 0 < order.kept <= experts.count:
         raise ShardError(f"{source} has {experts.count} experts in a layer; keep fewer than that.")
     calibration, held_out = _read_text(order.calibration), _read_text(order.held_out)
-    seen, calibration_tokens = observe(source, experts, calibration, order.threads)
+    seen, calibration_tokens = observe(source, experts, calibration, order.threads, tell)
     any_of = dict.fromkeys(experts.idle, range(order.kept))
     kept = {**choose(order.ranking, seen, order.kept), **any_of}
-    _tell(Progress("cutting", _RANKING_SHARE))
+    tell(Progress("cutting", _RANKING_SHARE))
     mark = ShardMark(order.source_digest, order.kept, experts.count)
     write_shard(source, destination, kept, mark)
-    quality, held_out_tokens = compare(source, destination, held_out, order.threads)
+    quality, held_out_tokens = compare(source, destination, held_out, order.threads, tell)
     return Made(
         architecture=experts.layout.architecture,
         layers=len(experts.layers),
@@ -136,7 +141,7 @@ def _tell(told: Told) -> None:
 def main() -> None:
     order = msgspec.json.decode(sys.stdin.buffer.read(), type=Order)
     try:
-        _tell(make(order))
+        _tell(make(order, _tell))
     except MeshnodeError as error:
         _tell(Failed(str(error)))
 

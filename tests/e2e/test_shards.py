@@ -91,7 +91,7 @@ class Api:
             connection.close()
 
     async def until(self, path: str, holds: Callable[[Json], Any]) -> None:
-        while not holds((await self.ask(path)).body):  # noqa: ASYNC110
+        while not holds((await self.ask(path)).body):
             await trio.sleep(POLL_S)
 
 

@@ -59,7 +59,7 @@ def test_a_shard_is_made_measured_and_watched(texts: tuple[Path, Path], tmp_path
 
 
 def test_the_whole_model_is_as_good_as_itself(texts: tuple[Path, Path]) -> None:
-    quality, _ = compare(MODEL, MODEL, texts[1].read_text(), 1)
+    quality, _ = compare(MODEL, MODEL, texts[1].read_text(), 1, lambda _: None)
     assert quality.kl == 0.0
     assert quality.agreement == quality.perplexity_ratio == 1.0
     assert 10 < quality.perplexity < 200

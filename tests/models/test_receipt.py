@@ -52,7 +52,7 @@ def test_a_receipt_of_something_else_is_worth_nothing(
     digest: str, mark: ShardMark, shard: Path
 ) -> None:
     put_receipt(shard, a_receipt(DIGEST))
-    with pytest.raises(ModelLoadError, match="of other bytes|says otherwise"):
+    with pytest.raises(ModelLoadError, match=r"of other bytes|says otherwise"):
         read_receipt(shard, digest, mark)
 
 
