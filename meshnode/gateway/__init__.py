@@ -74,6 +74,12 @@ VIA_HEADER = "x-meshnode-via"
 server may be a node, and the last one in a circle must see that it is one."""
 
 
+APPROXIMATE_HEADER = "x-meshnode-approximate"
+"""How far from the whole model the one that answered is; exact answers have none."""
+EXACT_HEADER = "x-meshnode-exact"
+"""`required`: an approximation may not answer."""
+
+
 @dataclass(frozen=True, slots=True)
 class PassedAnswer:
     """What a server of another kind answered: `headers` are those that go on to the client, by

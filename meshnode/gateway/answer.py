@@ -41,7 +41,15 @@ from meshnode.errors import (
     UnknownModelError,
 )
 from meshnode.fence import FENCE_HEADER
-from meshnode.gateway import VIA_HEADER, Candidate, Mesh, PassedAnswer, Route, Upstream
+from meshnode.gateway import (
+    APPROXIMATE_HEADER,
+    VIA_HEADER,
+    Candidate,
+    Mesh,
+    PassedAnswer,
+    Route,
+    Upstream,
+)
 from meshnode.gateway.embeddings import Embed, Rerank
 from meshnode.gateway.openai import Call, Encoder, encode_error_event
 from meshnode.gateway.passing import Passed
@@ -84,10 +92,6 @@ REQUEST_ID_HEADER = "x-request-id"
 REQUEST_ID_BYTES = 12
 SERVED_BY_HEADER = "x-meshnode-served-by"
 ROUTE_HEADER = "x-meshnode-route"
-APPROXIMATE_HEADER = "x-meshnode-approximate"
-"""How far from the whole model the one that answered is; exact answers have none."""
-EXACT_HEADER = "x-meshnode-exact"
-"""`required`: an approximation may not answer."""
 UPSTREAM_HEADER = "x-meshnode-upstream"
 """`1`: a server of another kind gave this answer; it is passed on as it came."""
 DECIDED_TYPE = "application/vnd.meshnode.decided"

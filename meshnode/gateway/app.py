@@ -22,9 +22,8 @@ from quart_trio.wrappers import TrioRequest
 from werkzeug.exceptions import HTTPException
 
 from meshnode.errors import MeshnodeError, RequestError, UnknownModelError
-from meshnode.gateway import VIA_HEADER, Mesh
+from meshnode.gateway import EXACT_HEADER, VIA_HEADER, Mesh
 from meshnode.gateway.answer import (
-    EXACT_HEADER,
     REQUEST_ID_BYTES,
     REQUEST_ID_HEADER,
     SERVED_BY_HEADER,
