@@ -1,9 +1,10 @@
 """The models this node has: from `--model` and `--standby` to engines that answer.
 
 Decides when a model is loaded and how it is unloaded: a pinned one (`--model`) at once, a standby
-(`--standby`) when it is assigned here. Does not know who assigns. A model that cannot be found
-stops the start (the operator is looking); one that turns out to be damaged or too large is shown
-as failed, and the node goes on with the others.
+(`--standby`) when it, or a part of its layers, is assigned here. Does not know who assigns. A model
+that cannot be found stops the start (the operator is looking); one that turns out to be damaged or
+too large is shown as failed, and the node goes on with the others. One that is too large here, but
+can be cut, waits for the mesh instead.
 """
 
 from __future__ import annotations
@@ -22,15 +23,17 @@ from meshnode.config import Config
 from meshnode.console.snapshot import ModelSnapshot, SpeculationSnapshot
 from meshnode.engine import Engine, EngineStats, ModelCard
 from meshnode.engine.card import load_card
-from meshnode.engine.memory import MemoryNeed, context_for, memory_need
+from meshnode.engine.memory import MemoryNeed, available_bytes, context_for, memory_need
 from meshnode.engine.process import EngineOptions, EngineProcess, read_draft_header, read_eyes
-from meshnode.errors import ConfigError, ModelLoadError
+from meshnode.errors import ConfigError, ModelLoadError, StageError
 from meshnode.messages import APPROXIMATE_MARK, SESSIONS_MAX, Approximate, Offer
 from meshnode.models.catalog import ModelSource, resolve
 from meshnode.models.digest import digest
 from meshnode.models.gguf import GgufHeader, read_header
 from meshnode.models.quantize import requantized
 from meshnode.models.receipt import read_receipt
+from meshnode.models.stages import Cuts, cut, cut_points
+from meshnode.pipeline.parts import HeadPart, Keep, StagePart, part_of
 from meshnode.protocol.dispatch import session_hash
 
 logger = logging.getLogger(__name__)
@@ -43,7 +46,12 @@ Whoever is still reading then holds memory that the mesh has given to others."""
 LOAD_RETRY_AFTER_S = 120.0
 """Memory may have come free or the file been mended; each try may cost three loads."""
 
-State = Literal["loading", "standby", "ready", "unloading", "failed", "stopped"]
+ACTIVATION_BYTES = 4
+"""Of one number of an activation: they travel as float32, so that nothing of them is lost."""
+
+Layers = tuple[int, int]
+"""First and end."""
+State = Literal["loading", "standby", "stage", "ready", "unloading", "failed", "stopped"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +62,10 @@ class Holding:
     "ready" until it has given it back; "failed" lasts until another try is worth it. `wanted`:
     this node's operator wants it served here. `bytes`, estimated, is `weight_bytes` +
     `kv_bytes_per_token` * `context_tokens` + `compute_bytes` (buffers, runtime, draft model).
+
+    `activation_bytes` cross between two parts per token; 0 if it cannot be cut. Parts begin at
+    multiples of `cut_every` layers, `edge_bytes` of the weights are in no layer, and `parts` are
+    those that are loaded.
     """
 
     name: str
@@ -66,15 +78,22 @@ class Holding:
     kv_bytes_per_token: int
     context_tokens: int
     compute_bytes: int
+    activation_bytes: int = 0
+    edge_bytes: int = 0
+    cut_every: int = 1
+    parts: tuple[Layers, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class _Identity:
-    """What is known of a file once it has been read through; `approximate`: it is not whole."""
+    """What is known of a file once it has been read through. `cuts`: None if it cannot be cut;
+    `approximate`: it is an expert shard."""
 
     card: ModelCard
     header: GgufHeader
     need: MemoryNeed
+    cuts: Cuts | None
+    edge_bytes: int
     approximate: Approximate | None
 
 
@@ -88,6 +107,9 @@ class HostedModel:
     def __init__(
         self, source: ModelSource, data_dir: Path, options: EngineOptions, *, pinned: bool = True
     ) -> None:
+        self.keep_ring: Keep | None = None
+        """How a part that is a head gets into a ring (`Rings.keep`); without it, parts are not
+        offered to the mesh. To be set before `run`."""
         self.name = source.name
         self.pinned = pinned
         self.created = int(time.time())
@@ -100,22 +122,29 @@ class HostedModel:
         self._error: str | None = None
         # A pinned model waits for nobody: a second replica of it harms nothing.
         self._assigned = pinned
+        self._assigned_parts: frozenset[Layers] = frozenset()
+        self._parts: dict[Layers, StagePart | HeadPart] = {}
         self._assignment_changed = trio.Event()
         self._draining = trio.CancelScope()
         self._has_failed = False
 
-    def assign(self, load: bool) -> None:
-        """Have the model loaded (True) or not; `run` makes it so.
+    def assign(self, load: bool, parts: frozenset[Layers] = frozenset()) -> None:
+        """Have the model loaded (True) or not, and these parts of it; `run` makes it so.
 
         Idempotent. Loading again while requests drain keeps the engine as it is; after a failure,
         only an assignment that was taken back and given anew is tried at once.
         """
-        if load is self._assigned:
+        if load is self._assigned and parts == self._assigned_parts:
             return
-        self._assigned = load
-        if load:
-            self._has_failed = False
-        self._draining.cancel()
+        self._assigned_parts = parts
+        if load is not self._assigned:
+            self._assigned = load
+            if load:
+                self._has_failed = False
+            self._draining.cancel()
+        self._tell_assignment()
+
+    def _tell_assignment(self) -> None:
         self._assignment_changed.set()
         self._assignment_changed = trio.Event()
 
@@ -123,10 +152,17 @@ class HostedModel:
 
     async def run(self) -> None:
         """Identify the file, then load and unload it as assigned, until cancelled."""
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._run_parts)
+            await self._run_whole()
+
+    async def _run_whole(self) -> None:
         while True:
             try:
                 if self._identity is None:
                     self._identity = await self._identify()
+                    self._wait_for_others_if_too_large(self._identity)
+                    self._tell_assignment()
                 while True:
                     await self._wait_assigned(True)
                     await self._serve(self._identity.card)
@@ -146,7 +182,58 @@ class HostedModel:
         draft = await read_draft_header(self._options)
         eyes = await read_eyes(self._options)
         need = memory_need(header, context_tokens, draft, eyes, kv_type=self._options.kv_type)
-        return _Identity(card, header, need, approximate)
+        cuts, edge_bytes = await trio.to_thread.run_sync(_cuts_of, card.path)
+        return _Identity(card, header, need, cuts, edge_bytes, approximate)
+
+    def _wait_for_others_if_too_large(self, known: _Identity) -> None:
+        """A model that this machine cannot hold, but several can, is for the mesh to place."""
+        if not self.pinned or known.cuts is None or self.keep_ring is None:
+            return
+        free_bytes = available_bytes()
+        if known.need.total_bytes > free_bytes:
+            logger.warning(
+                "model %s does not fit into this machine alone: it needs %s, and %d MiB are "
+                "available. It waits for other nodes that have the file (--standby %s), to be "
+                "served together with them, each some of its layers.",
+                self.name,
+                known.need,
+                free_bytes >> 20,
+                known.card.path,
+            )
+            self.pinned = self._assigned = False
+
+    async def _run_parts(self) -> None:
+        """Load the parts that are assigned, and unload the others."""
+        async with trio.open_nursery() as nursery:
+            while True:
+                changed = self._assignment_changed
+                known = self._identity
+                if known is not None and self.keep_ring is not None:
+                    for layers in sorted(self._assigned_parts - self._parts.keys()):
+                        self._parts[layers] = part_of(
+                            known.card,
+                            *layers,
+                            known.header.layers,
+                            known.need.context_tokens,
+                            self._options,
+                            self.keep_ring,
+                        )
+                        nursery.start_soon(self._run_part, layers, self._parts[layers])
+                await changed.wait()
+
+    async def _run_part(self, layers: Layers, part: StagePart | HeadPart) -> None:
+        """One part, until it is not assigned any more and nothing is in flight in it."""
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(part.run)
+            while layers in self._assigned_parts:
+                await self._assignment_changed.wait()
+            if isinstance(part, HeadPart):
+                with trio.move_on_after(UNLOAD_DRAIN_S):
+                    await part.engine.wait_idle()
+            nursery.cancel_scope.cancel()
+        del self._parts[layers]
+        logger.info("layers %d-%d of model %s: unloaded", *layers, self.name)
+        self._tell_assignment()  # it may have been assigned again meanwhile
 
     async def _prepare(self) -> ModelCard:
         first = 0.1 if self._source.packaged else PREPARED
@@ -212,10 +299,35 @@ class HostedModel:
         """As people see it."""
         if self._error is not None:
             return "failed"
+        if self.engine is None and self._parts:
+            return self._state_of_parts()
         stats = self.stats()
         if stats is not None:
             return stats.state if self._assigned else "unloading"
         return "loading" if self._identity is None or self._assigned else "standby"
+
+    def _state_of_parts(self) -> State:
+        if self._head is not None:
+            return "ready" if self._head.ring is not None else "loading"
+        states = {part.state for part in self._parts.values()}
+        return "failed" if "failed" in states else "stage" if states == {"ready"} else "loading"
+
+    @property
+    def _head(self) -> HeadPart | None:
+        heads = (part for part in self._parts.values() if isinstance(part, HeadPart))
+        return next(heads, None)
+
+    def stage(self, digest: str, first: int, end: int) -> StagePart | None:
+        """These layers, if this is the model and they are loaded."""
+        part = self._parts.get((first, end))
+        if self._identity is None or self._identity.card.digest != digest:
+            return None
+        return part if isinstance(part, StagePart) and part.state == "ready" else None
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether all of it is loaded here and answers."""
+        return self.engine is not None and self.state == "ready"
 
     @property
     def is_settled(self) -> bool:
@@ -228,13 +340,23 @@ class HostedModel:
         stats = self.stats()
         if stats is None or stats.card.digest != digest or self.state != "ready":
             return None
+        return self._answering
+
+    @property
+    def _answering(self) -> EngineProcess | None:
+        """The engine of the whole model, or of its last layers."""
+        if self.engine is None and self._head is not None:
+            return self._head.engine
         return self.engine
 
     def holding(self) -> Holding | None:
         """What the mesh may plan with; None until the file is identified."""
         if self._identity is None:
             return None
-        card, header, need = self._identity.card, self._identity.header, self._identity.need
+        known = self._identity
+        card, header, need, cuts = known.card, known.header, known.need, known.cuts
+        if self.keep_ring is None or header.embeds:
+            cuts = None
         return Holding(
             name=card.name,
             digest=card.digest,
@@ -246,19 +368,26 @@ class HostedModel:
             kv_bytes_per_token=need.kv_bytes_per_token,
             context_tokens=need.context_tokens,
             compute_bytes=need.total_bytes - need.weights_bytes - need.kv_bytes,
+            activation_bytes=0 if cuts is None else ACTIVATION_BYTES * header.embedding_length,
+            edge_bytes=known.edge_bytes,
+            cut_every=1 if cuts is None else max(cuts.step, cuts.shortest),
+            parts=tuple(
+                sorted(layers for layers, part in self._parts.items() if part.state == "ready")
+            ),
         )
 
     def _holding_state(self) -> Literal["file", "loading", "ready", "failed"]:
         if self._error is not None:
             return "failed"
-        match self.stats():
-            case EngineStats(state="loading" | "ready" | "failed" as state):
-                return state
+        if self.engine is not None:
+            match self.engine.stats():
+                case EngineStats(state="loading" | "ready" | "failed" as state):
+                    return state
         return "loading" if self._assigned else "file"
 
     def stats(self) -> EngineStats | None:
         """The engine's; None while there is none."""
-        return None if self.engine is None else self.engine.stats()
+        return None if self._answering is None else self._answering.stats()
 
     def is_busy(self) -> bool:
         """Whether a request is in the engine."""
@@ -268,8 +397,14 @@ class HostedModel:
     def offer(self) -> Offer | None:
         """What the mesh is told; None while there is nothing to ask for."""
         stats = self.stats()
-        if stats is None or stats.state == "stopped" or not self._assigned:
+        if stats is None or stats.state == "stopped":
             return None
+        if self.engine is not None:
+            if not self._assigned:
+                return None
+        elif stats.state == "ready" and self.state != "ready":
+            stats = replace(stats, state="loading")  # its layers are here, and its ring is not
+        assert stats.state != "stopped"
         return Offer(
             name=stats.card.name,
             digest=stats.card.digest,
@@ -287,10 +422,14 @@ class HostedModel:
 
     def snapshot(self) -> ModelSnapshot:
         stats = self.stats()
+        head = self._head
+        ring = () if head is None or head.ring is None else head.ring.owners
+        parts = tuple(part.snapshot() for _, part in sorted(self._parts.items()))
         if stats is None:
             known = "" if self._identity is None else self._identity.card.digest
             return ModelSnapshot(
-                self.name, known, self.state, self._progress, self._error, 0, 0, 0, 0, 0.0, 0.0, 0,
+                self.name, known, self.state, self._progress, self._error, 0, 0, 0, 0, 0.0, 0.0,
+                sum(part.memory_bytes for part in parts), parts=parts,
                 approximate=self._approximate,
             )  # fmt: skip
         return ModelSnapshot(
@@ -310,6 +449,8 @@ class HostedModel:
             speculation=None
             if stats.speculation is None
             else SpeculationSnapshot(**dataclasses.asdict(stats.speculation)),
+            parts=parts,
+            ring=ring,
             approximate=self._approximate,
         )
 
@@ -404,6 +545,18 @@ def _projectors(specs: tuple[str, ...], names: Sequence[str]) -> dict[str, Path]
             )
         found[name] = path.resolve()
     return found
+
+
+def _cuts_of(path: str) -> tuple[Cuts | None, int]:
+    """Where the model may be cut, and how much of its weights is in no layer: the head's, as the
+    rows of tokens are read from the file. Raises `ModelLoadError`."""
+    try:
+        cuts = cut_points(path)
+        head = cut(path, cuts.layers - max(cuts.step, cuts.shortest), cuts.layers)
+    except StageError as error:
+        logger.info("%s", error)
+        return None, 0
+    return cuts, head.edge_bytes
 
 
 async def run_models(models: tuple[HostedModel, ...]) -> None:

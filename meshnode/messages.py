@@ -30,6 +30,10 @@ CHAIN_MAX = 3
 VOTERS_MAX = 10
 """Seven in a private mesh, ten in an open one: more make agreement slower, not safer."""
 ITEMS_MAX = 128
+PARTS_MAX = 4
+"""Of one model on one node: one for each of its replicas there, and one that is to follow."""
+STAGES_MAX = 48
+"""As many as the planner cuts a model into (`placement.pipeline.SEATS_MAX`)."""
 STANDBYS_MAX = 2
 CLAIMS_MAX = 64
 ORDERS_MAX = 64
@@ -212,6 +216,10 @@ class Shard(Struct, frozen=True, forbid_unknown_fields=True, order=True):
     of: Annotated[int, Meta(ge=1, le=4096)]
 
 
+Layers = tuple[Annotated[int, Meta(ge=0, lt=4096)], Annotated[int, Meta(ge=1, le=4096)]]
+"""First and end."""
+
+
 class Item(Struct, frozen=True, forbid_unknown_fields=True):
     """One shard of one replica of a model: who has it, who would take over.
 
@@ -274,8 +282,13 @@ class Body(Struct, frozen=True, forbid_unknown_fields=True):
 class Consent(Message, frozen=True):
     """A node's word on one model: it has the file, verified, and would spend `bytes` of its
     `memory_bytes` on it: weights, KV cache for its context and slots, and compute buffers.
-    `ready` says that it is loaded and proven; `wanted` that the node's own operator wants it
+    `ready` says that all of it is loaded and proven; `wanted` that the node's own operator wants it
     served there. Signed by the node; the highest sequence counts.
+
+    A node that can run a part of the model's layers says what crosses between two parts per token
+    (`activation_bytes`, 0 if it cannot), what of `weight_bytes` is in no layer and so in one part
+    whole (`edge_bytes`: embeddings and head), and which `parts` it has loaded, as (first, end).
+    Parts begin at multiples of `cut_every` layers.
     """
 
     group: GroupId
@@ -289,6 +302,21 @@ class Consent(Message, frozen=True):
     weight_bytes: Count
     kv_bytes: Count
     layers: Annotated[int, Meta(ge=0, le=4096)]
+    activation_bytes: Annotated[int, Meta(ge=0, lt=2**20)] = 0
+    edge_bytes: Count = 0
+    cut_every: Annotated[int, Meta(ge=1, le=4096)] = 1
+    parts: Annotated[tuple[Layers, ...], Meta(max_length=PARTS_MAX)] = ()
+
+    @property
+    def units(self) -> int:
+        """In how many the layers can be dealt out; the last of them takes what is left over."""
+        return max(self.layers // self.cut_every, 1)
+
+    def is_ready(self, shard: Shard) -> bool:
+        """Whether its signer has said that just this is loaded there."""
+        if shard.kind == "whole":
+            return self.state == "ready"
+        return self.state in ("file", "ready") and (shard.first, shard.end) in self.parts
 
 
 class Order(Message, frozen=True):
@@ -523,6 +551,45 @@ class JoinGranted(Message, frozen=True):
 class JoinDenied(Message, frozen=True):
     """Why the issuer refused; nothing about the mesh is told beside it."""
 
+    reason: Reason
+
+
+# --- the stages of a model that is cut by layers ------------------------------------------------
+
+
+class Opening(Message, frozen=True):
+    """First frame of a stage's stream: what the sender takes the receiver for.
+
+    By epoch `epoch` of `group`, `owners` have layers `cuts[i]` to `cuts[i + 1]` of replica
+    `replica`, and the receiver is the one at `place`. The last of them, the head, has chosen
+    `pipeline`, a name for this run that nobody else can guess. Sequences of up to
+    `context_tokens`, whose KV is kept as `kv_type`; activations travel in `codec`.
+    """
+
+    group: GroupId
+    epoch: Epoch
+    model: Digest
+    replica: Annotated[int, Meta(ge=0, lt=65536)]
+    owners: Annotated[tuple[PeerIdText, ...], Meta(min_length=2, max_length=STAGES_MAX)]
+    cuts: Annotated[
+        tuple[Annotated[int, Meta(ge=0, le=4096)], ...],
+        Meta(min_length=3, max_length=STAGES_MAX + 1),
+    ]
+    place: Annotated[int, Meta(ge=0, lt=STAGES_MAX)]
+    pipeline: Annotated[bytes, Meta(min_length=16, max_length=16)]
+    codec: Literal["f32", "f16", "i8"]
+    context_tokens: Annotated[int, Meta(ge=1, lt=2**31)]
+    kv_type: Literal["f16", "q8_0"]
+
+
+class Opened(Message, frozen=True):
+    """The receiver and everybody behind it, up to the head, take steps from now on."""
+
+
+class NotOpened(Message, frozen=True):
+    """Why not; `by` whom, if somebody further on has refused."""
+
+    by: PeerIdText
     reason: Reason
 
 

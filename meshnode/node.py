@@ -52,6 +52,7 @@ from meshnode.joining import JOIN_PROTOCOL, Issuer
 from meshnode.links import Links
 from meshnode.membership import find_membership
 from meshnode.messages import Decided, Offer, Role, decode
+from meshnode.pipeline.ring import STAGE_PROTOCOL, Rings, Stage
 from meshnode.protocol import DutiesChanged, Event, MemberJoined, MemberLost
 from meshnode.protocol.adverts import Node as NodeFacts
 from meshnode.protocol.agreement import Assigned, Holding
@@ -178,6 +179,16 @@ class Node:
             key.seed, listen, HostEvents(self._on_connected, self._on_disconnected)
         )
         self._links = Links(self._host)
+        self._rings = Rings(
+            key.peer_id,
+            self._host.open_stream,
+            self._stack.agreement.assigned,
+            self._stage,
+            self._host.disconnect,
+            config.activations,
+        )
+        for model in models:
+            model.keep_ring = self._rings.keep
         self._driver = Driver(
             self._stack,
             self._host,
@@ -237,6 +248,7 @@ class Node:
             await serve_asgi(stream, tunnel, {"client": (stream.peer_id, 0)})
 
         self._host.handle(HTTP_PROTOCOL, serve_tunnel)
+        self._host.handle(STAGE_PROTOCOL, self._rings.serve)
         if self._issuer is not None:
             self._host.handle(JOIN_PROTOCOL, self._issuer.serve, members_only=False)
 
@@ -294,20 +306,26 @@ class Node:
     def _follow_duties(self) -> None:
         """What our operator told this node to serve it serves, unless the mesh drains it; the
         rest as the mesh decides."""
-        wanted = {duty.model: duty.load for duty in self._duties.duties}
+        wanted = {duty.model: duty for duty in self._duties.duties}
         for model in self._models:
             holding = model.holding()
-            is_wanted = holding is not None and (
-                wanted.get(holding.digest, False) or self._is_last_replica(holding.digest)
+            duty = None if holding is None else wanted.get(holding.digest)
+            is_wanted = (duty is not None and duty.load) or (
+                model.is_whole and holding is not None and self._is_last_replica(holding.digest)
             )
-            model.assign(is_wanted or (model.pinned and not self._duties.is_drained))
+            model.assign(
+                is_wanted or (model.pinned and not self._duties.is_drained),
+                frozenset() if duty is None else frozenset(duty.parts),
+            )
+
+    def _stage(self, digest: str, first: int, end: int) -> Stage | None:
+        found = (model.stage(digest, first, end) for model in self._models)
+        return next((stage for stage in found if stage is not None), None)
 
     def _is_last_replica(self, digest: str) -> bool:
         """Whether only we can answer for the model now, and nothing else needs its memory. An
         owner that comes back takes over when it has loaded, not when it is seen; and a voter that
         has just started may decide before it has heard what we have."""
-        if self.engine(digest) is None:
-            return False
         if any(duty.load and self.engine(duty.model) is None for duty in self._duties.duties):
             return False
         return not self._is_ready_elsewhere(digest)
@@ -337,6 +355,10 @@ class Node:
                         weight_bytes=holding.weight_bytes,
                         kv_bytes=holding.kv_bytes_per_token * holding.context_tokens,
                         layers=holding.layers,
+                        activation_bytes=holding.activation_bytes,
+                        edge_bytes=holding.edge_bytes,
+                        cut_every=holding.cut_every,
+                        parts=holding.parts,
                     ),
                 )
         holdings = tuple(held.values())

@@ -142,6 +142,8 @@ def _facts(found: Snapshot) -> Iterable[tuple[str, str]]:
     yield "API", f"{found.api_url}/v1" if found.api_url else "none"
     yield from (("at", addr) for addr in found.addrs)
     for model in found.models:
+        if model.parts:
+            yield "layers", f"{model.name}: {_layers(model, found.peer_id)}"
         if model.speculation is not None:
             yield "guessing", f"{model.name}: {_guesses(model.speculation)}"
         if model.approximate is not None:
@@ -153,6 +155,15 @@ def _facts(found: Snapshot) -> Iterable[tuple[str, str]]:
     if found.refused:
         counts = sorted(found.refused.items())
         yield "refused", ", ".join(f"{count} {reason}" for reason, count in counts)
+
+
+def _layers(model: ModelSnapshot, own: str) -> str:
+    parts = ", ".join(
+        f"{part.first}–{part.end - 1} ({printable(part.error or part.state)})"
+        for part in model.parts
+    )
+    ring = " → ".join(node_name(peer, own) for peer in model.ring)
+    return f"{parts}{f'; the pipeline is {ring}' if ring else ''}"
 
 
 def _guesses(speculation: SpeculationSnapshot) -> str:

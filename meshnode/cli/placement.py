@@ -26,11 +26,10 @@ if TYPE_CHECKING:
     )
 
 REPLICAS_MAX = 64
-NOT_SERVED = "layer stages are not served yet: this is what it would take, not what happens"
 ACTIVATION_BYTES_PER_EMBEDDING = 4
 """One float32 of each: what a token's activations are between two layers."""
 _FORMS = """one of
-  +node:memory=8GiB[,ms_per_token=40][,stages]   another node, which has the file
+  +node:memory=8GiB[,ms_per_token=40]   another node, which has the file
   -NODE              that node is gone
   drain=NODE         that node is drained
   pin=NODE           MODEL is pinned there
@@ -72,7 +71,7 @@ def placement(
 
     \b
     What-ifs:
-      +node:memory=8GiB[,ms_per_token=40][,stages]   another node, which has the file
+      +node:memory=8GiB[,ms_per_token=40]   another node, which has the file
       -NODE              that node is gone
       drain=NODE         that node is drained
       pin=NODE           MODEL is pinned there
@@ -139,7 +138,7 @@ def _new_node(text: str) -> WhatIf:
         key, _, value = part.partition("=")
         if key in given:
             raise _wrong(text, f"gives {key} twice; write")
-        if key not in ("memory", "ms_per_token", "stages") or (key == "stages") is ("=" in part):
+        if key not in ("memory", "ms_per_token") or "=" not in part:
             raise _wrong(text, f"has {part!r}, which is no property of a node; write")
         given[key] = value
     if "memory" not in given:
@@ -152,7 +151,6 @@ def _new_node(text: str) -> WhatIf:
     return AddNode(
         memory_bytes=_size(text, given["memory"]),
         ms_per_token=None if speed is None else float(speed),
-        stages="stages" in given,
     )
 
 
@@ -179,6 +177,7 @@ def file_of(path: Path, context: int | None) -> ModelFile:
     from meshnode.console.requests import ModelFile
     from meshnode.engine.memory import context_for, memory_need
     from meshnode.models.gguf import read_header
+    from meshnode.models.stages import why_not
 
     header = read_header(path)
     need = memory_need(header, context_for(str(path), header, context))
@@ -189,7 +188,9 @@ def file_of(path: Path, context: int | None) -> ModelFile:
         kv_bytes_per_token=need.kv_bytes_per_token,
         context_tokens=need.context_tokens,
         compute_bytes=need.total_bytes - need.weights_bytes - need.kv_bytes,
-        activation_bytes=header.embedding_length * ACTIVATION_BYTES_PER_EMBEDDING,
+        activation_bytes=0
+        if why_not(path) is not None
+        else header.embedding_length * ACTIVATION_BYTES_PER_EMBEDDING,
     )
 
 
@@ -233,16 +234,8 @@ def _show_model(model: ModelReport, own: str) -> None:
     print_table(("node", "", ">offers", "why"), rows)
     if model.missing:
         warn(f"{name} cannot be placed: {model.missing}")
-        if not model.if_cut:
-            warn("all nodes together would be too small for it, even cut into stages")
-    if model.if_cut:
-        click.echo("\nCut into stages over nodes that ran them:")
-        for replica in model.if_cut:
-            click.echo(f"  {_replica_line(replica, own)}")
     for note in dict.fromkeys(replica.note for replica in model.replicas if replica.note):
         warn(_shortened(note, own, model))
-    if any(replica.is_cut for replica in (*model.replicas, *model.if_cut)):
-        warn(NOT_SERVED)
 
 
 def _replica_line(replica: ReplicaReport, own: str) -> str:

@@ -75,7 +75,7 @@ def with_file(problem: Problem, file: ModelFile) -> Changed:
         compute_bytes=file.compute_bytes,
         activation_bytes=file.activation_bytes,
     )
-    held = Holding("file", wanted=False, bytes=0)
+    held = Holding("file", wanted=False, bytes=0, cuts=file.activation_bytes > 0)
     hosts = {peer: _holding(host, {FILE_DIGEST: held}) for peer, host in problem.hosts.items()}
     changed = replace(problem, models={**problem.models, FILE_DIGEST: model}, hosts=hosts)
     return Changed(changed, ("every node had the file",), FILE_DIGEST)
@@ -97,14 +97,20 @@ def with_what_ifs(
 def _with(changed: Changed, what_if: WhatIf, find: Callable[[str], str]) -> tuple[Problem, str]:
     problem = changed.problem
     match what_if:
-        case AddNode(memory_bytes, ms_per_token, stages):
+        case AddNode(memory_bytes, ms_per_token):
             if ms_per_token is not None and changed.model is None:
                 raise ConfigError("ms_per_token is a model's speed on that node: name the model")
             new = f"{NEW_NODE}{1 + sum(peer.startswith(NEW_NODE) for peer in problem.hosts)}"
-            host = replace(_host(new, memory_bytes), stages=stages)
+            host = _host(new, memory_bytes)
             chosen = problem.models if changed.model is None else (changed.model,)
             us = 0 if ms_per_token is None else max(1, round(1000 * ms_per_token))
-            held = {digest: Holding("file", False, 0, us) for digest in chosen}
+            cut = {
+                digest
+                for other in problem.hosts.values()
+                for digest, known in other.holdings.items()
+                if known.cuts
+            }
+            held = {digest: Holding("file", False, 0, us, digest in cut) for digest in chosen}
             return _with_host(problem, _holding(host, held)), f"a node {new} had the file"
         case RemoveNode(node):
             peer = _existing(problem, find(node))
@@ -145,7 +151,7 @@ def _existing(problem: Problem, peer: str) -> str:
 
 
 def _host(peer: str, memory_bytes: int) -> Host:
-    return Host(peer, memory_bytes, US_PER_GB_UNMEASURED, LOAD_BYTES_PER_S, {})
+    return Host(peer, memory_bytes, US_PER_GB_UNMEASURED, LOAD_BYTES_PER_S, {}, stages=True)
 
 
 def _with_host(problem: Problem, host: Host) -> Problem:
@@ -169,30 +175,23 @@ def report(changed: Changed, epoch: int) -> PlacementReport:
     planned = plan(problem)
     chosen = sorted(problem.models) if changed.model is None else [changed.model]
     missing = dict(planned.missing)
-    cut: Plan | None = None
-    if any(digest in missing for digest in chosen):
-        staged = {peer: replace(host, stages=True) for peer, host in problem.hosts.items()}
-        cut = plan(replace(problem, hosts=staged))
     return PlacementReport(
         epoch=epoch,
         models=tuple(
-            _model_report(problem, planned, digest, missing.get(digest, ""), cut)
-            for digest in chosen
+            _model_report(problem, planned, digest, missing.get(digest, "")) for digest in chosen
         ),
         assumed=changed.assumed,
         postponed=planned.postponed,
     )
 
 
-def _model_report(
-    problem: Problem, planned: Plan, digest: str, missing: str, cut: Plan | None
-) -> ModelReport:
+def _model_report(problem: Problem, planned: Plan, digest: str, missing: str) -> ModelReport:
     model = problem.models[digest]
     shared = model.weight_bytes + model.kv_bytes_per_token * model.context_tokens
     return ModelReport(
         digest=digest,
         name=model.name,
-        layers=model.layers,
+        layers=model.layer(model.layers),
         bytes=shared + model.compute_bytes,
         replicas_wanted=problem.wants.get(digest, Want(1)).replicas,
         replicas=_replica_reports(problem, planned, digest),
@@ -208,7 +207,6 @@ def _model_report(
         ),
         changes=_changes(problem, planned, digest),
         missing=missing,
-        if_cut=_replica_reports(problem, cut, digest) if cut is not None and missing else (),
     )
 
 
@@ -221,6 +219,7 @@ def _replica_reports(problem: Problem, planned: Plan, digest: str) -> tuple[Repl
 
 
 def _replica_report(problem: Problem, replica: Replica, prediction: Prediction) -> ReplicaReport:
+    model = problem.models[replica.model]
     speeds = [
         problem.hosts[part.owner].holdings[replica.model].decode_us_per_token
         for part in replica.parts
@@ -230,8 +229,8 @@ def _replica_report(problem: Problem, replica: Replica, prediction: Prediction) 
         parts=tuple(
             PartReport(
                 part.owner,
-                part.first,
-                part.end,
+                model.layer(part.first),
+                model.layer(part.end),
                 part.bytes,
                 replica.standbys[place] if place < len(replica.standbys) else (),
             )

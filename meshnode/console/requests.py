@@ -47,11 +47,10 @@ class InviteTicket(Struct, frozen=True):
 
 class AddNode(Struct, frozen=True, forbid_unknown_fields=True, tag_field="what_if", tag="add_node"):
     """A node that is not there, and would hold the file. `ms_per_token`: of the model asked for;
-    estimated if not given. `stages`: it could run a part of the layers."""
+    estimated if not given."""
 
     memory_bytes: Bytes
     ms_per_token: Annotated[float, Meta(gt=0, le=1e6)] | None = None
-    stages: bool = False
 
 
 class RemoveNode(
@@ -159,9 +158,7 @@ class ChangeReport(Struct, frozen=True):
 
 
 class ModelReport(Struct, frozen=True):
-    """One model's place. `missing` says what would give it a replica, if it gets none; `if_cut` is
-    then what would become of it if all nodes ran layer stages.
-    """
+    """One model's place. `missing` says what would give it a replica, if it gets none."""
 
     digest: str
     name: str
@@ -172,7 +169,6 @@ class ModelReport(Struct, frozen=True):
     verdicts: tuple[VerdictReport, ...]
     changes: tuple[ChangeReport, ...]
     missing: str
-    if_cut: tuple[ReplicaReport, ...]
 
 
 class PlacementReport(Struct, frozen=True):

@@ -27,7 +27,9 @@ class SpeculationSnapshot(Struct, frozen=True):
 
 class ModelSnapshot(Struct, frozen=True):
     """One of our own models, loaded or not. `progress` is 0..1 while loading; rates are tokens per
-    second; `speculation` is None where nobody guesses ahead, `approximate` for a whole model."""
+    second; `speculation` is None where nobody guesses ahead. `parts` are the layers that are here
+    of a model that is cut, and `ring` the peers that answer together, if we are their head.
+    `approximate` is None for what is no expert shard."""
 
     name: str
     digest: str
@@ -43,7 +45,20 @@ class ModelSnapshot(Struct, frozen=True):
     memory_bytes: int
     saved_tokens: int = 0
     speculation: SpeculationSnapshot | None = None
+    parts: tuple[PartSnapshot, ...] = ()
+    ring: tuple[str, ...] = ()
     approximate: Approximate | None = None
+
+
+class PartSnapshot(Struct, frozen=True):
+    """Layers `first` to `end - 1` of a model, on this node; `steps` it has computed so far."""
+
+    first: int
+    end: int
+    state: str
+    error: str | None
+    memory_bytes: int
+    steps: int
 
 
 class OfferSnapshot(Struct, frozen=True):

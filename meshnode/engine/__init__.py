@@ -23,6 +23,8 @@ routing or HTTP. The parts, in data-flow order:
 * `trial.py`      tries a client's grammar where a crash costs nothing
 * `reading.py`    joins these two beside the answers
 * `child.py`      the child process's main loop: requests in, deltas out, one step at a time
+* `head_model.py` mechanism: the last layers of a cut model, which begin with activations
+* `head.py`       the child's main loop where only these are loaded: it plans for a pipeline
 * `process.py`    `EngineProcess`: the Trio side that starts, watches and talks to the child
 * `echo.py`       a deterministic engine without a model, for protocol tests only
 

@@ -9,14 +9,13 @@ child ends, and Trio starts processes from short-lived threads.)
 
 from __future__ import annotations
 
-import os
 import queue
 import signal
 import sys
 import threading
 import time
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -28,9 +27,10 @@ from meshnode.engine.draft import DraftModel
 from meshnode.engine.llama import LlamaModel, Sampler, quantize_q4_0
 from meshnode.engine.pace import Rates, Threads
 from meshnode.engine.payoff import Speculation
+from meshnode.engine.pipe import Pipe, Progress, leave, resident_bytes
 from meshnode.engine.prepare import prepare
 from meshnode.engine.reading import Reading, Readings, refuse_unsuitable
-from meshnode.engine.scheduler import Batch, Limits, Sampled, Scheduler
+from meshnode.engine.scheduler import UNDRAWN, Batch, Limits, Sampled, Scheduler, Trim, slots_kept
 from meshnode.engine.speculate import PromptLookup, verify
 from meshnode.engine.states import StateStore
 from meshnode.engine.text import AnswerText
@@ -39,14 +39,8 @@ from meshnode.errors import MeshnodeError, ModelLoadError, RequestError
 
 # The parent keeps far fewer requests in flight; if it did not, the reader would wait here.
 INBOX_MAX = 1024
-READ_BYTES = 64 * 1024
 # Fresh enough for a status page, rare enough to cost nothing.
 STATUS_INTERVAL_S = 0.25
-PROGRESS_STEP = 0.01
-# Slots that only keep: sessions outlive their requests. 32 in all took 6 MB more than 4.
-SLOTS_KEPT = 24
-# llama.cpp's bound on sequences.
-SLOTS_MAX = 256
 EXIT_BUG = 1
 
 
@@ -71,7 +65,7 @@ class _Resumed:
 
 
 @dataclass(frozen=True, slots=True)
-class _Start:
+class Start:
     """A request that was accepted: tokenised, checked, with a sampler and text per choice."""
 
     number: int
@@ -86,6 +80,10 @@ class _Start:
     shown: Mapping[int, bytes]
 
 
+Item = Start | Reading | wire.Cancel | wire.StartPipeline | wire.StopPipeline | wire.Rows
+"""What the reader hands to the main thread; the last three only where a part is loaded."""
+
+
 class _Answer:
     """What the main thread keeps of a sequence, which is one choice, besides its tokens."""
 
@@ -93,7 +91,7 @@ class _Answer:
                  "logprobs", "logprobs_unsent", "number", "resumed", "sampler", "shown",
                  "text", "views")  # fmt: skip
 
-    def __init__(self, start: _Start, index: int) -> None:
+    def __init__(self, start: Start, index: int) -> None:
         self.number = start.number
         self.index = index
         self.sampler = start.samplers[index]
@@ -138,31 +136,15 @@ class _Answer:
         return text[skipped:]
 
 
-class _Pipe:
-    """Both ends of the conversation with the parent, on private file descriptors."""
-
-    def __init__(self) -> None:
-        self._in = os.dup(0)
-        self._out = os.dup(1)
-        # Whatever a library prints belongs into the log, not between our frames.
-        os.dup2(2, 1)
-        self._lock = threading.Lock()
+class ChildPipe(Pipe):
+    """The conversation with the parent."""
 
     def send(self, *frames: wire.FromChild) -> None:
-        data = memoryview(b"".join(wire.encode(frame) for frame in frames))
-        with self._lock:
-            while data:
-                try:
-                    data = data[os.write(self._out, data) :]
-                except BrokenPipeError:
-                    _leave()
+        self.write(b"".join(map(wire.encode, frames)))
 
     def receive(self) -> Iterator[wire.ToChild]:
         """Frames until the parent closes the pipe or is gone."""
-        frames = wire.FrameReader()
-        while data := os.read(self._in, READ_BYTES):
-            for body in frames.feed(data):
-                yield wire.decode_to_child(body)
+        return map(wire.decode_to_child, self.bodies(wire.FRAME_BYTES_MAX))
 
 
 class Child:
@@ -170,7 +152,7 @@ class Child:
 
     def __init__(
         self,
-        pipe: _Pipe,
+        pipe: ChildPipe,
         model: LlamaModel,
         limits: Limits,
         threads: Threads,
@@ -183,7 +165,7 @@ class Child:
         self._scheduler = Scheduler(limits, model.end_tokens)
         self._states = states
         self._readings = Readings(model.embedder, limits.context_tokens, threads, pipe.send)
-        self._inbox: queue.Queue[_Start | Reading | wire.Cancel] = queue.Queue(INBOX_MAX)
+        self._inbox: queue.Queue[Item] = queue.Queue(INBOX_MAX)
         # By sequence: a request has one for each choice.
         self._answers: dict[int, _Answer] = {}
         self._sequences = 0
@@ -202,19 +184,22 @@ class Child:
         """Feed the inbox; ends the process when the parent is gone."""
         try:
             for frame in frames:
-                if isinstance(frame, wire.Generate):
-                    self._receive(frame)
-                elif isinstance(frame, wire.Embed):
-                    self._receive_inputs(frame)
-                elif isinstance(frame, wire.Cancel):
-                    self._inbox.put(frame)
-                    if frame.number in self._abortable:
-                        self._model.abort()
-            _leave()
+                self._hear(frame)
+            leave()
         finally:
             # Reached only by a bug. A child that computes but cannot hear must end, saying why.
             traceback.print_exc()
-            _leave(EXIT_BUG)
+            leave(EXIT_BUG)
+
+    def _hear(self, frame: wire.ToChild) -> None:
+        if isinstance(frame, wire.Generate):
+            self._receive(frame)
+        elif isinstance(frame, wire.Embed):
+            self._receive_inputs(frame)
+        elif isinstance(frame, wire.Cancel):
+            self._inbox.put(frame)
+            if frame.number in self._abortable:
+                self._model.abort()
 
     def _receive(self, frame: wire.Generate) -> None:
         try:
@@ -236,7 +221,7 @@ class Child:
         if frame.continuation is not None:
             prompt += frame.continuation.tokens
         max_tokens = None if frame.max_tokens is None else frame.max_tokens - resumed.tokens
-        start = _Start(
+        start = Start(
             frame.number,
             frame.session,
             prompt,
@@ -304,7 +289,7 @@ class Child:
         bytes_held = sum(map(len, pieces)) - len(released.encode())
         return text, _Resumed(len(tokens), bytes_held, chars_beyond)
 
-    def _end_at_once(self, start: _Start) -> None:
+    def _end_at_once(self, start: Start) -> None:
         """The lost engine had decoded the last token, and only its end was not heard."""
         answer = _Answer(start, 0)
         answer.sampler.close()
@@ -338,18 +323,21 @@ class Child:
             except queue.Empty:
                 return
             wait = False
-            if isinstance(item, wire.Cancel):
-                self._cancel(item.number)
-            elif isinstance(item, Reading):
-                self._readings.begin(item)
-            else:
-                self._begin(item)
+            self._handle(item)
+
+    def _handle(self, item: Item) -> None:
+        if isinstance(item, wire.Cancel):
+            self._cancel(item.number)
+        elif isinstance(item, Reading):
+            self._readings.begin(item)
+        elif isinstance(item, Start):
+            self._begin(item)
 
     @property
     def _idle(self) -> bool:
         return self._scheduler.idle and not self._readings
 
-    def _begin(self, start: _Start) -> None:
+    def _begin(self, start: Start) -> None:
         for index in range(len(start.samplers)):
             self._sequences += 1
             self._answers[self._sequences] = _Answer(start, index)
@@ -382,40 +370,50 @@ class Child:
         whole = prepare(batch.changes, self._model, self._states, self._scheduler)
         if not whole or not batch.chunks:
             return
-        decoding = [chunk for chunk in batch.chunks if chunk.is_decode]
-        prefill_tokens = batch.tokens - sum(len(chunk.tokens) for chunk in decoding)
-        threads = self._threads.policy(batch.tokens)
-        self._model.set_threads(threads.threads)
-        self._model.allow()
-        if not decoding:
+        if not any(chunk.is_decode for chunk in batch.chunks):
             self._abortable = frozenset(
                 self._answers[chunk.sequence].number for chunk in batch.chunks
             )
-        wall_s, waited_s = time.perf_counter(), self._waiting.so_far_s()
-        decoded = self._compute(batch)
-        wall_s = time.perf_counter() - wall_s
-        # A thread that ended takes its share with it.
-        waited_s = max(0.0, self._waiting.so_far_s() - waited_s)
+        decoded = self._timed(batch, self._compute)
         self._abortable = frozenset()
         if not decoded:
             self._rewind(batch)
             return
+        for trim in self._conclude(batch, started_at):
+            if not self._model.trim(trim):
+                self._scheduler.forget(trim.slot)
+
+    def _timed(self, batch: Batch, compute: Callable[[Batch], bool]) -> bool:
+        """Compute a batch with as many threads as pay; False if it was aborted."""
+        threads = self._threads.policy(batch.tokens)
+        self._model.set_threads(threads.threads)
+        self._model.allow()
+        wall_s, waited_s = time.perf_counter(), self._waiting.so_far_s()
+        decoded = compute(batch)
+        wall_s = time.perf_counter() - wall_s
+        # A thread that ended takes its share with it.
+        waited_s = max(0.0, self._waiting.so_far_s() - waited_s)
+        if decoded and batch.view is None:  # what a picture takes says nothing about tokens
+            threads.observe(waited_s, wall_s, time.monotonic(), self._idle_cores.lately())
+        return decoded
+
+    def _conclude(self, batch: Batch, started_at: float) -> list[Trim]:
+        """Sample from a computed batch, and send; returns what takes out the rejected guesses."""
         draws, logprobs = self._draw(batch)
         pass_s = time.perf_counter() - started_at
-        if batch.view is None:  # what a picture takes says nothing about tokens
-            threads.observe(waited_s, wall_s, time.monotonic(), self._idle_cores.lately())
+        if batch.view is None:
+            decoding = [chunk for chunk in batch.chunks if chunk.is_decode]
+            prefill_tokens = batch.tokens - sum(len(chunk.tokens) for chunk in decoding)
             self._rates.observe(prefill_tokens, len(draws) if decoding else 0, pass_s)
             if self._speculation is not None:
                 self._speculation.observe(batch, draws, pass_s)
         frames: list[wire.FromChild] = []
         results = self._scheduler.commit(batch, draws)
-        for trim in batch.rejected(draws):
-            if not self._model.trim(trim):
-                self._scheduler.forget(trim.slot)
         for sampled, thought in zip(results, logprobs, strict=True):
             frames += self._deliver(sampled, thought)
         if frames:
             self._pipe.send(*frames)
+        return batch.rejected(draws)
 
     def _compute(self, batch: Batch) -> bool:
         """False if it was aborted."""
@@ -431,11 +429,15 @@ class Child:
                 self._scheduler.forget(chunk.slot)
 
     def _draw(self, batch: Batch) -> tuple[list[int], list[TokenLogprobs | None]]:
-        """The batch's draws, and what the model thought of each, where that was asked for."""
+        """The batch's draws, and what the model thought of each, where that was asked for; nothing
+        of a sequence that was cancelled while the batch was in flight."""
         draws: list[int] = []
         logprobs: list[TokenLogprobs | None] = []
         for chunk, row in batch.rows():
-            answer = self._answers[chunk.sequence]
+            answer = self._answers.get(chunk.sequence)
+            if answer is None:
+                draws.append(UNDRAWN)
+                continue
             drawn = verify(chunk.proposals, partial(self._draw_from, answer, row))
             draws += drawn
             logprobs += [
@@ -478,6 +480,9 @@ class Child:
             usage = answer.resumed.usage(sampled.usage)
             yield wire.Done(answer.number, finish, usage, answer.index, answer.text.stop)
 
+    def ready(self) -> wire.Ready:
+        return wire.Ready(self._model.context_tokens, self._model.style)
+
     def _send_status(self) -> None:
         now = time.monotonic()
         if now - self._status_sent_at < STATUS_INTERVAL_S and not self._idle:
@@ -491,7 +496,7 @@ class Child:
                 kv_tokens_free=load.kv_tokens_free,
                 prefill_tokens_per_s=self._rates.prefill_tokens_per_s,
                 decode_tokens_per_s=self._rates.decode_tokens_per_s,
-                memory_bytes=_resident_bytes(),
+                memory_bytes=resident_bytes(),
                 saved_tokens=load.saved_tokens,
                 sessions=load.sessions,
                 speculation=None if self._speculation is None else self._speculation.stats(),
@@ -499,32 +504,44 @@ class Child:
         )
 
 
-def serve() -> None:
-    """Load what the first frame names, then answer until the parent is gone."""
+def serve(
+    answering: Callable[[ChildPipe, wire.Load], Child],
+) -> None:
+    """Load what the first frame names, then answer until the parent is gone.
+
+    `answering` loads; it raises `MeshnodeError` if that cannot be.
+    """
     # Ctrl-C in a terminal goes to parent and child alike; the parent decides when we end.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    pipe = _Pipe()
+    pipe = ChildPipe()
     frames = pipe.receive()
     load = next(frames, None)
     if not isinstance(load, wire.Load):
         return
-    threads_max = load.threads or usable_cores()
-    threads = Threads(threads_max, adaptive=load.threads is None)
     try:
-        model = LlamaModel(
-            load.path,
-            context_tokens=load.context_tokens,
-            slots=load.slots,
-            slots_kept=min(SLOTS_KEPT, SLOTS_MAX - load.slots),
-            kv_type=load.kv_type,
-            threads=threads_max,
-            on_progress=_Progress(pipe),
-            projector=load.projector,
-        )
-        speculation = speculation_for(load, model, threads)
+        child = answering(pipe, load)
     except MeshnodeError as error:
         pipe.send(wire.LoadFailed(str(error)))
         return
+    threading.Thread(target=child.read, args=(frames,), daemon=True).start()
+    pipe.send(child.ready())
+    child.run()
+
+
+def load_whole(pipe: ChildPipe, load: wire.Load) -> Child:
+    """A model with all its layers."""
+    threads_max = load.threads or usable_cores()
+    threads = Threads(threads_max, adaptive=load.threads is None)
+    model = LlamaModel(
+        load.path,
+        context_tokens=load.context_tokens,
+        slots=load.slots,
+        slots_kept=slots_kept(load.slots),
+        kv_type=load.kv_type,
+        threads=threads_max,
+        on_progress=Progress(lambda progress: pipe.send(wire.Loading(progress))),
+        projector=load.projector,
+    )
     spill_dir = None if load.spill_dir is None else Path(load.spill_dir)
     states = StateStore(spill_dir, load.kv_bytes_per_token)
     limits = Limits(
@@ -537,10 +554,7 @@ def serve() -> None:
         spilled_tokens=load.spilled_bytes // states.bytes_per_token,
         copies=model.can_rewind,
     )
-    child = Child(pipe, model, limits, threads, states, speculation)
-    threading.Thread(target=child.read, args=(frames,), daemon=True).start()
-    pipe.send(wire.Ready(model.context_tokens, model.style))
-    child.run()
+    return Child(pipe, model, limits, threads, states, speculation_for(load, model, threads))
 
 
 def speculation_for(load: wire.Load, model: LlamaModel, threads: Threads) -> Speculation | None:
@@ -570,34 +584,10 @@ def _ignore_progress(_fraction: float) -> None:
     """A draft model is small, and the bar is full already."""
 
 
-class _Progress:
-    """Tells the parent of each further percent."""
-
-    def __init__(self, pipe: _Pipe) -> None:
-        self._pipe = pipe
-        self._told = 0.0
-
-    def __call__(self, progress: float) -> None:
-        if progress >= self._told + PROGRESS_STEP or progress >= 1.0:
-            self._told = progress
-            self._pipe.send(wire.Loading(min(progress, 1.0)))
-
-
-def _resident_bytes() -> int:
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return pages * os.sysconf("SC_PAGE_SIZE")
-
-
-def _leave(code: int = 0) -> NoReturn:
-    """End at once, from any thread: nothing here outlives the parent or needs saving."""
-    sys.stderr.flush()
-    os._exit(code)
-
-
 def main(arguments: list[str]) -> int:
     match arguments:
         case []:
-            serve()
+            serve(load_whole)
             return 0
         case ["quantize", source, destination]:
             try:

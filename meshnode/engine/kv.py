@@ -18,12 +18,12 @@ class Slot:
     """A lane of the cache: `tokens` are computed, each in the cell beside it in `cells`.
 
     `owner` is the sequence that runs in it, if one does; `awaited_by` one that was preempted and
-    will come back. `used` orders slots by last use. A pinned slot holds a prefix that many begin
-    with, and belongs to no session.
+    will come back. `in_flight` more tokens are on their way to be computed. `used` orders slots
+    by last use. A pinned slot holds a prefix that many begin with, and belongs to no session.
     """
 
-    __slots__ = ("awaited_by", "cells", "is_pinned", "number", "owner", "session", "tokens",
-                 "used")  # fmt: skip
+    __slots__ = ("awaited_by", "cells", "in_flight", "is_pinned", "number", "owner", "session",
+                 "tokens", "used")  # fmt: skip
 
     def __init__(self, number: int) -> None:
         self.number = number
@@ -32,12 +32,19 @@ class Slot:
         self.session = b""
         self.owner: int | None = None
         self.awaited_by: int | None = None
+        self.in_flight = 0
         self.is_pinned = False
         self.used = 0
 
     @property
     def is_idle(self) -> bool:
-        return self.owner is None
+        """Whether it may be trimmed, or be somebody's."""
+        return self.owner is None and not self.in_flight
+
+    @property
+    def end(self) -> int:
+        """The position of the next token that is planned."""
+        return len(self.tokens) + self.in_flight
 
 
 class KvPool:
@@ -52,7 +59,8 @@ class KvPool:
 
     @property
     def free(self) -> int:
-        return self._cells - len(self._holders)
+        """Cells that nobody has, but for those that what is in flight will take."""
+        return self._cells - len(self._holders) - sum(slot.in_flight for slot in self.slots)
 
     def extend(self, slot: Slot, tokens: Sequence[int]) -> None:
         """Tokens were computed, or restored, in new cells."""

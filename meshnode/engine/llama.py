@@ -5,7 +5,7 @@ Knows pointers, batches and samplers. Decides nothing about who runs: it perform
 child (`child.py`); so every pointer and return code is checked, and arguments are checked before
 they reach C.
 
-Import this module only in a process whose environment is that of `process.CHILD_ENVIRONMENT`:
+Import this module only in a process whose environment is that of `child_process.CHILD_ENVIRONMENT`:
 libgomp reads it once, when it is loaded.
 """
 
@@ -16,8 +16,6 @@ import dataclasses
 import hashlib
 import math
 import os
-import re
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -41,7 +39,7 @@ from meshnode.engine import (
 from meshnode.engine.cells import cells
 from meshnode.engine.chat import ChatTemplate, Picture, Segment
 from meshnode.engine.embedder import Embedder
-from meshnode.engine.native import pointer, tokenise
+from meshnode.engine.native import GGML_TYPES, checked, initialise, log, pointer, tokenise
 from meshnode.engine.scheduler import PREFILL_TOKENS_MAX, Batch, Chunk, Copy, Trim
 from meshnode.engine.style import find_style
 from meshnode.engine.trial import survives
@@ -65,17 +63,8 @@ _START = "meshnode-start"
 _CANDIDATE = np.dtype([("id", np.int32), ("logit", np.float32), ("p", np.float32)])
 # A piece is seldom longer than 16 bytes; a longer one reports its length and is read again.
 _PIECE_BYTES = 64
-# Levels of ggml: 1 debug, 2 info, 3 warn, 4 error, 5 continuation of the previous message.
-_LOG_LEVEL_WARN = 3
-_LOG_LEVEL_CONTINUED = 5
-_LOG_ERROR = re.compile(
-    r"error loading model: |clip_init: failed to load model '.*?': "
-    r"|mtmd_init_from_file: error: (?!Failed to load CLIP)"
-)
 # llama_ftype of Q4_0, the only 4-bit type that is repacked for fast matrix products on x86.
 _FTYPE_Q4_0 = 2
-# ggml_type of what a KV cache may be made of besides f16.
-_GGML_TYPES = {"q8_0": 8}
 # What llama_decode returns.
 _DECODED = 0
 _ABORTED = 2
@@ -83,30 +72,6 @@ _ABORTED = 2
 
 class DecodeError(Exception):
     """llama.cpp failed in a way that no request should cause; the process should end."""
-
-
-class _Log:
-    """llama.cpp's log, from warnings up, on standard error; keeps the latest error."""
-
-    def __init__(self) -> None:
-        self._level = 0
-        self.error = ""
-        # C keeps the pointer, so this object lives as long as the process.
-        self.callback = _llama.llama_log_callback(self._write)
-
-    def _write(self, level: int, text: bytes, _data: object) -> None:
-        if level != _LOG_LEVEL_CONTINUED:
-            self._level = level
-        if self._level < _LOG_LEVEL_WARN:
-            return
-        line = text.decode("utf-8", "replace")
-        sys.stderr.write(line)
-        # "error loading model: ..." says why; "failed to load model" after it says nothing more.
-        if found := _LOG_ERROR.search(line):
-            self.error = line[found.end() :].partition("\n")[0].strip()
-
-
-_log = _Log()
 
 
 class Candidates:
@@ -352,8 +317,7 @@ class LlamaModel:
         """Load; blocks. `slots` compute, `slots_kept` more hold KV; `projector` is the mmproj file
         of a model that can see. Raises `ModelLoadError`.
         """
-        _llama.llama_log_set(_log.callback, ctypes.c_void_p(0))
-        _llama.llama_backend_init()
+        initialise()
         self._context = None
         self._projector: Projector | None = None
         self._positions = Positions()
@@ -362,7 +326,7 @@ class LlamaModel:
         self._template: ChatTemplate | None = None
         self.end_tokens: frozenset[int] = frozenset()
         try:
-            self._vocabulary = _checked(_llama.llama_model_get_vocab(self._model), path, "vocab")
+            self._vocabulary = checked(_llama.llama_model_get_vocab(self._model), path, "vocab")
             self.context_tokens = context_tokens
             # A recurrent model's state is that of its last token: it cannot go back to a prefix,
             # nor copy one, and each slot takes memory of its own.
@@ -380,7 +344,7 @@ class LlamaModel:
                 on_progress(1.0)
                 return
             self._context = self._make_context(path, slots, threads, kv_type)
-            self._memory = _checked(_llama.llama_get_memory(self._context), path, "KV cache")
+            self._memory = checked(_llama.llama_get_memory(self._context), path, "KV cache")
             self.vocabulary_size = int(_llama.llama_vocab_n_tokens(self._vocabulary))
             self.end_tokens = frozenset(
                 token
@@ -404,8 +368,7 @@ class LlamaModel:
 
     # -- loading -------------------------------------------------------------------------------
 
-    @staticmethod
-    def _load_model(path: str, on_progress: Callable[[float], None]) -> Any:
+    def _load_model(self, path: str, on_progress: Callable[[float], None]) -> Any:
         @_llama.llama_progress_callback  # type: ignore[untyped-decorator]
         def progress(fraction: float, _data: object) -> bool:
             on_progress(fraction)
@@ -414,7 +377,7 @@ class LlamaModel:
         params = _llama.llama_model_default_params()
         params.n_gpu_layers = 0
         params.progress_callback = progress
-        return _checked(_llama.llama_model_load_from_file(os.fsencode(path), params), path, "model")
+        return checked(_llama.llama_model_load_from_file(os.fsencode(path), params), path, "model")
 
     def _make_context(self, path: str, slots: int, threads: int, kv_type: KvType) -> Any:
         params = _llama.llama_context_default_params()
@@ -427,7 +390,7 @@ class LlamaModel:
         params.swa_full = True  # a kept prefix can only be reused if no layer forgot it
         params.no_perf = True
         if kv_type != "f16":
-            params.type_k = params.type_v = _GGML_TYPES[kv_type]
+            params.type_k = params.type_v = GGML_TYPES[kv_type]
             # Only flash attention reads such values; chosen automatically, it might not be.
             params.flash_attn_type = _llama.LLAMA_FLASH_ATTN_TYPE_ENABLED
         context = _llama.llama_init_from_model(self._model, params)
@@ -435,7 +398,7 @@ class LlamaModel:
             raise ModelLoadError(
                 f"{path}: llama.cpp cannot keep this model's KV cache as {kv_type}; use f16."
             )
-        _checked(context, path, "context")
+        checked(context, path, "context")
         # llama.cpp may round the context up; our arithmetic keeps to what was asked for.
         if _llama.llama_n_ctx(context) < self.context_tokens:
             _llama.llama_free(context)
@@ -443,9 +406,9 @@ class LlamaModel:
         return context
 
     def _load_projector(self, path: str, threads: int) -> Projector:
-        _log.error = ""
+        log.error = ""
         width = int(_llama.llama_model_n_embd_inp(self._model))
-        return Projector(path, self._model, width, threads, _log.callback, lambda: _log.error)
+        return Projector(path, self._model, width, threads, log.callback, lambda: log.error)
 
     def _load_template(self) -> ChatTemplate | None:
         source = _llama.llama_model_chat_template(self._model, None)
@@ -767,6 +730,10 @@ class LlamaModel:
     def decode(self, batch: Batch) -> bool:
         """Compute a batch of tokens; False if `abort` stopped it, then trim its slots to where
         they were."""
+        self._fill(batch)
+        return self._compute(self._batch)
+
+    def _fill(self, batch: Batch) -> None:
         filled = 0
         for chunk in batch.chunks:
             end = filled + len(chunk.tokens)
@@ -778,7 +745,6 @@ class LlamaModel:
             self._batch_logits[end - chunk.outputs : end] = 1
             filled = end
         self._batch.n_tokens = filled
-        return self._compute(self._batch)
 
     def decode_view(self, chunk: Chunk, view: View) -> bool:
         """Compute a view that `prompt_tokens` has given, in place of its cells; as `decode`."""
@@ -858,8 +824,7 @@ class LlamaModel:
 
 def quantize_q4_0(source: Path, destination: Path) -> None:
     """Write a Q4_0 version of a GGUF file; blocks for seconds. Raises `ModelLoadError`."""
-    _llama.llama_log_set(_log.callback, ctypes.c_void_p(0))
-    _llama.llama_backend_init()
+    initialise()
     params = _llama.llama_model_quantize_default_params()
     params.ftype = _FTYPE_Q4_0
     params.allow_requantize = True
@@ -875,10 +840,3 @@ def _literal(text: str) -> str:
     escaped = text.replace("\\", "\\\\").replace('"', '\\"')
     escaped = escaped.replace("\n", "\\n").replace("\r", "\\r")
     return f'"{escaped}"'
-
-
-def _checked(pointer: Any, path: str, what: str) -> Any:
-    if not pointer:
-        why = f": {_log.error}" if _log.error else ""
-        raise ModelLoadError(f"{path}: llama.cpp cannot make the {what}{why}.")
-    return pointer

@@ -7,13 +7,14 @@ is kinder. Also decides how much of the memory a mesh may plan with; does not kn
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
 
 from meshnode.config import KvType
 from meshnode.errors import ConfigError, ModelLoadError
 from meshnode.models.gguf import GgufHeader, ProjectorHeader
+from meshnode.models.stages import Stage
 
 # Python, numpy, llama.cpp's libraries and the vocabulary: 120 MB measured with a small model.
 RUNTIME_BYTES = 128 * 1024**2
@@ -48,6 +49,7 @@ class MemoryNeed:
     context_tokens: int
     draft_bytes: int = 0
     vision_bytes: int = 0
+    saves: bool = True
 
     @property
     def kv_bytes(self) -> int:
@@ -56,6 +58,8 @@ class MemoryNeed:
     @property
     def saved_bytes(self) -> int:
         """KV outside of the cache, at most."""
+        if not self.saves:
+            return 0
         return min(self.kv_bytes // SAVED_PART, SAVED_BYTES_MAX)
 
     @property
@@ -71,6 +75,32 @@ class MemoryNeed:
             f"{self.context_tokens} tokens + {_mib(self.saved_bytes)} saved KV + "
             f"{_mib(self.compute_bytes)} compute buffers + "
             f"{draft}{vision}{_mib(RUNTIME_BYTES)} runtime = {_mib(self.total_bytes)}"
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class StageNeed:
+    """Bytes by purpose, of a stage that is not the last. `lookup_bytes` are the rows of tokens."""
+
+    weights_bytes: int
+    lookup_bytes: int
+    kv_bytes_per_token: int
+    compute_bytes: int
+    context_tokens: int
+
+    @property
+    def total_bytes(self) -> int:
+        kv_bytes = self.kv_bytes_per_token * self.context_tokens
+        own_bytes = self.weights_bytes + self.lookup_bytes + kv_bytes + self.compute_bytes
+        return own_bytes + RUNTIME_BYTES
+
+    def __str__(self) -> str:
+        lookup = f"{_mib(self.lookup_bytes)} rows of tokens + " if self.lookup_bytes else ""
+        return (
+            f"{_mib(self.weights_bytes)} weights + {lookup}"
+            f"{_mib(self.kv_bytes_per_token * self.context_tokens)} KV cache for "
+            f"{self.context_tokens} tokens + {_mib(self.compute_bytes)} compute buffers + "
+            f"{_mib(RUNTIME_BYTES)} runtime = {_mib(self.total_bytes)}"
         )
 
 
@@ -125,7 +155,33 @@ def memory_need(
     )
 
 
-def check_fits(path: str, need: MemoryNeed, available_bytes: int) -> None:
+def stage_need(
+    header: GgufHeader, stage: Stage, context_tokens: int, *, kv_type: KvType = "f16"
+) -> StageNeed:
+    """What a stage of this file would use; its layers take their share of the whole model's KV."""
+    part = Fraction(stage.end - stage.first, stage.layers)
+    kv_bytes_per_token = header.kv_bytes_per_token * KV_TYPE_BYTES_PER_F16[kv_type] * part
+    return StageNeed(
+        weights_bytes=stage.source_bytes,
+        lookup_bytes=stage.lookup.count * stage.lookup.row_bytes if stage.is_first else 0,
+        kv_bytes_per_token=math.ceil(kv_bytes_per_token),
+        compute_bytes=stage.width * COMPUTE_BYTES_PER_EMBEDDING,
+        context_tokens=context_tokens,
+    )
+
+
+def head_need(whole: MemoryNeed, stage: Stage) -> MemoryNeed:
+    """What the last stage of a model would use, as an engine; it saves no KV."""
+    part = Fraction(stage.end - stage.first, stage.layers)
+    return replace(
+        whole,
+        weights_bytes=stage.source_bytes,
+        kv_bytes_per_token=math.ceil(whole.kv_bytes_per_token * part),
+        saves=False,
+    )
+
+
+def check_fits(path: str, need: MemoryNeed | StageNeed, available_bytes: int) -> None:
     """Raises `ModelLoadError` with the arithmetic if the need is larger than what there is."""
     if need.total_bytes > available_bytes:
         raise ModelLoadError(

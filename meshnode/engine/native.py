@@ -1,4 +1,4 @@
-"""What everybody who calls llama_cpp needs: text to tokens, and numpy's arrays as C's.
+"""What everybody who calls llama_cpp needs: its log, text to tokens, and numpy's arrays as C's.
 
 Knows pointers. A vocabulary's functions are safe from any thread.
 """
@@ -6,12 +6,70 @@ Knows pointers. A vocabulary's functions are safe from any thread.
 from __future__ import annotations
 
 import ctypes
+import re
+import sys
 from typing import Any
 
 import llama_cpp.llama_cpp as _llama
 import numpy as np
 
-from meshnode.errors import RequestError
+from meshnode.errors import ModelLoadError, RequestError
+
+# ggml_type of what a KV cache may be made of besides f16.
+GGML_TYPES = {"q8_0": 8}
+# Levels of ggml: 1 debug, 2 info, 3 warn, 4 error, 5 continuation of the previous message.
+_LOG_LEVEL_WARN = 3
+_LOG_LEVEL_CONTINUED = 5
+_LOG_ERROR = re.compile(
+    r"error loading model: |clip_init: failed to load model '.*?': "
+    r"|mtmd_init_from_file: error: (?!Failed to load CLIP)"
+)
+
+
+# Kinds of positions (llama_rope_type) that have four numbers for each row: time, height, width.
+_FOURFOLD_POSITIONS = (
+    _llama.LLAMA_ROPE_TYPE_MROPE,
+    _llama.LLAMA_ROPE_TYPE_IMROPE,
+    _llama.LLAMA_ROPE_TYPE_VISION,
+)
+
+
+class _Log:
+    """llama.cpp's log, from warnings up, on standard error; keeps the latest error."""
+
+    def __init__(self) -> None:
+        self._level = 0
+        self.error = ""
+        # C keeps the pointer, so this object lives as long as the process.
+        self.callback = _llama.llama_log_callback(self._write)
+
+    def _write(self, level: int, text: bytes, _data: object) -> None:
+        if level != _LOG_LEVEL_CONTINUED:
+            self._level = level
+        if self._level < _LOG_LEVEL_WARN:
+            return
+        line = text.decode("utf-8", "replace")
+        sys.stderr.write(line)
+        # "error loading model: ..." says why; "failed to load model" after it says nothing more.
+        if found := _LOG_ERROR.search(line):
+            self.error = line[found.end() :].partition("\n")[0].strip()
+
+
+log = _Log()
+
+
+def initialise() -> None:
+    """Before anything else of llama.cpp; more than once does no harm."""
+    _llama.llama_log_set(log.callback, ctypes.c_void_p(0))
+    _llama.llama_backend_init()
+
+
+def checked(pointer: Any, path: str, what: str) -> Any:
+    """The pointer. Raises `ModelLoadError` if it is NULL, with what the log says about it."""
+    if not pointer:
+        why = f": {log.error}" if log.error else ""
+        raise ModelLoadError(f"{path}: llama.cpp cannot make the {what}{why}.")
+    return pointer
 
 
 def tokenise(
@@ -33,3 +91,8 @@ def tokenise(
 def pointer(array: np.ndarray[Any, Any], cell: Any) -> Any:
     """To an array's first cell; the array must outlive it."""
     return array.ctypes.data_as(ctypes.POINTER(cell))
+
+
+def position_planes(model: Any) -> int:
+    """How many numbers llama.cpp wants of each position, where it is given activations."""
+    return 4 if _llama.llama_model_rope_type(model) in _FOURFOLD_POSITIONS else 1

@@ -9,14 +9,12 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
-import sys
 from collections import deque
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal, Self
+from typing import Self
 
 import trio
 
@@ -35,61 +33,64 @@ from meshnode.engine import (
     images_of,
     wire,
 )
+from meshnode.engine.child_process import (
+    READ_BYTES,
+    ChildDiedError,
+    ChildProcess,
+    State,
+    supervise,
+)
 from meshnode.engine.memory import (
     MemoryNeed,
     available_bytes,
     check_fits,
     context_for,
     draft_context,
+    head_need,
     memory_need,
 )
-from meshnode.engine.scheduler import BUSY_RETRY_AFTER_S
+from meshnode.engine.scheduler import BUSY_RETRY_AFTER_S, slots_kept
+from meshnode.engine.steps import Shape, step_bytes_max
 from meshnode.errors import (
     ContextLengthError,
     EngineBusyError,
     EngineError,
     LocalProtocolError,
+    MeshnodeError,
     ModelLoadError,
     NoVisionError,
+    RemoteProtocolError,
     RequestError,
+    StageError,
 )
 from meshnode.models.gguf import GgufHeader, ProjectorHeader, read_header, read_projector
+from meshnode.models.stages import cut
 
+# More machines than share a model; so many steps may be on their way.
+STAGES_MAX = 64
 SLOTS_DEFAULT = 8
 # At this depth a request waits about as long as a client's patience; others may be free.
 WAITING_MAX_DEFAULT = 32
 # What waits in an engine keeps its images: those of a few requests at their largest.
 IMAGES_IN_FLIGHT_BYTES_MAX = 4 * IMAGES_BYTES_MAX
-# First pause before a restart, doubled up to the bound; forgotten after a healthy while.
-RESTART_AFTER_S = 0.25
-RESTART_AFTER_MAX_S = 30.0
-HEALTHY_AFTER_S = 60.0
-# A child that dies this often before it is ready will not be ready the next time either.
-LOAD_ATTEMPTS_MAX = 3
-# A child gets this long to obey SIGTERM before SIGKILL, and to finish its last words.
-STOP_S = 2.0
-READ_BYTES = 64 * 1024
-# What is kept of the child's log for the error message.
-LOG_LINES_MAX = 20
-LOG_LINE_CHARS_MAX = 300
 
-# libgomp's threads spin at barriers for milliseconds by default, which burns a core between steps
-# and stalls a busy machine. About 0.2 ms outlasts the barriers inside a step, where sleeping would
-# cost a third of the speed; that nobody spins for a thread that cannot run is up to `pace.py`.
-# ggml would start a debugger for a backtrace when it aborts.
-CHILD_ENVIRONMENT = {
-    "GOMP_SPINCOUNT": "10000",
-    "GGML_NO_BACKTRACE": "1",
-    "OPENBLAS_NUM_THREADS": "1",
-    "PYTHONUNBUFFERED": "1",
-}
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """Layers `first` to `end - 1`, the last ones of a model that several machines run as a
+    pipeline. Such an engine answers while it is in one; it reads nothing for embeddings, cannot
+    see, and saves no KV outside of its cache."""
+
+    first: int
+    end: int
 
 
 @dataclass(frozen=True, slots=True)
 class EngineOptions:
     """How to run a model. None: the smaller of the trained context and the default; threads as
     many as pays; no directory, so no KV is spilled to disk. `draft` is the file of the model that
-    guesses, if one does, `projector` the mmproj file of a model that can see."""
+    guesses, if one does, `projector` the mmproj file of a model that can see. `part`: not all of
+    the model's layers."""
 
     context_tokens: int | None = None
     slots: int = SLOTS_DEFAULT
@@ -101,6 +102,7 @@ class EngineOptions:
     speculate: Speculate = "off"
     draft: Path | None = None
     projector: Path | None = None
+    part: Part | None = None
 
 
 class _Pending:
@@ -227,7 +229,7 @@ class EngineProcess:
     def __init__(self, card: ModelCard, options: EngineOptions | None = None) -> None:
         self._card = card
         self._options = options or EngineOptions()
-        self._state: Literal["loading", "ready", "failed", "stopped"] = "loading"
+        self._state: State = "loading"
         self._progress = 0.0
         self._error: str | None = None
         self._context_tokens = 0
@@ -240,6 +242,8 @@ class EngineProcess:
         self._answers: dict[int, _Pending] = {}
         self._outbox: trio.MemorySendChannel[bytes] | None = None
         self._pid: int | None = None
+        self._width = 0
+        self._pipeline = _Pipeline(b"", over=EngineError("No pipeline has begun."))
 
     @property
     def pid(self) -> int | None:
@@ -359,6 +363,64 @@ class EngineProcess:
             )
         return self._outbox
 
+    # -- a part in its pipeline ----------------------------------------------------------------
+
+    @property
+    def shape(self) -> Shape:
+        """What a part takes from the stage before it; and `slots` are all that it uses."""
+        slots = self._options.slots + slots_kept(self._options.slots)
+        return Shape(self._width, slots, self._context_tokens, vocabulary=0)
+
+    def start_pipeline(self, pipeline: bytes, epoch: int, stages: int) -> None:
+        """From now on steps of this pipeline come out; `stages` at most are in flight at once.
+
+        All stages must have forgotten what they knew, as this one does now.
+        """
+        if not 1 < stages <= STAGES_MAX:
+            raise ValueError(f"a pipeline of {stages} stages")
+        self.stop_pipeline("Another pipeline has begun.")
+        self._pipeline = _Pipeline(pipeline)
+        self._tell(wire.StartPipeline(pipeline, epoch, stages))
+
+    def stop_pipeline(self, reason: str) -> None:
+        """What is in flight is lost, and all KV. Sequences stay: in the next pipeline they are
+        computed again, and their answers go on. Their clients wait, for a bounded time.
+
+        Whoever waits in `next_step` or `feed` gets an `EngineError` with this reason.
+        """
+        if self._pipeline.over is None:
+            self._pipeline.end(EngineError(reason))
+            self._tell(wire.StopPipeline(reason))
+
+    async def next_step(self) -> bytes:
+        """The frame that is next to be sent to the first stage; one task at a time waits here.
+
+        Raises `EngineError` if the pipeline is over, `RemoteProtocolError` if because what came
+        from the stage before was not what it should be.
+        """
+        return await self._pipeline.take()
+
+    async def feed(self, frame: bytes) -> None:
+        """Rows from the stage before. Raises as `next_step` does, and `RemoteProtocolError` for
+        more than was sent."""
+        await trio.lowlevel.checkpoint()
+        pipeline = self._pipeline
+        if pipeline.over is not None:
+            raise pipeline.over
+        if len(frame) > step_bytes_max(self._width) or not pipeline.in_flight:
+            raise RemoteProtocolError("rows of a step that was not sent")
+        pipeline.in_flight -= 1
+        self._tell(wire.Rows(pipeline.name, frame))
+
+    def _tell(self, frame: wire.ToChild) -> None:
+        """Of a pipeline; to nobody if there is no child. One that does not listen is ended."""
+        if self._outbox is None or self._pid is None:
+            self._pipeline.end(EngineError(f"The engine of {self._card.name} is {self._state}."))
+        elif self._outbox.statistics().current_buffer_used < self._queued_max + STAGES_MAX:
+            self._outbox.send_nowait(wire.encode(frame))
+        else:
+            os.kill(self._pid, signal.SIGKILL)
+
     # -- supervision ---------------------------------------------------------------------------
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
@@ -367,34 +429,12 @@ class EngineProcess:
         Started at once, while the model loads; `wait_ready` waits for the rest.
         """
         task_status.started()
-        restart_after_s = RESTART_AFTER_S
-        loads_failed = 0
-        try:
-            while True:
-                self._set_state("loading")
-                started_at = trio.current_time()
-                try:
-                    await self._run_child(await self._check_file())
-                except ModelLoadError as error:
-                    self._set_state("failed", str(error))
-                    return
-                except _ChildDiedError as death:
-                    loads_failed = 0 if death.was_ready else loads_failed + 1
-                    if loads_failed >= LOAD_ATTEMPTS_MAX:
-                        self._set_state("failed", f"{death} It died {loads_failed} times so.")
-                        return
-                    self._set_state("loading", str(death))
-                if trio.current_time() - started_at > HEALTHY_AFTER_S:
-                    restart_after_s = RESTART_AFTER_S
-                await trio.sleep(restart_after_s)
-                restart_after_s = min(2 * restart_after_s, RESTART_AFTER_MAX_S)
-        finally:
-            if self._state != "failed":
-                self._set_state("stopped")
+        await supervise(self._attempt, self._set_state)
 
-    def _set_state(
-        self, state: Literal["loading", "ready", "failed", "stopped"], error: str | None = None
-    ) -> None:
+    async def _attempt(self) -> None:
+        await self._run_child(await self._check_file())
+
+    def _set_state(self, state: State, error: str | None = None) -> None:
         self._state = state
         if error is not None or state == "ready":
             self._error = error
@@ -412,6 +452,9 @@ class EngineProcess:
         draft = await read_draft_header(self._options)
         eyes = await read_eyes(self._options)
         need = memory_need(header, context_tokens, draft, eyes, kv_type=self._options.kv_type)
+        if self._options.part is not None:
+            need = await self._check_part(self._options.part, need)
+            self._width = header.embedding_length
         check_fits(self._card.path, need, available_bytes())
         self._context_tokens = context_tokens
         if draft is not None:
@@ -419,52 +462,48 @@ class EngineProcess:
             self._draft = wire.Draft(str(self._options.draft), draft_tokens)
         return need
 
+    async def _check_part(self, part: Part, whole: MemoryNeed) -> MemoryNeed:
+        if self._options.projector is not None:
+            raise ModelLoadError(f"{self._card.path} cannot see where it is cut into parts.")
+        try:
+            stage = await trio.to_thread.run_sync(cut, self._card.path, part.first, part.end)
+        except StageError as error:
+            raise ModelLoadError(str(error)) from error
+        return head_need(whole, stage)
+
     async def _run_child(self, need: MemoryNeed) -> None:
-        """Start a child and serve it to its end. Raises `ModelLoadError` or `_ChildDiedError`."""
-        process = await trio.lowlevel.open_process(
-            [sys.executable, "-P", "-m", "meshnode.engine.child"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            # -P and our own path: the child finds the modules that we found, and does not take
-            # a numpy.py in the current directory for numpy.
-            env={**os.environ, **CHILD_ENVIRONMENT, "PYTHONPATH": os.pathsep.join(sys.path)},
-        )
-        log: deque[str] = deque(maxlen=LOG_LINES_MAX)
+        """Start a child and serve it to its end. Raises `ModelLoadError` or `ChildDiedError`."""
+        is_part = self._options.part is not None
+        child = await ChildProcess.start(f"meshnode.engine.{'head' if is_part else 'child'}")
         load_error: str | None = None
         try:
-            self._pid = process.pid
-            # Each request in flight puts a Generate and a Cancel into the outbox, and a Cancel of
-            # the request before may still be there, having crossed with its Done.
-            queued_max = 3 * (self._options.slots + self._options.waiting_max) + 1
-            self._outbox, outgoing = trio.open_memory_channel[bytes](queued_max)
+            self._pid = child.pid
+            # What a pipeline says comes on top, and never takes the room of the requests.
+            buffer_max = 2 * self._queued_max + STAGES_MAX
+            self._outbox, outgoing = trio.open_memory_channel[bytes](buffer_max)
             self._outbox.send_nowait(wire.encode(self._load_frame(need)))
-            assert process.stdin is not None
-            assert process.stdout is not None
-            assert process.stderr is not None
-            async with trio.open_nursery() as nursery:
-                nursery.start_soon(_write, process.stdin, outgoing)
-                log_read = trio.Event()
-                nursery.start_soon(_read_log, process.stderr, log, log_read)
-                load_error = await self._read(process.stdout)
-                with trio.move_on_after(STOP_S):
-                    await log_read.wait()
-                    await process.wait()
-                nursery.cancel_scope.cancel()
+            load_error = await child.converse(outgoing, self._read)
         finally:
             was_ready = self._state == "ready"
             self._state = "loading"
             self._status = None
             self._outbox = self._pid = None
-            await _stop(process)
-            why = _cause_of_death(self._card.path, process.returncode, log)
+            await child.stop()
+            why = child.cause_of_death(self._card.path)
             self._fail_answers(why)
+            self._pipeline.end(EngineError(why))
         if load_error is not None:
             raise ModelLoadError(load_error)
-        raise _ChildDiedError(why, was_ready)
+        raise ChildDiedError(why, was_ready)
+
+    @property
+    def _queued_max(self) -> int:
+        """Each request in flight puts a Generate and a Cancel into the outbox, and a Cancel of
+        the request before may still be there, having crossed with its Done."""
+        return 3 * (self._options.slots + self._options.waiting_max) + 1
 
     def _load_frame(self, need: MemoryNeed) -> wire.Load:
-        spill_dir = self._options.kv_spill_dir
+        part, spill_dir = self._options.part, self._options.kv_spill_dir
         return wire.Load(
             path=self._card.path,
             context_tokens=self._context_tokens,
@@ -479,6 +518,7 @@ class EngineProcess:
             spill_dir=None if spill_dir is None else str(spill_dir),
             speculate=self._options.speculate,
             draft=self._draft,
+            part=None if part is None else (part.first, part.end),
         )
 
     async def _read(self, stdout: trio.abc.ReceiveStream) -> str | None:
@@ -521,6 +561,12 @@ class EngineProcess:
                 self._handle_answer(frame)
             case wire.Vector() | wire.Embedded():
                 self._handle_vectors(frame)
+            case wire.Planned(pipeline=name, step=step):
+                if name == self._pipeline.name:
+                    self._pipeline.add(step)
+            case wire.PipelineFailed(pipeline=name, message=message):
+                if name == self._pipeline.name:
+                    self._pipeline.end(RemoteProtocolError(message))
 
     def _handle_answer(self, frame: wire.Text | wire.Done) -> None:
         answer = self._answers[frame.number]
@@ -557,12 +603,37 @@ class EngineProcess:
             answer.fail(EngineError(why))
 
 
-class _ChildDiedError(Exception):
-    """The child ended without being asked; the message is for the operator."""
+class _Pipeline:
+    """The steps of one run of a pipeline; `over` says why there are no more."""
 
-    def __init__(self, why: str, was_ready: bool) -> None:
-        super().__init__(why)
-        self.was_ready = was_ready
+    def __init__(self, name: bytes, over: MeshnodeError | None = None) -> None:
+        self.name = name
+        self.in_flight = 0
+        self.over = over
+        self._steps: deque[bytes] = deque()
+        self._changed = trio.Event()
+
+    def add(self, step: bytes) -> None:
+        self._steps.append(step)
+        self._tell_change()
+
+    def end(self, error: MeshnodeError) -> None:
+        if self.over is None:
+            self.over = error
+            self._tell_change()
+
+    async def take(self) -> bytes:
+        await trio.lowlevel.checkpoint()
+        while self.over is None and not self._steps:
+            await self._changed.wait()
+        if self.over is not None:
+            raise self.over
+        self.in_flight += 1
+        return self._steps.popleft()
+
+    def _tell_change(self) -> None:
+        self._changed.set()
+        self._changed = trio.Event()
 
 
 class _TooLongError(EngineError):
@@ -595,58 +666,3 @@ def _encode_request(frame: wire.ToChild, images_bytes: int) -> bytes:
         return encoded
     except LocalProtocolError as error:
         raise RequestError(f"The request is too large: {error}.") from error
-
-
-async def _write(stdin: trio.abc.SendStream, outgoing: trio.MemoryReceiveChannel[bytes]) -> None:
-    """One writer, never cancelled within a frame while the child lives."""
-    try:
-        async with stdin:
-            async for data in outgoing:
-                await stdin.send_all(data)
-    except trio.BrokenResourceError:
-        pass  # the child is gone; its standard output ends too, and that is acted upon
-
-
-async def _read_log(stderr: trio.abc.ReceiveStream, log: deque[str], finished: trio.Event) -> None:
-    """Keep the last lines, each of bounded length, whatever the child prints."""
-    rest = ""
-    while data := await stderr.receive_some(READ_BYTES):
-        *lines, rest = (rest + data.decode("utf-8", "replace")).split("\n")
-        log.extend(line[:LOG_LINE_CHARS_MAX] for line in lines if line.strip())
-        rest = rest[:LOG_LINE_CHARS_MAX]
-    log.extend([rest] if rest.strip() else [])
-    finished.set()
-
-
-async def _stop(process: trio.Process) -> None:
-    """Terminate, then kill; returns when the process is gone."""
-    with trio.CancelScope(shield=True):
-        if process.poll() is None:
-            process.terminate()
-            with trio.move_on_after(STOP_S):
-                await process.wait()
-        if process.poll() is None:
-            process.kill()
-            await process.wait()
-        for stream in (process.stdin, process.stdout, process.stderr):
-            if stream is not None:
-                await trio.aclose_forcefully(stream)
-
-
-def _cause_of_death(path: str, code: int | None, log: deque[str]) -> str:
-    """One sentence or two for the operator; the log never holds prompts or answers."""
-    if code is not None and code < 0:
-        how = f"was ended by {signal.Signals(-code).name}"
-        hint = _SIGNAL_HINTS.get(-code, "")
-    else:
-        how, hint = f"ended with code {code}", ""
-    last = f" Its last words: {log[-1]}" if log else ""
-    return f"The engine process of {path} {how}{hint}.{last}"
-
-
-_SIGNAL_HINTS: dict[int, str] = {
-    signal.SIGBUS: ": the file was truncated while it was in use, or its disk failed",
-    signal.SIGKILL: ": killed by somebody, or by the kernel because memory ran out",
-    signal.SIGABRT: ": llama.cpp gave up",
-    signal.SIGSEGV: ": a bug in llama.cpp, or a file that it does not understand",
-}

@@ -28,6 +28,13 @@ is restored rather than computed again.
 A decoding sequence may have *proposals* (`speculate.py`) behind its one token. They are computed
 with it, and those that turn out not to be what the sequence draws are no part of its slot: once
 the batch is committed, `Batch.rejected` says what to trim.
+
+Where a batch goes through a pipeline of machines, several are *in flight*: planned, and not yet
+committed; commits come in the order of the plans. Chunks of one prompt follow each other closely,
+but a token is drawn before the next of its sequence can be planned, so those that decode are
+dealt out evenly to the batches in flight. A slot with tokens in flight is nobody else's and stays
+as it is, and their cells are reserved. If their sequence ends meanwhile, they are history of the
+slot all the same.
 """
 
 from __future__ import annotations
@@ -38,6 +45,7 @@ from dataclasses import dataclass, replace
 from itertools import takewhile
 from typing import Literal
 
+from meshnode.config import SLOTS_MAX
 from meshnode.engine import Usage, prefix, saved
 from meshnode.engine.cells import stretch, view_at
 from meshnode.engine.kv import KvPool, Slot, common_prefix
@@ -46,6 +54,9 @@ from meshnode.errors import ContextLengthError, EngineBusyError
 
 # One decode of 512 tokens is where the matrix products of a CPU stop getting more efficient.
 PREFILL_TOKENS_MAX = 512
+# Through a pipeline a prompt goes in smaller chunks, so that each stage has one to work on: in one
+# chunk it would keep all stages but one idle, which costs more than narrower matrix products.
+PREFILL_TOKENS_IN_FLIGHT_MAX = 128
 # Beside running answers a smaller chunk is used: their next token waits for the whole batch.
 PREFILL_TOKENS_BESIDE_DECODE_MAX = 128
 # Prompts of so many tokens are computed faster if idle sessions are put aside first: beside 5600
@@ -65,6 +76,15 @@ BUSY_RETRY_AFTER_S = 2.0
 AWAITED_TOKENS_MIN = 8
 # A state is restored if it has so many tokens more than a slot: it takes cells of its own.
 RESTORED_TOKENS_MIN = 64
+# Slots that only keep: sessions outlive their requests. 32 in all took 6 MB more than 4.
+SLOTS_KEPT = 24
+# Instead of a draw, for a sequence that ended while its batch was in flight: no token is this one.
+UNDRAWN = -1
+
+
+def slots_kept(slots: int) -> int:
+    """How many slots only keep histories, beside so many in which sequences run."""
+    return min(SLOTS_KEPT, SLOTS_MAX - slots)
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +93,8 @@ class Limits:
 
     `slots` sequences run at once, and `slots_kept` more slots only keep histories. States of
     `saved_tokens` in memory and `spilled_tokens` on disk may be outside of the cache. `copies`
-    False: the model's memory has no beginnings that could be kept, copied or saved.
+    False: the model's memory has no beginnings that could be kept, copied or saved. So many
+    batches may be in flight as `in_flight_max` says.
     """
 
     slots: int
@@ -86,6 +107,7 @@ class Limits:
     saved_tokens: int = 0
     spilled_tokens: int = 0
     copies: bool = True
+    in_flight_max: int = 1
 
     def __post_init__(self) -> None:
         if self.context_tokens > self.kv_tokens:
@@ -281,6 +303,8 @@ class Scheduler:
         self._arrivals = 0
         self._uses = 0
         self._viewed = False  # the latest batch was a view
+        # Without a pipeline none is: a batch that is not committed was aborted.
+        self._in_flight: deque[Batch] = deque()
 
     # -- what a driver calls -------------------------------------------------------------------
 
@@ -323,62 +347,97 @@ class Scheduler:
         return entry.usage()
 
     def asks(self) -> list[Ask]:
-        """The sequences that decode next, and how many proposals `plan` would take for each."""
-        decoding = [entry for entry in self._running() if _pending(entry) == 1]
+        """The sequences that decode, and how many proposals `plan` would take for each: none for
+        those that are not in the next batch."""
+        chosen = self._decoding()
         return [
-            Ask(entry.id, entry.session, entry.tokens, _proposed_max(entry, len(decoding)))
-            for entry in decoding
-            if not entry.shows_pictures  # who guesses cannot see them
+            Ask(
+                entry.id,
+                entry.session,
+                entry.tokens,
+                _proposed_max(entry, len(chosen)) if entry in chosen else 0,
+            )
+            for entry in self._running()
+            if _pending(entry) == 1 and not entry.shows_pictures  # who guesses cannot see them
         ]
 
     def plan(self, proposals: Mapping[int, Sequence[int]] | None = None) -> Batch | None:
-        """The next step, or None if there is nothing to do.
+        """The next step, or None if there is nothing to do before a `commit`, or at all.
 
         `proposals`, by sequence, are answers to `asks`; what there is no room for is left out.
-        The KV counts as computed only after `commit`; without it (the decode was aborted), the
-        next `plan` covers the same tokens again.
+        The KV counts as computed only after `commit`. With `in_flight_max` 1, a plan without it
+        (the decode was aborted) covers the same tokens again; with more, it covers what comes
+        after them.
         """
+        if self.is_full:
+            return None
+        batch = self._plan(proposals)
+        if not batch.chunks:
+            return batch if batch.changes else None
+        if self._is_pipelined:
+            self._in_flight.append(batch)
+            for chunk in batch.chunks:
+                self._slots[chunk.slot].in_flight += len(chunk.tokens)
+        return batch
+
+    def _plan(self, proposals: Mapping[int, Sequence[int]] | None) -> Batch:
         changes = self._admit()
         if any(isinstance(change, Copy | saved.Restore) for change in changes):
             return Batch(tuple(changes), ())
         planned: dict[int, Chunk] = {}
-        running = self._running()
+        running = self._plannable()
         viewing = [entry for entry in running if _is_at_view(entry)]
         if viewing and not (self._viewed and len(viewing) < len(running)):
             for entry in viewing:
-                if self._plan_chunk(entry, _pending(entry), planned, changes):
+                if self._plan_chunk(entry, _left(entry), planned, changes):
                     self._viewed = True
                     return Batch(tuple(changes), tuple(planned.values()))
         self._viewed = False
-        running = [entry for entry in self._running() if not _is_at_view(entry)]
-        decoding = [entry for entry in running if _pending(entry) == 1]
-        prefilling = [entry for entry in running if _pending(entry) > 1]
-        is_long = sum(map(_pending, prefilling)) >= PUT_ASIDE_FOR_TOKENS_MIN
+        prefilling = [
+            entry for entry in self._plannable() if _pending(entry) > 1 and not _is_at_view(entry)
+        ]
+        is_long = sum(map(_left, prefilling)) >= PUT_ASIDE_FOR_TOKENS_MIN
         changes += self._put_aside(0 if is_long else IDLE_TOKENS_MAX)
-        for entry in decoding:
+        for entry in self._decoding():
             self._plan_chunk(entry, 1, planned, changes)
         if proposals:
             self._add_proposals(proposals, planned)
         budget = self.limits.prefill_tokens_beside_decode if planned else self.limits.prefill_tokens
         for entry in prefilling:
             budget -= self._plan_chunk(entry, budget, planned, changes)
-        if not planned:
-            return None
         return Batch(tuple(changes), tuple(planned.values()))
 
     def commit(self, batch: Batch, sampled: Sequence[int]) -> list[Sampled]:
         """Record a decoded batch; `sampled` has one token per chunk that wanted logits, and one
-        more for each proposal that stands. One result for each, in the same order."""
+        more for each proposal that stands. One result for each, in the same order; none for a
+        sequence that has ended since, whose one token is `UNDRAWN`. Raises `ValueError` if the
+        batch is not the oldest in flight."""
+        if self._is_pipelined:
+            if not self._in_flight or self._in_flight.popleft() is not batch:
+                raise ValueError("only the oldest batch in flight can be committed")
+            for chunk in batch.chunks:
+                self._slots[chunk.slot].in_flight -= len(chunk.tokens)
         results = []
         for chunk, drawn in batch.drawn(sampled):
             slot = self._slots[chunk.slot]
-            if slot.owner != chunk.sequence or len(slot.tokens) != chunk.start:
+            if len(slot.tokens) != chunk.start:
                 raise ValueError(f"slot {chunk.slot} changed between plan and commit")
-            entry = self._sequences[chunk.sequence]
             self._pool.extend(slot, chunk.tokens[: _standing(chunk, drawn)])
             self._touch(slot)
-            results += [self._accept(entry, token) for token in drawn]
+            if slot.owner == chunk.sequence:
+                entry = self._sequences[chunk.sequence]
+                results += [self._accept(entry, token) for token in drawn]
         return results
+
+    def forget_all(self) -> None:
+        """The pipeline broke: what was in flight is lost, and so is all KV. Sequences keep their
+        tokens, and compute them again."""
+        self._in_flight.clear()
+        for slot in self._slots:
+            slot.in_flight = 0
+            self.forget(slot.number)
+        for entry in reversed(self._running()):
+            self._preempt(entry)
 
     def forget(self, slot: int) -> None:
         """The KV of a slot could not be trimmed, or not be restored: it is all gone."""
@@ -414,12 +473,18 @@ class Scheduler:
         """Whether `plan` would have nothing to do."""
         return not self._sequences
 
+    @property
+    def is_full(self) -> bool:
+        """Whether `plan` has to wait for a `commit`: no more batches may be in flight."""
+        return self._is_pipelined and len(self._in_flight) >= self.limits.in_flight_max
+
     # -- admission -----------------------------------------------------------------------------
 
     def _admit(self) -> list[Change]:
         """Give slots to waiting sequences, first come first served, while the KV allows it."""
         changes: list[Change] = []
-        places = self.limits.slots - len(self._running())
+        idle = sum(slot.is_idle for slot in self._slots)
+        places = min(self.limits.slots - len(self._running()), idle)
         for entry in list(self._waiting)[:places]:
             start = prefix.beginning(
                 self._slots, entry.tokens, entry.session, copies=self.limits.copies
@@ -509,7 +574,7 @@ class Scheduler:
     def _fits(self, entry: _Sequence, start: prefix.Beginning, state: saved.State | None) -> bool:
         """Whether there is room without preempting anybody, and some more for each to grow."""
         running = len(self._running())
-        if not running:
+        if all(slot.is_idle for slot in self._slots):
             return True
         shared: list[int] = []
         if state is not None:
@@ -521,10 +586,13 @@ class Scheduler:
         return self._claimed(shared) + needed + headroom <= self.limits.kv_tokens
 
     def _claimed(self, shared: Sequence[int] = ()) -> int:
-        """Cells of running sequences, those of `shared`, and what is left to be computed."""
-        running = self._running()
-        slots = [entry.slot for entry in running if entry.slot is not None]
-        return self._pool.held(slots, shared) + sum(map(_pending, running))
+        """Cells of slots in use, those of `shared`, and what is left to be computed."""
+        used = [slot for slot in self._slots if not slot.is_idle]
+        pending = {slot.number: slot.in_flight for slot in used}
+        for entry in self._running():
+            assert entry.slot is not None
+            pending[entry.slot.number] = max(_pending(entry), entry.slot.in_flight)
+        return self._pool.held(used, shared) + sum(pending.values())
 
     # -- room in the KV cache ------------------------------------------------------------------
 
@@ -536,7 +604,7 @@ class Scheduler:
         slot = entry.slot
         if slot is None or tokens_max < 1:  # preempted a moment ago, or the budget is spent
             return 0
-        start = len(slot.tokens)
+        start = slot.end
         wanted = stretch(entry.tokens, start, tokens_max)
         count = min(wanted, self._make_room(wanted, entry, planned, changes))
         if count < 1 or (_is_at_view(entry) and count < wanted):
@@ -575,7 +643,9 @@ class Scheduler:
                 changes += self._evict(idle[0])
                 continue
             others = [
-                other for other in self._running() if other is not entry and other.id not in planned
+                other
+                for other in self._running()
+                if other is not entry and other.id not in planned and not _is_in_flight(other)
             ]
             if _is_at_view(entry):  # it comes before those that are older
                 others = [other for other in others if other.arrival > entry.arrival]
@@ -589,11 +659,11 @@ class Scheduler:
 
     def _evictable(self) -> list[Slot]:
         """Idle slots in the order in which they go, but for those whose cells are in use."""
-        running = [slot for slot in self._slots if not slot.is_idle]
+        used = [slot for slot in self._slots if not slot.is_idle]
         return [
             slot
             for slot in prefix.evicted_first(self._slots)
-            if slot.tokens and not self._pool.is_within(slot, running)
+            if slot.tokens and not self._pool.is_within(slot, used)
         ]
 
     def _put_aside(self, tokens_max: int) -> list[Change]:
@@ -665,6 +735,21 @@ class Scheduler:
         owners = [slot.owner for slot in self._slots if slot.owner is not None]
         return sorted(map(self._sequences.__getitem__, owners), key=lambda entry: entry.arrival)
 
+    def _plannable(self) -> list[_Sequence]:
+        """Those of the running that do not wait for a draw of what is in flight."""
+        return [entry for entry in self._running() if _left(entry) > 0]
+
+    def _decoding(self) -> list[_Sequence]:
+        """Those that decode in the next batch: the oldest that can, and no more than leave each
+        of the other batches in flight as many."""
+        decoding = [entry for entry in self._running() if _pending(entry) == 1]
+        share = -(-len(decoding) // self.limits.in_flight_max)
+        return [entry for entry in decoding if _left(entry) > 0][:share]
+
+    @property
+    def _is_pipelined(self) -> bool:
+        return self.limits.in_flight_max > 1
+
     def _touch(self, slot: Slot) -> None:
         self._uses += 1
         slot.used = self._uses
@@ -676,10 +761,21 @@ def _pending(entry: _Sequence) -> int:
     return len(entry.tokens) - computed
 
 
+def _left(entry: _Sequence) -> int:
+    """Tokens of a running sequence that are neither computed nor in flight; below 1 while its
+    next one is drawn."""
+    assert entry.slot is not None
+    return len(entry.tokens) - entry.slot.end
+
+
+def _is_in_flight(entry: _Sequence) -> bool:
+    return entry.slot is not None and entry.slot.in_flight > 0
+
+
 def _is_at_view(entry: _Sequence) -> bool:
     """Whether a running sequence goes on with a view."""
     assert entry.slot is not None
-    return view_at(entry.tokens, len(entry.slot.tokens)) is not None
+    return view_at(entry.tokens, entry.slot.end) is not None
 
 
 def _proposed_max(entry: _Sequence, decoding: int) -> int:

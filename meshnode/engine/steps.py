@@ -25,6 +25,7 @@ from meshnode.errors import RemoteProtocolError
 __all__ = [
     "CODECS",
     "PIPELINE_BYTES",
+    "STATE_BYTES_MAX",
     "STEP_ROWS_MAX",
     "STEP_SLOTS_MAX",
     "Codec",
@@ -46,6 +47,8 @@ STEP_SLOTS_MAX = 256
 """Sequences that llama.cpp can have (`LLAMA_MAX_SEQ`)."""
 PIPELINE_BYTES = 16
 """A random name for one run of a pipeline: nothing of another run is ever taken for its own."""
+STATE_BYTES_MAX = 1024**3
+"""No slot's KV is moved that takes more: it crosses pipes and networks as one message."""
 WIDTH_MAX = 65536
 CHANGES_MAX = 4 * STEP_SLOTS_MAX
 _HEADER_BYTES_MAX = 64 * 1024
@@ -79,8 +82,8 @@ class Step(Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
     """
 
     pipeline: Annotated[bytes, Meta(min_length=PIPELINE_BYTES, max_length=PIPELINE_BYTES)]
-    epoch: Annotated[int, Meta(ge=0, lt=2**63)]
-    number: Annotated[int, Meta(ge=0, lt=2**63)]
+    epoch: Annotated[int, Meta(ge=0, le=2**63 - 1)]
+    number: Annotated[int, Meta(ge=0, le=2**63 - 1)]
     changes: Annotated[tuple[Keep | Share, ...], Meta(max_length=CHANGES_MAX)]
     slots: Annotated[bytes, Meta(max_length=2 * STEP_ROWS_MAX)]
     positions: Annotated[bytes, Meta(max_length=4 * STEP_ROWS_MAX)]

@@ -27,11 +27,13 @@ from meshnode.engine import (
     TokenLogprobs,
     Usage,
 )
+from meshnode.engine.steps import WIDTH_MAX, step_bytes_max
 from meshnode.errors import LocalProtocolError
 
 # A prompt is at most a context: 1 Mi tokens of 6 bytes is more than any model here takes.
 PROMPT_BYTES_MAX = 8 * 1024 * 1024
-FRAME_BYTES_MAX = PROMPT_BYTES_MAX + IMAGES_BYTES_MAX
+# Rows of a pipeline are the largest that is said.
+FRAME_BYTES_MAX = max(PROMPT_BYTES_MAX + IMAGES_BYTES_MAX, step_bytes_max(WIDTH_MAX))
 Frame = TypeVar("Frame")
 _LENGTH = struct.Struct(">I")
 
@@ -47,7 +49,8 @@ class Load(msgspec.Struct, frozen=True, tag="load"):
     """First frame to the child. `threads` None: adapt to the cores that are really free.
 
     KV of `saved_bytes` may be in memory outside of the cache, and of `spilled_bytes` in files.
-    `projector`: the path of an mmproj file, for a model that can see.
+    `projector`: the path of an mmproj file, for a model that can see. `part`: first layer and end,
+    if not all are loaded.
     """
 
     path: str
@@ -63,6 +66,7 @@ class Load(msgspec.Struct, frozen=True, tag="load"):
     saved_bytes: int = 0
     spilled_bytes: int = 0
     spill_dir: str | None = None
+    part: tuple[int, int] | None = None
 
 
 class Generate(msgspec.Struct, frozen=True, tag="generate"):
@@ -137,6 +141,30 @@ class Cancel(msgspec.Struct, frozen=True, tag="cancel"):
     """
 
     number: int
+
+
+class StartPipeline(msgspec.Struct, frozen=True, tag="start_pipeline"):
+    """To a part: all KV is lost, and from now on steps go out and rows come in under this name.
+
+    `stages` batches are in flight at once, at most.
+    """
+
+    pipeline: bytes
+    epoch: int
+    stages: int
+
+
+class StopPipeline(msgspec.Struct, frozen=True, tag="stop_pipeline"):
+    """To a part: what is in flight is lost, and so is all KV. Requests wait for the next start."""
+
+    reason: str
+
+
+class Rows(msgspec.Struct, frozen=True, tag="rows"):
+    """To a part: a `steps.Step` of a pipeline, from the stage before it."""
+
+    pipeline: bytes
+    step: bytes
 
 
 class Loading(msgspec.Struct, frozen=True, tag="loading"):
@@ -222,6 +250,20 @@ class Embedded(msgspec.Struct, frozen=True, tag="embedded"):
     number: int
 
 
+class Planned(msgspec.Struct, frozen=True, tag="planned"):
+    """Of a part: a `steps.Step` for the first stage of a pipeline."""
+
+    pipeline: bytes
+    step: bytes
+
+
+class PipelineFailed(msgspec.Struct, frozen=True, tag="pipeline_failed"):
+    """Of a part: what came as rows was none of what was planned; the pipeline has stopped."""
+
+    pipeline: bytes
+    message: str
+
+
 class Status(msgspec.Struct, frozen=True, tag="status"):
     """Measurements, as in `EngineStats`."""
 
@@ -236,7 +278,7 @@ class Status(msgspec.Struct, frozen=True, tag="status"):
     speculation: SpeculationStats | None = None
 
 
-ToChild = Load | Generate | Embed | Cancel
+ToChild = Load | Generate | Embed | Cancel | StartPipeline | StopPipeline | Rows
 FromChild = (
     Loading
     | Ready
@@ -249,6 +291,8 @@ FromChild = (
     | Done
     | Vector
     | Embedded
+    | Planned
+    | PipelineFailed
     | Status
 )
 
@@ -259,8 +303,12 @@ _from_child: msgspec.msgpack.Decoder[FromChild] = msgspec.msgpack.Decoder(FromCh
 
 def encode(frame: ToChild | FromChild) -> bytes:
     """A frame with its length. Raises `LocalProtocolError` if it is over `FRAME_BYTES_MAX`."""
-    body = _encoder.encode(frame)
-    if len(body) > FRAME_BYTES_MAX:
+    return with_length(_encoder.encode(frame), FRAME_BYTES_MAX)
+
+
+def with_length(body: bytes, frame_bytes_max: int) -> bytes:
+    """Raises `LocalProtocolError` if it is larger than that."""
+    if len(body) > frame_bytes_max:
         raise LocalProtocolError(f"an engine frame of {len(body)} bytes is too large")
     return _LENGTH.pack(len(body)) + body
 
@@ -268,7 +316,8 @@ def encode(frame: ToChild | FromChild) -> bytes:
 class FrameReader:
     """Cuts a byte stream into frames; holds at most one incomplete frame."""
 
-    def __init__(self) -> None:
+    def __init__(self, frame_bytes_max: int = FRAME_BYTES_MAX) -> None:
+        self._frame_bytes_max = frame_bytes_max
         self._buffer = bytearray()
 
     def feed(self, data: bytes | bytearray) -> list[bytes]:
@@ -280,7 +329,7 @@ class FrameReader:
         bodies = []
         while len(self._buffer) >= _LENGTH.size:
             (length,) = _LENGTH.unpack_from(self._buffer)
-            if length > FRAME_BYTES_MAX:
+            if length > self._frame_bytes_max:
                 raise LocalProtocolError(f"an engine frame claims {length} bytes")
             end = _LENGTH.size + length
             if len(self._buffer) < end:
@@ -292,15 +341,16 @@ class FrameReader:
 
 def decode_to_child(body: bytes) -> ToChild:
     """Raises `LocalProtocolError` if the parent sent something else."""
-    return _decode(_to_child, body)
+    return decode(_to_child, body)
 
 
 def decode_from_child(bodies: Sequence[bytes]) -> list[FromChild]:
     """Raises `LocalProtocolError` if the child sent something else."""
-    return [_decode(_from_child, body) for body in bodies]
+    return [decode(_from_child, body) for body in bodies]
 
 
-def _decode(decoder: msgspec.msgpack.Decoder[Frame], body: bytes) -> Frame:
+def decode(decoder: msgspec.msgpack.Decoder[Frame], body: bytes) -> Frame:
+    """Raises `LocalProtocolError` if the other side of the pipe sent something else."""
     try:
         frame: Frame = decoder.decode(body)
     except msgspec.MsgspecError as error:

@@ -125,10 +125,12 @@ class MemberLost:
 
 @dataclass(frozen=True, slots=True)
 class Duty:
-    """A model that this node owns (`load`), or would take over (keep its file at hand)."""
+    """A model that this node owns: all of it (`load`), or the layers of `parts`, as (first, end);
+    otherwise it would take it over (keep its file at hand)."""
 
     model: str
     load: bool
+    parts: tuple[tuple[int, int], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

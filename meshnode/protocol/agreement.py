@@ -27,6 +27,7 @@ from meshnode.messages import (
     CLAIMS_MAX,
     GROUPS_MAX,
     ORDERS_MAX,
+    PARTS_MAX,
     Consent,
     Consents,
     Decided,
@@ -98,6 +99,10 @@ class Holding:
     weight_bytes: int
     kv_bytes: int
     layers: int
+    activation_bytes: int = 0
+    edge_bytes: int = 0
+    cut_every: int = 1
+    parts: tuple[tuple[int, int], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -562,6 +567,10 @@ class Agreement:
             weight_bytes=holding.weight_bytes,
             kv_bytes=holding.kv_bytes,
             layers=holding.layers,
+            activation_bytes=holding.activation_bytes,
+            edge_bytes=holding.edge_bytes,
+            cut_every=holding.cut_every,
+            parts=holding.parts,
         )
 
     def _say(self, group: Group, consent: Consent) -> None:
@@ -651,15 +660,23 @@ class Agreement:
 
     def _tell_duties(self) -> list[Effect]:
         """What this node has to load, or to keep at hand, if that has changed."""
-        wanted: dict[str, bool] = {}
+        whole: dict[str, bool] = {}
+        parts: dict[str, set[tuple[int, int]]] = {}
         for group in self._groups.values():
             for item in group.head.body.items:
-                if group.has_to_load(item):
-                    wanted[item.model] = True
-                elif self.own in item.standbys:
-                    wanted.setdefault(item.model, False)
+                if not group.has_to_load(item):
+                    if self.own in item.standbys:
+                        whole.setdefault(item.model, False)
+                elif item.shard.kind == "whole":
+                    whole[item.model] = True
+                else:
+                    whole.setdefault(item.model, False)
+                    parts.setdefault(item.model, set()).add((item.shard.first, item.shard.end))
         duties = DutiesChanged(
-            tuple(Duty(model, wanted[model]) for model in sorted(wanted)),
+            tuple(
+                Duty(model, whole[model], tuple(sorted(parts.get(model, ()))[:PARTS_MAX]))
+                for model in sorted(whole)
+            ),
             any(group.is_drained() for group in self._groups.values()),
         )
         if duties == self._duties:

@@ -18,6 +18,7 @@ from meshnode.messages import (
     CONSENTS_MAX,
     ITEMS_MAX,
     ORDERS_MAX,
+    Body,
     Claim,
     Item,
     Order,
@@ -25,7 +26,7 @@ from meshnode.messages import (
 )
 from meshnode.protocol.placement import Part, Plan, Replica
 from meshnode.protocol.quorum import Faults
-from meshnode.protocol.rules import ItemKey, item_key, order_key
+from meshnode.protocol.rules import ItemKey, item_key, order_key, serving_models
 from meshnode.protocol.words import Word
 
 __all__ = [
@@ -44,20 +45,28 @@ SETTLED_S = 2.0
 """A node has been here so long before it is named a voter."""
 
 
-def current_replicas(items: Iterable[Item]) -> tuple[Replica, ...]:
-    """The replicas of a block that are not on their way out, as the planner knows them."""
+def current_replicas(items: Iterable[Item], cut_every: Mapping[str, int]) -> tuple[Replica, ...]:
+    """The replicas of a block that are not on their way out, as the planner knows them: in units
+    of so many layers, by model."""
     grouped: defaultdict[tuple[str, int], list[Item]] = defaultdict(list)
     for item in items:
         if item.state != "draining":
             grouped[item.model, item.replica].append(item)
-    return tuple(_replica(model, number, parts) for (model, number), parts in grouped.items())
+    return tuple(
+        _replica(model, number, parts, cut_every.get(model, 1))
+        for (model, number), parts in grouped.items()
+    )
 
 
-def _replica(model: str, number: int, items: list[Item]) -> Replica:
+def _replica(model: str, number: int, items: list[Item], every: int) -> Replica:
     ordered = sorted(items, key=lambda item: item.shard)
     return Replica(
         model,
-        tuple(Part(i.owner, i.shard.first, i.shard.end, i.bytes) for i in ordered),
+        tuple(
+            # The last unit has what is left over.
+            Part(i.owner, i.shard.first // every, max(i.shard.end // every, 1), i.bytes)
+            for i in ordered
+        ),
         tuple(item.standbys for item in ordered),
         number,
     )
@@ -78,7 +87,7 @@ def draft_items(
     drafted = [_promoted(item, words) for item in planned]
     kept = {(item_key(item), item.owner) for item in drafted}
     taken = {item_key(item) for item in drafted}
-    served = {item.model for item in drafted if item.state == "serving"}
+    served = serving_models(Body(tuple(drafted)))
     leaving: list[Item] = []
     for item in items:
         if (item_key(item), item.owner) in kept or item_key(item) in taken:
@@ -122,12 +131,12 @@ def _planned(
     for item in items:
         used[item.model].add(item.replica)
         word = words.get((item.owner, item.model))
-        is_ready = word is not None and word.consent.state == "ready"
+        is_ready = word is not None and word.consent.is_ready(item.shard)
         if item.state == "draining" and item.shard.kind == "whole" and is_ready:
             draining[item.owner, item.model] = item.replica
     for replica in plan.replicas:
         number = replica.number
-        if number < 0:
+        if number < 0 and len(replica.parts) == 1:
             # Who is to serve again while it still drains just goes on.
             number = draining.pop((replica.parts[0].owner, replica.model), -1)
         if number < 0:
@@ -139,7 +148,12 @@ def _planned(
             is_whole = len(replica.parts) == 1
             of = max(consent.layers, 1)
             shard = Shard("whole", 0, of, of) if is_whole else (
-                Shard("layers", part.first, part.end, of)
+                Shard(
+                    "layers",
+                    part.first * consent.cut_every,
+                    of if part.end == consent.units else part.end * consent.cut_every,
+                    of,
+                )
             )  # fmt: skip
             standbys = replica.standbys[place] if place < len(replica.standbys) else ()
             item = Item(
@@ -170,7 +184,7 @@ def _staying(item: Item, words: Mapping[tuple[str, str], Word]) -> Item:
 
 def _promoted(item: Item, words: Mapping[tuple[str, str], Word]) -> Item:
     """Serving as soon as its owner has said that it is ready, and loading again if it is not."""
-    is_ready = words[item.owner, item.model].consent.state == "ready"
+    is_ready = words[item.owner, item.model].consent.is_ready(item.shard)
     return replace(item, state="serving" if is_ready else "loading")
 
 

@@ -50,24 +50,35 @@ def problem_of(
         models[model] = Model(
             digest=model,
             name=consent.name,
-            weight_bytes=consent.weight_bytes,
-            layers=max(consent.layers, 1),
+            # Nobody says which part has the embeddings and the head: each is taken to.
+            weight_bytes=max(consent.weight_bytes - consent.edge_bytes, 0),
+            layers=consent.units,
             kv_bytes_per_token=consent.kv_bytes,
             context_tokens=1,  # `kv_bytes` is for all of the context already
-            compute_bytes=max(consent.bytes - consent.weight_bytes - consent.kv_bytes, 0),
+            compute_bytes=max(consent.bytes - consent.weight_bytes - consent.kv_bytes, 0)
+            + consent.edge_bytes,
+            activation_bytes=consent.activation_bytes,
+            cut_every=consent.cut_every,
+            depth=consent.layers,
         )
-        rate = rates.get((peer, model), 0.0)
+        # The rate of a pipeline says nothing about the one host that offers it.
+        rate = rates.get((peer, model), 0.0) if consent.state == "ready" else 0.0
         decode_us = _rounded(round(1e6 / rate)) if rate > 0 else 0
         if decode_us and consent.weight_bytes:
             us_per_gb[peer] = max(1, decode_us * 10**9 // consent.weight_bytes)
         assert consent.state != "gone"
         holdings.setdefault(peer, {})[model] = Holding(
-            consent.state, consent.wanted, consent.bytes, decode_us
+            consent.state,
+            consent.wanted,
+            consent.bytes,
+            decode_us,
+            cuts=consent.activation_bytes > 0 and consent.units > 1,
         )
         memory[peer] = max(memory.get(peer, (-1, 0)), (consent.sequence, consent.memory_bytes))
     leaving: Counter[str] = Counter()
+    stays = {(i.owner, i.model, i.shard) for i in body.items if i.state != "draining"}
     for item in body.items:
-        if item.state == "draining":
+        if item.state == "draining" and (item.owner, item.model, item.shard) not in stays:
             leaving[item.owner] += item.bytes
     wants: dict[str, Want] = {}
     for model, fact in models.items():
@@ -85,6 +96,7 @@ def problem_of(
                 us_per_gb=us_per_gb.get(peer, unmeasured),
                 load_bytes_per_s=LOAD_BYTES_PER_S,
                 holdings=held,
+                stages=True,
                 draining=peer in drained,
             )
             for peer, held in holdings.items()
@@ -95,7 +107,9 @@ def problem_of(
             for peer, advert in adverts.items()
             for link in advert.links
         },
-        current=current_replicas(body.items),
+        current=current_replicas(
+            body.items, {model: consent.cut_every for (_, model), consent in said.items()}
+        ),
     )
 
 

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from meshnode.errors import RemoteProtocolError
-from meshnode.messages import Body, Consent, Item, Order
+from meshnode.messages import Body, Consent, Item, Order, Shard
 
 __all__ = [
     "ORDER_AGE_MAX",
@@ -148,17 +148,19 @@ def _refused_items(body: Body, consents: dict[tuple[str, str], Consent]) -> str 
     if len(set(keys)) != len(keys):
         return "two owners of one shard"  # S4
     replicas: defaultdict[tuple[str, int], list[Item]] = defaultdict(list)
-    committed: defaultdict[str, int] = defaultdict(int)
+    # By owner, model and layers: what an old and a new replica have in common is loaded once.
+    committed: dict[tuple[str, str, Shard], int] = {}
     offered: dict[str, tuple[int, int]] = {}
     for (peer, _), word in consents.items():
         offered[peer] = max(offered.get(peer, (-1, 0)), (word.sequence, word.memory_bytes))
     for item in body.items:
         replicas[item.model, item.replica].append(item)
-        committed[item.owner] += item.bytes
+        held = (item.owner, item.model, item.shard)
+        committed[held] = max(committed.get(held, 0), item.bytes)
         consent = consents.get((item.owner, item.model))
         if consent is None or consent.state in ("gone", "failed"):
             return "an owner that has not consented"
-        if item.state == "serving" and consent.state != "ready":
+        if item.state == "serving" and not consent.is_ready(item.shard):
             return "an owner that has not said it is ready"
         is_whole = item.shard.kind == "whole" and item.state != "draining"
         if is_whole and item.bytes < consent.bytes:
@@ -172,10 +174,25 @@ def _refused_items(body: Body, consents: dict[tuple[str, str], Consent]) -> str 
     for items in replicas.values():
         if not covered(items):
             return "a replica with a gap"  # S7
-    for owner, total in committed.items():
+    for item in body.items:
+        if item.shard.kind == "layers" and item.state != "draining":
+            consent = consents[item.owner, item.model]
+            is_layers = item.shard.of == consent.layers and not item.shard.first % consent.cut_every
+            if not consent.activation_bytes or not is_layers:
+                return "an owner that cannot run these layers"
+            if item.bytes < _layers_bytes(consent, item.shard):
+                return "less memory than the layers need"
+    for owner in {owner for owner, *_ in committed}:
+        total = sum(size for (other, *_), size in committed.items() if other == owner)
         if total > offered[owner][1]:
             return "more memory committed than the owner offers"  # S8
     return None
+
+
+def _layers_bytes(consent: Consent, shard: Shard) -> int:
+    """The least that these layers take: their share of weights and KV."""
+    shared = max(consent.weight_bytes - consent.edge_bytes, 0) + consent.kv_bytes
+    return shared * (shard.end - shard.first) // shard.of
 
 
 def _refused_changes(
@@ -199,7 +216,7 @@ def _refused_changes(
             all(
                 witness.is_alive(item.owner)
                 and (item_key(item), item.owner) in after
-                and consents[item.owner, model].state == "ready"
+                and consents[item.owner, model].is_ready(item.shard)
                 for item in items
             )
             for items in replicas

@@ -25,7 +25,7 @@ from dataclasses import dataclass, field
 import msgspec
 
 from meshnode.identity import Verify, open_envelope, verify_by
-from meshnode.messages import Body, Consent, Header, Order, Proposal, QuorumCertificate, Vote
+from meshnode.messages import Body, Consent, Header, Order, Proposal, QuorumCertificate, Shard, Vote
 from meshnode.protocol import Effect, Send
 from meshnode.protocol.consensus import Head, Register
 from meshnode.protocol.quorum import Faults, header_hash, may_follow, vote_bytes
@@ -208,12 +208,16 @@ def check_body(body: Body, group: str, genuine: Verify, broken: Broken = stop) -
         broken("S4", "two owners of one shard")
     replicas: defaultdict[tuple[str, int], set[int]] = defaultdict(set)
     committed: defaultdict[str, int] = defaultdict(int)
+    counted: dict[tuple[str, str, Shard], int] = {}
     for item in body.items:
         units = set(range(item.shard.first, item.shard.end))
         if units & replicas[item.model, item.replica]:
             broken("S4", "shards overlap")
         replicas[item.model, item.replica] |= units
-        committed[item.owner] += item.bytes
+        # The same layers in an old and a new replica are in memory once.
+        held = (item.owner, item.model, item.shard)
+        committed[item.owner] += max(item.bytes - counted.get(held, 0), 0)
+        counted[held] = max(item.bytes, counted.get(held, 0))
         if said[item.owner, item.model].state not in ("file", "ready"):
             broken("S7", f"{item.owner} owns what it cannot serve")
     for item in body.items:

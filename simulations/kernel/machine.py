@@ -88,6 +88,8 @@ class Machine:
     loaded: dict[str, None] = field(default_factory=dict)
     running: tuple[str, ...] = ()
     """The models that it has loaded or is loading."""
+    parts: dict[tuple[str, int, int], bool] = field(default_factory=dict)
+    """Layers (model, first, end) that it was told to load; True once it has."""
     loads: int = 0
     """How often it has begun to load one, in all its runs."""
     is_root: bool = False

@@ -208,6 +208,7 @@ class World:
         machine.starts += 1
         machine.events.clear()
         machine.loaded.clear()
+        machine.parts.clear()
         machine.running = ()
         machine.effects_left = None
         self._tell_power(machine, "on")
@@ -620,6 +621,7 @@ class World:
         """Load what is to be loaded and let go of what is not. What its own operator wants here
         stays, unless the node is drained, as in `node.py`.
         """
+        self._do_parts(machine, duties)
         owned = {duty.model for duty in duties.duties if duty.load}
         wanted = tuple(
             model
@@ -650,6 +652,36 @@ class World:
             machine.loaded[model] = None
             self._tell_models(machine)
 
+    def _do_parts(self, machine: Machine, duties: DutiesChanged) -> None:
+        """Load the layers that are to be loaded, in the time that their share of the model takes,
+        and let go of the others."""
+        wanted = {
+            (duty.model, first, end)
+            for duty in duties.duties
+            for first, end in duty.parts
+            if duty.model in machine.models
+        }
+        dropped = [part for part in machine.parts if part not in wanted]
+        for part in dropped:
+            del machine.parts[part]
+        for part in sorted(wanted - machine.parts.keys()):
+            machine.parts[part] = False
+            machine.loads += 1
+            self._note("load", machine)
+            model, first, end = part
+            holding = machine.models[model][1]
+            load_ns = self.loading(machine, holding) * (end - first) // max(holding.layers, 1)
+            self.loop.after(load_ns, self._part_loaded, machine, machine.starts, part)
+        if dropped:
+            self.loop.after(0, self._tell_models, machine)
+
+    def _part_loaded(self, machine: Machine, run: int, part: tuple[str, int, int]) -> None:
+        if machine.is_asleep:
+            machine.missed.append(partial(self._part_loaded, machine, run, part))
+        elif machine.starts == run and machine.stack is not None and part in machine.parts:
+            machine.parts[part] = True
+            self._tell_models(machine)
+
     def tell_offers(self, machine: Machine) -> None:
         """What it serves, and how busy it is with that."""
         if machine.is_awake:
@@ -670,7 +702,15 @@ class World:
 def holdings_of(machine: Machine) -> tuple[Holding, ...]:
     """Its model files and how far they are loaded."""
     return tuple(
-        replace(holding, state="ready") if model in machine.loaded else holding
+        replace(
+            holding,
+            state="ready" if model in machine.loaded else holding.state,
+            parts=tuple(
+                (first, end)
+                for (of, first, end), is_loaded in sorted(machine.parts.items())
+                if of == model and is_loaded
+            ),
+        )
         for model, (_, holding) in machine.models.items()
     )
 

@@ -49,7 +49,6 @@ def plan_of(**changes: object) -> PlacementReport:
         ),
         "changes": (ChangeReport(PEER, "let go"),),
         "missing": "",
-        "if_cut": (),
     }
     model = ModelReport(**{**fields, **changes})  # type: ignore[arg-type]
     return PlacementReport(17, (model,), ("…abc were gone",), 0)
@@ -59,7 +58,7 @@ def plan_of(**changes: object) -> PlacementReport:
     ("text", "meant"),
     [
         ("+node:memory=8GiB", AddNode(8 * GIB)),
-        ("+node:stages,memory=1GB,ms_per_token=2.5", AddNode(10**9, 2.5, True)),
+        ("+node:ms_per_token=2.5,memory=1GB", AddNode(10**9, 2.5)),
         ("-xLvKXtf", RemoveNode("xLvKXtf")),
         ("drain=self", DrainNode("self")),
         ("pin=…xLvKXtf", PinModel("…xLvKXtf")),
@@ -82,7 +81,7 @@ def test_what_ifs_are_read(text: str, meant: object) -> None:
         ("memory=8GiB", "is not one of"),
         ("+node", "is not one of"),
         ("+gpu:memory=8GiB", "is not one of"),
-        ("+node:stages", "does not say how much memory"),
+        ("+node:ms_per_token=2", "does not say how much memory"),
         ("+node:memory=8GiB,stages=1", "no property of a node"),
         ("+node:memory=8GiB,cores=4", "no property of a node"),
         ("+node:memory=8GiB,memory=9GiB", "gives memory twice"),
@@ -131,17 +130,16 @@ def test_as_json_it_is_what_the_node_said(meshnode: Run, node: FakeNode) -> None
     assert node.asked == [{"model": None, "file": None, "what_if": []}]
 
 
-def test_a_cut_model_is_never_promised(meshnode: Run, node: FakeNode) -> None:
+def test_a_cut_model_is_shown_with_its_layers(meshnode: Run, node: FakeNode) -> None:
     parts = (PartReport(OWN, 0, 12, GIB, ()), PartReport("new-1", 12, 30, GIB, ()))
     cut = ReplicaReport(parts, 90.0, 20.0, False, None, "no node can hold all of it")
     node.answers["/api/placement/preview"] = (
         200,
-        plan_of(replicas=(), missing="needs 4.0 GB more on one node", if_cut=(cut,), changes=()),
+        plan_of(replicas=(cut,), changes=()),
     )
     result = meshnode("placement", "small")
-    assert "small cannot be placed: needs 4.0 GB more on one node" in result.stderr
     assert "this node [0–11, 1.0 GiB] → new-1 [12–29, 1.0 GiB]: 90.0 ms/token" in result.stdout
-    assert "layer stages are not served yet" in result.stderr
+    assert "no node can hold all of it" in result.stderr
 
 
 def test_a_file_that_nobody_has_is_described_to_the_node(
@@ -160,7 +158,7 @@ def test_a_file_that_nobody_has_is_described_to_the_node(
         "kv_bytes_per_token": 256,
         "context_tokens": 256,
         "compute_bytes": asked["file"]["compute_bytes"],
-        "activation_bytes": 256,
+        "activation_bytes": 0,  # a made-up architecture is not cut
     }
     assert asked["file"]["compute_bytes"] > 128 * 1024**2
     beyond = meshnode("placement", str(path), "--context", "9999")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from msgspec.structs import replace
 
 from meshnode.console.preview import Changed, report, with_file, with_idle, with_what_ifs
 from meshnode.console.requests import (
@@ -26,7 +27,9 @@ FILE = ModelFile("large", 12 * GB, 40, 0, 1, 0, 4096)
 FACTS = Problem(
     models={SMALL.digest: SMALL},
     hosts={
-        name: Host(name, 8 * GB, 50_000, GB, {SMALL.digest: Holding(state, False, GB, us)})
+        name: Host(
+            name, 8 * GB, 50_000, GB, {SMALL.digest: Holding(state, False, GB, us)}, stages=True
+        )
         for name, state, us in (("ada", "ready", 40_000), ("bob", "file", 60_000))
     },
     wants={SMALL.digest: Want(1)},
@@ -118,18 +121,19 @@ def test_a_node_without_any_model_is_told_why_it_is_out() -> None:
     assert next(v for v in model.verdicts if v.node == "ada").memory_bytes == 8 * GB
 
 
-def test_a_file_that_fits_nowhere_says_what_it_would_take_cut() -> None:
+def test_a_file_that_fits_nowhere_is_cut_if_it_can_be() -> None:
     (model,) = report(with_file(FACTS, FILE), 7).models
-    assert (model.name, model.layers, model.replicas) == ("large", 40, ())
-    assert "needs 4.0 GB more on one node" in model.missing
-    (cut,) = model.if_cut
+    assert (model.name, model.layers, model.missing) == ("large", 40, "")
+    (cut,) = model.replicas
     assert cut.is_cut
     assert min(part.first for part in cut.parts) == 0
     assert sum(part.end - part.first for part in cut.parts) == 40
-    assert all(not verdict.included for verdict in model.verdicts)
+    (whole,) = report(with_file(FACTS, replace(FILE, activation_bytes=0)), 7).models
+    assert whole.replicas == ()
+    assert "needs 4.0 GB more on one node" in whole.missing
 
 
 def test_a_file_that_fits_is_placed_whole() -> None:
     (model,) = report(with_file(with_idle(FACTS, {"eve": 16 * GB}), FILE), 7).models
     assert owners(model) == ["eve"]
-    assert (model.missing, model.if_cut) == ("", ())
+    assert model.missing == ""

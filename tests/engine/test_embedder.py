@@ -10,8 +10,8 @@ import gguf
 import numpy as np
 import pytest
 
+from meshnode.engine.child_process import CHILD_ENVIRONMENT
 from meshnode.engine.embedding import EmbedQueue
-from meshnode.engine.process import CHILD_ENVIRONMENT
 from meshnode.errors import ModelLoadError, RequestError
 from tests.engine.tiny_models import CONTEXT_TOKENS, EMBEDDING, WORDS, weights, write_bert
 

@@ -11,8 +11,8 @@ import pytest
 
 from meshnode.config import KvType
 from meshnode.engine import ChatMessage
+from meshnode.engine.child_process import CHILD_ENVIRONMENT
 from meshnode.engine.memory import memory_need
-from meshnode.engine.process import CHILD_ENVIRONMENT
 from meshnode.engine.saved import Drop, Restore, Save, Spill
 from meshnode.engine.scheduler import Batch, Chunk, Copy, Limits, Trim
 from meshnode.errors import ModelLoadError

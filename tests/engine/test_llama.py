@@ -12,7 +12,7 @@ from typing import Literal
 import pytest
 
 from meshnode.engine import ChatMessage, Sampling
-from meshnode.engine.process import CHILD_ENVIRONMENT
+from meshnode.engine.child_process import CHILD_ENVIRONMENT
 from meshnode.engine.scheduler import Batch, Chunk, Limits, Scheduler, Trim
 from meshnode.errors import ModelLoadError, RequestError
 

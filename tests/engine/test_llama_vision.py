@@ -15,7 +15,7 @@ import pytest
 
 from meshnode.engine import ChatMessage, Image
 from meshnode.engine.cells import stretch, view_at
-from meshnode.engine.process import CHILD_ENVIRONMENT
+from meshnode.engine.child_process import CHILD_ENVIRONMENT
 from meshnode.engine.scheduler import Batch, Chunk, Copy, Trim
 from tests.engine.eyes import picture, write_language_model, write_projector
 

@@ -12,6 +12,7 @@ from meshnode.engine.cells import cells
 from meshnode.engine.prepare import prepare
 from meshnode.engine.saved import Restore, Save
 from meshnode.engine.scheduler import (
+    IDLE_TOKENS_MAX,
     PUT_ASIDE_FOR_TOKENS_MIN,
     Batch,
     Change,
@@ -526,6 +527,17 @@ def test_invariants_hold_and_every_request_ends(
             break
     assert not patience, "a request never ended"
     assert scheduler.load().slots_busy == 0
+
+
+def test_what_is_put_aside_while_nobody_runs_is_a_batch_of_changes() -> None:
+    long = IDLE_TOKENS_MAX + 1
+    scheduler = make(context_tokens=400, prefill_tokens=400, saved_tokens=long)
+    scheduler.submit(1, b"a", [1] * long, max_tokens=1)
+    step(scheduler)
+    batch = planned(scheduler)
+    assert [type(change) for change in batch.changes] == [Save, Trim]
+    assert batch.chunks == ()
+    assert scheduler.plan() is None
 
 
 def test_idle_sessions_are_put_aside_for_a_long_prompt_and_come_back() -> None:

@@ -27,8 +27,9 @@ from meshnode.engine import (
     TokenLogprobs,
     wire,
 )
+from meshnode.engine.child_process import CHILD_ENVIRONMENT
 from meshnode.engine.pace import Threads
-from meshnode.engine.process import CHILD_ENVIRONMENT, EngineOptions, EngineProcess
+from meshnode.engine.process import EngineOptions, EngineProcess
 from meshnode.errors import ModelLoadError
 from meshnode.models.catalog import resolve
 

@@ -47,6 +47,7 @@ _KNOWN = frozenset((*_FACTORS, _POSITIONS, ROWS_OF_TOKENS, _NORM_BIAS, _HEAD, _H
 # Arrays that are not about layers, however many items they have.
 _NOT_PER_LAYER = ("rope.dimension_sections",)
 _F32 = 0
+_Q1_0, _Q1_0_BLOCK = 41, 128
 _LAYER = "blk"
 
 
@@ -75,8 +76,9 @@ class Stage:
 
     The file begins with `header`; then come `pieces`; whatever neither covers is zeros that nobody
     reads. `ranges` are what is needed of the source, first byte and end, ascending, and
-    `source_bytes` how much that is. Activations have `width` numbers: whoever computes multiplies
-    those of the stage before by `input_scale`, and looked-up rows by `lookup_scale`.
+    `source_bytes` how much that is; `edge_bytes` of it are in no layer. Activations have `width`
+    numbers: whoever computes multiplies those of the stage before by `input_scale`, and looked-up
+    rows by `lookup_scale`.
     """
 
     architecture: str
@@ -92,6 +94,7 @@ class Stage:
     ranges: tuple[tuple[int, int], ...]
     bytes_total: int
     source_bytes: int
+    edge_bytes: int
     input_scale: float
     lookup_scale: float
     lookup: Rows
@@ -245,6 +248,9 @@ class _Cutter:
             ranges=ranges,
             bytes_total=bytes_total,
             source_bytes=sum(end - start for start, end in ranges),
+            edge_bytes=sum(
+                tensor.size_bytes for name, tensor in self._tensors() if _layer_of(name) is None
+            ),
             input_scale=self._changes.input_scale,
             lookup_scale=self._changes.lookup_scale,
             lookup=Rows(
@@ -324,7 +330,8 @@ class _Cutter:
             if _HEAD_BIAS in tensors:
                 yield _HEAD_BIAS, _F32, (1,), b""
         elif not self._is_tied:
-            yield ROWS_OF_TOKENS, tensors[ROWS_OF_TOKENS].kind, tensors[ROWS_OF_TOKENS].shape, b""
+            words = tensors[ROWS_OF_TOKENS]
+            yield ROWS_OF_TOKENS, _smallest(words.kind, words.shape), words.shape, b""
         if self._first > 0 and _POSITIONS in tensors:
             # Positions were added before the first layer; here nothing is.
             yield _POSITIONS, tensors[_POSITIONS].kind, tensors[_POSITIONS].shape, b""
@@ -359,6 +366,11 @@ class _Cutter:
             for place, (_, tensor) in zip(places, copied, strict=True)
         )
         return head + bytes(start - len(head)) + written, pieces, start + position
+
+
+def _smallest(kind: int, shape: tuple[int, ...]) -> int:
+    """The type of numbers that takes least, if such rows can be of it; else `kind`."""
+    return _Q1_0 if shape[0] % _Q1_0_BLOCK == 0 else kind
 
 
 def _coalesced(pieces: tuple[Piece, ...]) -> tuple[tuple[int, int], ...]:

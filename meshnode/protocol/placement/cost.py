@@ -50,6 +50,12 @@ def holding(host: Host, model: str) -> Holding | None:
     return held if held is not None and held.state != "failed" else None
 
 
+def runs_stages(host: Host, model: str) -> bool:
+    """Whether `host` can run a part of the model's layers."""
+    held = holding(host, model)
+    return host.stages and held is not None and held.cuts
+
+
 def units(model: Model) -> int:
     """Its layers; 1 if nobody knows them, and then it cannot be cut."""
     return max(1, model.layers)

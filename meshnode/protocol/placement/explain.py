@@ -13,6 +13,7 @@ from meshnode.protocol.placement.cost import (
     layers_max,
     part_bytes,
     replica_us,
+    runs_stages,
     stage_us,
     units,
     want,
@@ -147,7 +148,7 @@ class _Scene:
             return self._why_spare(host)
         if not self._cut or self._whole_elsewhere():
             return f"{_needed(size)} needed, {_available(self._free[peer])} free"
-        if not host.stages:
+        if not runs_stages(host, self._model.digest):
             return (
                 f"{_needed(size)} needed, {_available(self._free[peer])} free, "
                 "and it cannot run stages"
@@ -278,7 +279,7 @@ def _remedy(problem: Problem, model: Model, free: dict[str, int]) -> str:
     if not able:
         return "every node that has the file is draining or could not load it"
     short = min(whole_bytes(model, host) - free[peer] for peer, host in able.items())
-    stages = [peer for peer, host in able.items() if host.stages]
+    stages = [peer for peer, host in able.items() if runs_stages(host, model.digest)]
     layers = units(model) - sum(layers_max(model, free[peer]) for peer in stages)
     if not stages or layers <= 0:
         return f"needs {_needed(short)} more on one node, or nodes that can run stages"

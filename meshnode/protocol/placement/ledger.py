@@ -13,6 +13,7 @@ from meshnode.protocol.placement.cost import (
     hop_us,
     layers_max,
     part_bytes,
+    runs_stages,
     units,
     whole_bytes,
     whole_us,
@@ -121,7 +122,7 @@ class Ledger:
         layers = part.end - part.first
         if layers == units(model):
             return replace(part, bytes=whole_bytes(model, host))
-        return replace(part, bytes=part_bytes(model, layers)) if host.stages else None
+        return replace(part, bytes=part_bytes(model, layers)) if runs_stages(host, name) else None
 
     def heir(
         self, model: str, part: Part, standbys: tuple[str, ...], others: set[str]
@@ -151,7 +152,7 @@ class Ledger:
         return [
             Seat(peer, layers_max(model, self._free[peer]), whole_us(model, host))
             for peer, host in self._problem.hosts.items()
-            if host.stages and self.may_take(peer, name)
+            if runs_stages(host, name) and self.may_take(peer, name)
         ]
 
     def _hop(self, name: str) -> Hop:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from meshnode.protocol.placement.cost import (
     holding,
     part_bytes,
+    runs_stages,
     units,
     weight,
     whole_bytes,
@@ -100,6 +101,6 @@ def _candidates(
             continue
         whole = layers == units(model)
         size = whole_bytes(model, host) if whole else part_bytes(model, layers)
-        if size <= free[peer] and (whole or host.stages):
+        if size <= free[peer] and (whole or runs_stages(host, model.digest)):
             found.append(peer)
     return tuple(found)

@@ -16,6 +16,9 @@ PPM = 1_000_000
 class Model:
     """What a model costs. `weight_bytes` are spread evenly over `layers`.
 
+    Where a model may be cut only at some of its layers, `layers` counts what lies between, and
+    `cut_every` so many layers are one; the last has what is left of `depth`, all layers.
+
     `kv_bytes_per_token` over all layers; a replica keeps `context_tokens` of it, all slots
     together; `compute_bytes` is the scratch that every part of it needs once.
     """
@@ -29,19 +32,26 @@ class Model:
     compute_bytes: int
     activation_bytes: int = 0
     """What crosses between two stages per token."""
+    cut_every: int = 1
+    depth: int = 0
+
+    def layer(self, unit: int) -> int:
+        """The layer that a unit begins with, or where the last ends."""
+        return self.depth or unit if unit == self.layers else unit * self.cut_every
 
 
 @dataclass(frozen=True, slots=True)
 class Holding:
     """One model on one host. `bytes`: what a whole replica takes there, as that host estimates.
 
-    `decode_us_per_token`: measured there, 0 if not yet.
+    `decode_us_per_token`: measured there, 0 if not yet. `cuts`: it can run a part of it there.
     """
 
     state: Literal["file", "ready", "failed"]
     wanted: bool
     bytes: int
     decode_us_per_token: int = 0
+    cuts: bool = True
 
 
 @dataclass(frozen=True, slots=True)

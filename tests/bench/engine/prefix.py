@@ -25,8 +25,8 @@ from pathlib import Path
 import trio
 
 from meshnode.config import KvType
+from meshnode.engine.child_process import CHILD_ENVIRONMENT
 from meshnode.engine.memory import memory_need
-from meshnode.engine.process import CHILD_ENVIRONMENT
 from meshnode.engine.scheduler import Limits
 from meshnode.models.catalog import resolve
 from meshnode.models.digest import digest

@@ -19,7 +19,7 @@ from urllib.parse import urlsplit
 
 import llama_cpp.llama_cpp as llama
 
-from meshnode.engine.process import CHILD_ENVIRONMENT
+from meshnode.engine.child_process import CHILD_ENVIRONMENT
 from tests.bench.engine.build import libraries
 from tests.bench.machine import cpu_used_s
 from tests.e2e.mesh import MODEL_NAME, Mesh, Models, NodeProcess

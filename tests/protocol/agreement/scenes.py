@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 
 from meshnode.messages import Item
 from meshnode.protocol.overview import GroupView
+from meshnode.protocol.stack import GiveOrder
 from tests.protocol.cluster import Cluster, a_holding, an_offer
 
 SMOL = an_offer()
@@ -110,3 +111,9 @@ def loads(cluster: Cluster) -> dict[str, int]:
 def loaders(cluster: Cluster, before: dict[str, int]) -> list[str]:
     """Who has begun to load something since."""
     return sorted(name for name, count in loads(cluster).items() if count > before[name])
+
+
+def give(cluster: Cluster, name: str, action: str, subject: str = "", peer: str = "") -> None:
+    """An order by the operator of `name`."""
+    target = cluster.machines[peer].peer_id if peer else ""
+    cluster.tell(name, GiveOrder(action, subject, target))  # type: ignore[arg-type]

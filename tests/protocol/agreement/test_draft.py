@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import msgspec
 import pytest
+from msgspec.structs import replace
 
 from meshnode.messages import CLAIMS_MAX, ORDERS_MAX, Claim, Consent, Item, Order, Shard
 from meshnode.protocol.draft import (
@@ -123,7 +124,27 @@ def test_what_stays_for_now_names_no_standby_that_has_withdrawn() -> None:
 
 def test_replicas_on_their_way_out_are_no_longer_current() -> None:
     items = (item("ann", "draining"), item("bea", "serving", 1, "cat"))
-    assert current_replicas(items) == (Replica(MODEL, (Part("bea", 0, 4, 10),), (("cat",),), 1),)
+    bea = Replica(MODEL, (Part("bea", 0, 4, 10),), (("cat",),), 1)
+    assert current_replicas(items, {}) == (bea,)
+
+
+def cut(state: str = "file", parts: tuple[tuple[int, int], ...] = ()) -> Word:
+    """A model of 9 layers that is cut every two: four units, the last of three layers."""
+    consent = replace(word(state).consent, layers=9, cut_every=2, activation_bytes=4, parts=parts)
+    return Word(consent, b"")
+
+
+def test_a_replica_of_parts_is_drafted_in_layers_and_is_current_in_units() -> None:
+    parts = (Part("ann", 0, 1, 10), Part("bea", 1, 4, 30))
+    wanted = Plan((Replica(MODEL, parts, ((), ()), NEW),), (), (), ())
+    words = {("ann", MODEL): cut(parts=((0, 2),)), ("bea", MODEL): cut(parts=((0, 9),))}
+    found = draft_items((), wanted, words, lambda peer: True, lambda key, owner: False)
+    assert [(i.owner, i.shard, i.state) for i in found] == [
+        ("ann", Shard("layers", 0, 2, 9), "serving"),
+        ("bea", Shard("layers", 2, 9, 9), "loading"),  # it has others ready
+    ]
+    (current,) = current_replicas(found, {MODEL: 2})
+    assert (current.parts, current.number) == (parts, 0)
 
 
 # --- orders and rights ---------------------------------------------------------------------------

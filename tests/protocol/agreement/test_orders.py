@@ -8,10 +8,11 @@ import pytest
 from meshnode.messages import Orders
 from meshnode.protocol import Effect, Send
 from meshnode.protocol.group import DRAIN_S
-from meshnode.protocol.stack import GiveOrder, SetOffers
+from meshnode.protocol.stack import SetOffers
 from tests.protocol.agreement.invariants import watch
 from tests.protocol.agreement.scenes import (
     SMOL,
+    give,
     is_served,
     is_served_everywhere,
     leader,
@@ -26,11 +27,6 @@ from tests.protocol.agreement.scenes import (
 from tests.protocol.cluster import Cluster, Machine, a_holding
 
 DECIDED_S = 2.0
-
-
-def give(cluster: Cluster, name: str, action: str, subject: str = "", peer: str = "") -> None:
-    target = cluster.machines[peer].peer_id if peer else ""
-    cluster.tell(name, GiveOrder(action, subject, target))  # type: ignore[arg-type]
 
 
 def in_force(cluster: Cluster, name: str = "ada") -> list[tuple[str, str]]:

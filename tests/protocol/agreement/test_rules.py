@@ -87,6 +87,9 @@ LAYERS = (
     item("ann", shard=Shard("layers", 0, 2, 4)),
     item("bea", shard=Shard("layers", 2, 4, 4)),
 )
+LOADING = tuple(msgspec.structs.replace(each, state="loading") for each in LAYERS)
+CUTS = {"state": "file", "activation_bytes": 4, "edge_bytes": 1}
+STAGES = (consent("ann", **CUTS, parts=((0, 2),)), consent("bea", **CUTS, parts=((2, 4),)))
 
 
 def changed(body: Body, **changes: object) -> Body:
@@ -160,7 +163,25 @@ REFUSED: list[tuple[str, Body, Body, World]] = [
         changed(HEAD, items=(item("ann", standbys=("cat",)),)),
         World(),
     ),
-    ("a replica with a gap", Body(), Body(LAYERS[:1], consents=HEAD.consents), World()),
+    ("a replica with a gap", Body(), Body(LAYERS[:1], consents=STAGES), World()),
+    (
+        "an owner that has not said it is ready",
+        Body(),
+        Body(LAYERS, consents=(STAGES[0], consent("bea", **CUTS, parts=((0, 4),)))),
+        World(),
+    ),
+    (
+        "an owner that cannot run these layers",
+        Body(),
+        Body(LOADING, consents=(consent("ann", state="file"), STAGES[1])),
+        World(),
+    ),
+    (
+        "less memory than the layers need",
+        Body(),
+        Body(tuple(msgspec.structs.replace(i, bytes=2) for i in LAYERS), consents=STAGES),
+        World(),
+    ),
     (
         "more memory committed than the owner offers",
         HEAD,
@@ -253,7 +274,7 @@ PASSES: dict[str, tuple[Body, Body, World]] = {
         Body(consents=(consent("ann", state="failed"),)),
         World(),
     ),
-    "two nodes share a model by layers": (Body(), Body(LAYERS, consents=HEAD.consents), World()),
+    "two nodes share a model by layers": (Body(), Body(LAYERS, consents=STAGES), World()),
     "it drains once another serves": (
         HEAD,
         changed(HEAD, items=(item("ann", state="draining"), item("bea", replica=1))),
