@@ -13,6 +13,7 @@ import dataclasses
 import logging
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -20,7 +21,7 @@ from typing import Literal
 import trio
 
 from meshnode.config import Config
-from meshnode.console.snapshot import ModelSnapshot, SpeculationSnapshot
+from meshnode.console.snapshot import ModelSnapshot, PartSnapshot, SpeculationSnapshot
 from meshnode.engine import Engine, EngineStats, ModelCard
 from meshnode.engine.card import load_card
 from meshnode.engine.memory import MemoryNeed, available_bytes, context_for, memory_need
@@ -34,6 +35,7 @@ from meshnode.models.quantize import requantized
 from meshnode.models.receipt import read_receipt
 from meshnode.models.stages import Cuts, cut, cut_points
 from meshnode.pipeline.parts import HeadPart, Keep, StagePart, part_of
+from meshnode.pipeline.selftest import SelfTests
 from meshnode.protocol.dispatch import session_hash
 
 logger = logging.getLogger(__name__)
@@ -46,6 +48,8 @@ Whoever is still reading then holds memory that the mesh has given to others."""
 LOAD_RETRY_AFTER_S = 120.0
 """Memory may have come free or the file been mended; each try may cost three loads."""
 
+REMEMBER_AFTER_S = 30.0
+"""What a model says is asked for when the first requests have been served."""
 ACTIVATION_BYTES = 4
 """Of one number of an activation: they travel as float32, so that nothing of them is lost."""
 
@@ -124,6 +128,7 @@ class HostedModel:
         self._assigned = pinned
         self._assigned_parts: frozenset[Layers] = frozenset()
         self._parts: dict[Layers, StagePart | HeadPart] = {}
+        self._self_tests = SelfTests(self._cache_dir / "self-tests.json")
         self._assignment_changed = trio.Event()
         self._draining = trio.CancelScope()
         self._has_failed = False
@@ -217,6 +222,7 @@ class HostedModel:
                             known.need.context_tokens,
                             self._options,
                             self.keep_ring,
+                            self._self_tests,
                         )
                         nursery.start_soon(self._run_part, layers, self._parts[layers])
                 await changed.wait()
@@ -258,6 +264,7 @@ class HostedModel:
         engine = self.engine = EngineProcess(card, self._options)
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._end_when_unneeded, engine, nursery.cancel_scope)
+            nursery.start_soon(self._remember_what_it_says, engine)
             await engine.run()
             nursery.cancel_scope.cancel()
         stats = engine.stats()
@@ -265,6 +272,18 @@ class HostedModel:
             raise ModelLoadError(stats.error or "the engine cannot be started")
         self.engine = None
         logger.info("model %s: unloaded", self.name)
+
+    async def _remember_what_it_says(self, engine: EngineProcess) -> None:
+        """For the day when its layers are spread over several nodes."""
+        known, kv_type = self._identity, self._options.kv_type
+        if known is None or known.cuts is None or known.header.embeds or self.keep_ring is None:
+            return
+        if not await self._self_tests.knows(known.card.digest, kv_type):
+            with suppress(ModelLoadError):
+                await engine.wait_ready()
+                await trio.sleep(REMEMBER_AFTER_S)
+                await engine.wait_idle()
+                await self._self_tests.run(engine, kv_type, whole=True)
 
     async def _end_when_unneeded(self, engine: EngineProcess, serving: trio.CancelScope) -> None:
         """Cancel `serving` once the model is not assigned and nothing, or too slow a reader, is
@@ -370,7 +389,7 @@ class HostedModel:
             compute_bytes=need.total_bytes - need.weights_bytes - need.kv_bytes,
             activation_bytes=0 if cuts is None else ACTIVATION_BYTES * header.embedding_length,
             edge_bytes=known.edge_bytes,
-            cut_every=1 if cuts is None else max(cuts.step, cuts.shortest),
+            cut_every=1 if cuts is None else cuts.every,
             parts=tuple(
                 sorted(layers for layers, part in self._parts.items() if part.state == "ready")
             ),
@@ -424,7 +443,10 @@ class HostedModel:
         stats = self.stats()
         head = self._head
         ring = () if head is None or head.ring is None else head.ring.owners
-        parts = tuple(part.snapshot() for _, part in sorted(self._parts.items()))
+        parts = tuple(
+            PartSnapshot(*layers, part.state, part.error, part.memory_bytes, part.steps)
+            for layers, part in sorted(self._parts.items())
+        )
         if stats is None:
             known = "" if self._identity is None else self._identity.card.digest
             return ModelSnapshot(
@@ -451,6 +473,7 @@ class HostedModel:
             else SpeculationSnapshot(**dataclasses.asdict(stats.speculation)),
             parts=parts,
             ring=ring,
+            self_test="" if head is None else head.verdict,
             approximate=self._approximate,
         )
 
@@ -552,7 +575,7 @@ def _cuts_of(path: str) -> tuple[Cuts | None, int]:
     rows of tokens are read from the file. Raises `ModelLoadError`."""
     try:
         cuts = cut_points(path)
-        head = cut(path, cuts.layers - max(cuts.step, cuts.shortest), cuts.layers)
+        head = cut(path, cuts.edges()[-2], cuts.layers)
     except StageError as error:
         logger.info("%s", error)
         return None, 0

@@ -163,7 +163,8 @@ def _layers(model: ModelSnapshot, own: str) -> str:
         for part in model.parts
     )
     ring = " → ".join(node_name(peer, own) for peer in model.ring)
-    return f"{parts}{f'; the pipeline is {ring}' if ring else ''}"
+    test = f", self-test: {printable(model.self_test)}" if model.self_test else ""
+    return f"{parts}{f'; the pipeline is {ring}{test}' if ring else ''}"
 
 
 def _guesses(speculation: SpeculationSnapshot) -> str:

@@ -17,7 +17,7 @@ import msgspec
 from msgspec import Struct
 
 from meshnode.config import Ranking
-from meshnode.engine.process import CHILD_ENVIRONMENT
+from meshnode.engine.child_process import CHILD_ENVIRONMENT
 from meshnode.errors import ShardError
 from meshnode.models.receipt import Quality
 

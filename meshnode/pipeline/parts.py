@@ -15,13 +15,13 @@ from typing import Literal
 
 import trio
 
-from meshnode.console.snapshot import PartSnapshot
 from meshnode.engine import ModelCard
 from meshnode.engine.process import EngineOptions, EngineProcess, Part
 from meshnode.engine.stage_process import StageOptions, StageProcess
 from meshnode.engine.steps import STEP_SLOTS_MAX, Shape
 from meshnode.errors import ModelLoadError
 from meshnode.messages import Opening
+from meshnode.pipeline.selftest import SelfTests, Verdict
 
 __all__ = ["HeadPart", "StagePart", "part_of"]
 
@@ -76,9 +76,14 @@ class StagePart:
         assert shape is not None
         return shape
 
-    def snapshot(self) -> PartSnapshot:
-        stats = self.process.stats()
-        return PartSnapshot(*self.layers, self.state, stats.error, stats.memory_bytes, stats.steps)
+    @property
+    def memory_bytes(self) -> int:
+        return self.process.stats().memory_bytes
+
+    @property
+    def steps(self) -> int:
+        """That it has computed since it was loaded first."""
+        return self.process.stats().steps
 
     async def run(self) -> None:
         """Load it and keep it loaded, until cancelled."""
@@ -111,17 +116,28 @@ class HeadPart:
     """The last layers, from `first` on, and the engine that answers. Implements `ring.Head`."""
 
     def __init__(
-        self, card: ModelCard, first: int, end: int, options: EngineOptions, keep: Keep
+        self,
+        card: ModelCard,
+        first: int,
+        end: int,
+        options: EngineOptions,
+        keep: Keep,
+        tests: SelfTests,
     ) -> None:
-        """`keep` forms a ring for it, again and again (`Rings.keep`)."""
+        """`keep` forms a ring for it, again and again (`Rings.keep`); each is put to `tests`."""
         self.card = card
         self.layers = (first, end)
         self.kv_type = options.kv_type
         self.engine = EngineProcess(card, replace(options, part=Part(first, end)))
         self.ring: Opening | None = None
         """The one it is in."""
-        self._steps = 0
+        self.verdict: Verdict = ""
+        """Of the self-test of that ring."""
+        self.steps = 0
+        """That have gone round since it was loaded first."""
         self._keep = keep
+        self._tests = tests
+        self._opened = trio.Event()
 
     @property
     def model(self) -> str:
@@ -140,19 +156,29 @@ class HeadPart:
     def shape(self) -> Shape:
         return self.engine.shape
 
-    def snapshot(self) -> PartSnapshot:
-        stats = self.engine.stats()
-        return PartSnapshot(*self.layers, self.state, stats.error, stats.memory_bytes, self._steps)
+    @property
+    def memory_bytes(self) -> int:
+        return self.engine.stats().memory_bytes
 
     async def run(self) -> None:
         """Load it, keep it loaded and in a ring, until cancelled."""
         while True:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(self._keep, self)
+                nursery.start_soon(self._test_each_ring)
                 await self.engine.run()
                 nursery.cancel_scope.cancel()
             logger.error("the head of %s: %s", self.card.name, self.error)
             await trio.sleep(LOAD_RETRY_AFTER_S)
+
+    async def _test_each_ring(self) -> None:
+        while True:
+            await self._opened.wait()
+            self._opened = trio.Event()
+            verdict = await self._tests.run(self.engine, self.kv_type, whole=False)
+            self.verdict = verdict if self.ring is not None else ""
+            log = logger.error if verdict == "differs" else logger.info
+            log("model %s: the self-test of its stages: %s", self.card.name, verdict)
 
     async def wait_loaded(self) -> None:
         try:
@@ -163,15 +189,16 @@ class HeadPart:
     def opened(self, opening: Opening) -> None:
         self.engine.start_pipeline(opening.pipeline, opening.epoch, len(opening.owners))
         self.ring = opening
+        self._opened.set()
 
     def closed(self, reason: str) -> None:
         if self.ring is not None:
             self.engine.stop_pipeline(reason)
-        self.ring = None
+        self.ring, self.verdict = None, ""
 
     async def next_step(self) -> bytes:
         step = await self.engine.next_step()
-        self._steps += 1
+        self.steps += 1
         return step
 
     async def feed(self, frame: bytes) -> None:
@@ -186,8 +213,9 @@ def part_of(
     context_tokens: int,
     options: EngineOptions,
     keep: Keep,
+    tests: SelfTests,
 ) -> StagePart | HeadPart:
     """The last part of a model with so many layers is its head."""
     if end == layers:
-        return HeadPart(card, first, end, options, keep)
+        return HeadPart(card, first, end, options, keep, tests)
     return StagePart(card, first, end, context_tokens, options)

@@ -59,6 +59,8 @@ class Split:
 @pytest.mark.parametrize("stages", [2, 3])
 def test_stages_say_what_the_whole_model_says(mesh: Mesh, figure: Figure, stages: int) -> None:
     split = Split(mesh, stages)
+    head = split.owner(-1)
+    head.wait_until(lambda status: status["models"][0]["self_test"] == "first")
     told = load.ask(split.gate, STORY, STORY_TOKENS)
     assert told.is_whole, told
     assert told.served_by == split.owner(-1).peer_id, "the owner of the last layers answers"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
 
 import numpy as np
@@ -14,8 +14,8 @@ from meshnode.engine.child_process import CHILD_ENVIRONMENT
 
 os.environ.update(CHILD_ENVIRONMENT)  # before libgomp is loaded, as the child has it
 
-from meshnode.errors import ModelLoadError
-from meshnode.models.stages import Cuts, cut, cut_points
+from meshnode.errors import ModelLoadError, StageError
+from meshnode.models.stages import cut, cut_points
 from meshnode.models.stages.architectures import RULES
 from meshnode.models.stages.lookup import Lookup
 from tests.engine.ring import Bare, Batch, Ring
@@ -43,11 +43,16 @@ def in_stages(source: Path, edges: tuple[int, ...]) -> np.ndarray:
         return computed(ring)
 
 
-def ways(cuts: Cuts, stages: int) -> list[tuple[int, ...]]:
-    """All allowed ways to cut into so many stages."""
-    inner = itertools.combinations(range(1, cuts.layers), stages - 1)
-    edges = [(0, *way, cuts.layers) for way in inner]
-    return [way for way in edges if all(itertools.starmap(cuts.allows, itertools.pairwise(way)))]
+def some_way(source: Path, layers: int, stages: int) -> tuple[int, ...]:
+    """One of all that are possible, `cut_points` leaving some out; always the same."""
+    inner = list(itertools.combinations(range(1, layers), stages - 1))
+    for place in np.random.default_rng(stages).permutation(len(inner)):
+        edges = (0, *inner[place], layers)
+        with suppress(StageError):
+            for first, end in itertools.pairwise(edges):
+                cut(source, first, end)
+            return edges
+    raise AssertionError("there is none")
 
 
 def test_every_architecture_of_the_table_is_here() -> None:
@@ -61,9 +66,9 @@ def test_two_and_three_stages_compute_what_the_whole_does(name: str, tmp_path: P
     assert np.isfinite(expected).all()
     assert expected.std() > 0.1
     cuts = cut_points(source)
+    assert cuts.is_exact
     for stages in (2, 3):
-        possible = ways(cuts, stages)
-        edges = possible[len(possible) // 2]
+        edges = some_way(source, cuts.layers, stages)
         assert np.array_equal(in_stages(source, edges), expected), edges
 
 

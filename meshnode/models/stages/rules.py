@@ -15,8 +15,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from meshnode.models.gguf import Layout, Value
+from meshnode.models.stages.names import ROWS_OF_TOKENS
 
-ROWS_OF_TOKENS = "token_embd.weight"
 _NUMBER_MAX = 2**31 - 1
 _SOFTMAX, _SIGMOID = 1, 2  # enum llama_expert_gating_func_type
 
@@ -83,6 +83,10 @@ class Rule:
         """Stages begin at multiples of this."""
         return 1
 
+    def is_exact(self, model: Model) -> bool:
+        """Whether stages compute the same to the last bit."""
+        return True
+
     def change(self, model: Model, first: int, end: int, changes: Changes) -> None:
         """Add what makes these layers compute as they do in the whole."""
 
@@ -96,6 +100,9 @@ class ScalesAllInput(Rule):
 
     Both are exact if √width is a power of two; else the last bit of a number may differ.
     """
+
+    def is_exact(self, model: Model) -> bool:
+        return math.frexp(math.sqrt(model.width))[0] == 0.5
 
     def change(self, model: Model, first: int, end: int, changes: Changes) -> None:
         if first > 0:
