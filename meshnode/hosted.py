@@ -579,6 +579,8 @@ def _cuts_of(path: str) -> tuple[Cuts | None, int]:
     except StageError as error:
         logger.info("%s", error)
         return None, 0
+    if not cuts.is_exact:
+        logger.info("%s: what its stages say may differ from the whole in the last bit", path)
     return cuts, head.edge_bytes
 
 
