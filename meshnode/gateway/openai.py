@@ -1070,6 +1070,7 @@ def encode_models(models: Iterable[ServedModel]) -> bytes:
 
 
 def _model(model: ServedModel) -> dict[str, Any]:
+    about: dict[str, Any] = {} if model.approximate is None else {"approximate": model.approximate}
     return {
         "id": model.id,
         "object": "model",
@@ -1080,5 +1081,6 @@ def _model(model: ServedModel) -> dict[str, Any]:
             "state": model.state,
             "served_by": model.served_by,
             "context_tokens": model.context_tokens,
+            **about,
         },
     }

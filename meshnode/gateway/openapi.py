@@ -12,6 +12,7 @@ from typing import Any
 import msgspec
 
 from meshnode import __version__
+from meshnode.gateway import APPROXIMATE_HEADER, EXACT_HEADER
 from meshnode.gateway.dialects import ollama
 from meshnode.gateway.dialects.anthropic import COUNT_SHAPE, MESSAGES_SHAPE
 from meshnode.gateway.dialects.responses import RESPONSES_SHAPE
@@ -59,6 +60,13 @@ _OTHERS: tuple[tuple[str, str, str | None], ...] = (
     ("get", "/readyz", None),
 )
 
+_EXACT = {
+    "name": EXACT_HEADER,
+    "in": "header",
+    "description": f"An approximation, whose answers have {APPROXIMATE_HEADER}, may not answer.",
+    "schema": {"enum": ["required"]},
+}
+
 
 def encode_openapi() -> bytes:
     """The answer of /openapi.json."""
@@ -67,7 +75,9 @@ def encode_openapi() -> bytes:
     for path, shape, stream in _POSTS:
         body = {"required": True, "content": {_JSON: {"schema": schemas[shape.body]}}}
         kinds = (_JSON,) if stream is None else (_JSON, stream)
-        paths[path] = {"post": {"requestBody": body, "responses": _responses(kinds)}}
+        paths[path] = {
+            "post": {"parameters": [_EXACT], "requestBody": body, "responses": _responses(kinds)}
+        }
     for method, path, name in _OTHERS:
         kinds = ("text/plain",) if path == "/metrics" else (_JSON,)
         operation: dict[str, Any] = {"responses": _responses(kinds)}

@@ -38,7 +38,7 @@ from meshnode_simulations.scenario import Model
 
 # As in `meshnode.engine.head` and `meshnode.pipeline.ring`, which are not imported, as engines
 # and Trio would be with them.
-PIPELINE_WAIT_S = 30.0
+PIPELINE_WAIT_S = 120.0
 LOOK_S = 0.25
 
 Ring = tuple[tuple[Machine, int], ...]

@@ -15,6 +15,8 @@ from meshnode.engine.child_process import CHILD_ENVIRONMENT
 os.environ.update(CHILD_ENVIRONMENT)  # before libgomp is loaded, as the child has it
 
 from meshnode.errors import ModelLoadError, StageError
+from meshnode.models.experts import write_shard
+from meshnode.models.gguf import ShardMark
 from meshnode.models.stages import cut, cut_points
 from meshnode.models.stages.architectures import RULES
 from meshnode.models.stages.lookup import Lookup
@@ -41,6 +43,14 @@ def whole(source: Path) -> np.ndarray:
 def in_stages(source: Path, edges: tuple[int, ...]) -> np.ndarray:
     with closing(Ring(source, *edges[1:-1], layers=edges[-1])) as ring:
         return computed(ring)
+
+
+def test_an_expert_shard_computes_the_same_in_stages(tmp_path: Path) -> None:
+    source, shard = write_tiny(tmp_path / "tiny.gguf", "qwen3moe"), tmp_path / "shard.gguf"
+    write_shard(source, shard, dict.fromkeys(range(8), (0, 2, 3, 7)), ShardMark("5e" * 32, 4, 8))
+    expected = whole(shard)
+    assert not np.array_equal(expected, whole(source))
+    assert np.array_equal(in_stages(shard, (0, 3, 5, 8)), expected)
 
 
 def some_way(source: Path, layers: int, stages: int) -> tuple[int, ...]:
@@ -76,6 +86,19 @@ def test_a_stage_whose_layers_all_have_windows(tmp_path: Path) -> None:
     """The factors of the others' rotations are not in its file: llama.cpp would not load it."""
     source = write_tiny(tmp_path / "tiny.gguf", "gemma4")
     assert np.array_equal(in_stages(source, (0, 2, 9)), whole(source))
+
+
+def test_stages_that_are_nearly_exact_say_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What comes in is divided by √128, and multiplied again: the last bit may differ."""
+    monkeypatch.setitem(SETTINGS, "gemma/wide", {"embedding_length": 128})
+    source = write_tiny(tmp_path / "tiny.gguf", "gemma/wide")
+    assert not cut_points(source).is_exact
+    expected = whole(source)
+    given = in_stages(source, (0, 3, 8))
+    assert not np.array_equal(given, expected)
+    assert abs(given - expected).max() < 1e-3 * expected.std()
 
 
 @pytest.mark.parametrize(

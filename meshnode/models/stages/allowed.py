@@ -105,21 +105,15 @@ def _objections(model: Model) -> Iterator[str]:
 
 
 def _stage_refusal(model: Model, first: int, end: int) -> str | None:
-    step = _step(model)
-    if first % step or (end % step and end != model.layers):
-        return f"stages of {model.architecture} begin at multiples of {step}"
     reasons = (rule.why_not_stage(model, first, end) for rule in RULES[model.architecture])
     return next((reason for reason in reasons if reason is not None), None)
 
 
-def _step(model: Model) -> int:
-    return math.lcm(*(rule.step(model) for rule in RULES[model.architecture]))
-
-
 def _cuts(model: Model) -> Cuts | None:
     """With stages as short as can be, if every stage between any two edges is allowed."""
-    step = _step(model)
-    is_exact = all(rule.is_exact(model) for rule in RULES[model.architecture])
+    rules = RULES[model.architecture]
+    step = math.lcm(*(rule.step(model) for rule in rules))
+    is_exact = all(rule.is_exact(model) for rule in rules)
     for every in range(step, model.layers // 2 + 1, step):
         cuts = Cuts(model.layers, every, is_exact)
         pairs = combinations(cuts.edges(), 2)

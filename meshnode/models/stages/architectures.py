@@ -29,7 +29,9 @@ from meshnode.models.stages.rules import (
     Windows,
 )
 
-_EXPERTS_EVERY_FEW = EveryFewBySetting("interleave_moe_layer_step")
+_EXPERTS_EVERY_FEW = EveryFewBySetting(
+    "interleave_moe_layer_step", "one layer of each group has experts"
+)
 _NO_ROPE = "one layer in four does not rotate keys (NoPE)"
 
 RULES: dict[str, tuple[Rule, ...]] = {

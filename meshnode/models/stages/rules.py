@@ -196,15 +196,28 @@ class EveryFew(Rule):
     def step(self, model: Model) -> int:
         return self.layers if self.when(model) else 1
 
+    def why_not_stage(self, model: Model, first: int, end: int) -> str | None:
+        return _why_not_there(self.step(model), self.what, model, first, end)
+
 
 @dataclass(frozen=True)
 class EveryFewBySetting(Rule):
     """As `EveryFew`; how many is a setting."""
 
     key: str
+    what: str
 
     def step(self, model: Model) -> int:
         return max(1, model.whole(self.key, 1))
+
+    def why_not_stage(self, model: Model, first: int, end: int) -> str | None:
+        return _why_not_there(self.step(model), self.what, model, first, end)
+
+
+def _why_not_there(step: int, what: str, model: Model, first: int, end: int) -> str | None:
+    if first % step or (end % step and end != model.layers):
+        return f"{what}, so stages begin at multiples of {step}"
+    return None
 
 
 @dataclass(frozen=True)
