@@ -93,6 +93,9 @@ class Model(_Table, frozen=True):
     """So many nodes have the file."""
     wanted: Annotated[int, Meta(ge=0, le=100_000)] = 0
     """So many of them serve it whatever the mesh decides (`--model`); the rest are standbys."""
+    fetched: Annotated[int, Meta(ge=0, le=100_000)] = 0
+    """So many of `files` stand by without the file and fetch it from the others before they load
+    it, over their access links (`models/fetching.py`)."""
     weight_bytes: Annotated[int, Meta(ge=1, le=2**42)] = 2**29
     kv_bytes_per_token: Annotated[int, Meta(ge=1, le=2**30)] = 2**15
     context_tokens: Annotated[int, Meta(ge=16, le=2**24)] = 8192

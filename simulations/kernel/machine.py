@@ -90,6 +90,8 @@ class Machine:
     """The models that it has loaded or is loading."""
     parts: dict[tuple[str, int, int], bool] = field(default_factory=dict)
     """Layers (model, first, end) that it was told to load; True once it has."""
+    unfetched: dict[str, None] = field(default_factory=dict)
+    """Of `models`: those whose file it does not have yet."""
     heads: dict[str, None] = field(default_factory=dict)
     """Cut models that it answers for: it has their last layers, in a pipeline."""
     loads: int = 0

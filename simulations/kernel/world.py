@@ -85,6 +85,9 @@ Power = Literal["on", "killed", "stopped", "asleep", "awake"]
 Loading = Callable[[Machine, Holding], int]
 """How many nanoseconds a machine takes to load a model."""
 
+Fetch = Callable[[Machine, str, Callable[[], None]], None]
+"""Have something happen as soon as a machine has a model's file."""
+
 
 class World:
     """See the module."""
@@ -121,6 +124,7 @@ class World:
         self.pubsub: Pubsub = _Flood(self)
         self.dht: Dht = _Shelf()
         self.loading: Loading = lambda machine, holding: int(LOAD_S * NS_PER_S)
+        self.fetch: Fetch = lambda machine, model, then: then()
         self.offered: Callable[[Machine, str], Offer] = lambda machine, model: machine.models[
             model
         ][0]
@@ -639,7 +643,8 @@ class World:
                 machine.loads += 1
                 self._note("load", machine)
                 load_ns = self.loading(machine, machine.models[model][1])
-                self.loop.after(load_ns, self._loaded, machine, machine.starts, model)
+                done = partial(self._loaded, machine, machine.starts, model)
+                self.fetch(machine, model, partial(self.loop.after, load_ns, done))
         dropped = [model for model in machine.loaded if model not in wanted]
         for model in dropped:
             del machine.loaded[model]
@@ -672,7 +677,8 @@ class World:
             model, first, end = part
             holding = machine.models[model][1]
             load_ns = self.loading(machine, holding) * (end - first) // max(holding.layers, 1)
-            self.loop.after(load_ns, self._part_loaded, machine, machine.starts, part)
+            done = partial(self._part_loaded, machine, machine.starts, part)
+            self.fetch(machine, model, partial(self.loop.after, load_ns, done))
         if dropped:
             self.loop.after(0, self._tell_models, machine)
 
@@ -761,4 +767,4 @@ class _Shelf:
         self.records[machine.index] = record
 
 
-__all__ = ["Dht", "Loading", "Power", "Pubsub", "World", "holdings_of"]
+__all__ = ["SILENCE_NS", "Dht", "Fetch", "Loading", "Power", "Pubsub", "World", "holdings_of"]

@@ -4,6 +4,7 @@
 * `access.py`     what homes and data centres can send and receive
 * `pipelines.py`  models cut by layers over several hosts
 * `transfers.py`  big transfers, which share links fairly
+* `fetching.py`   model files that come from other members
 * `nat.py`        who can be dialled
 * `churn.py`      who is there when
 * `pubsub.py`     gossipsub, as production sets it up

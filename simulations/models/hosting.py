@@ -82,6 +82,8 @@ class Hosting:
                     activation_bytes=model.activation_bytes,
                 )
                 machine.models[digest] = (offer, holding)
+                if copy >= model.files - model.fetched:
+                    machine.unfetched[digest] = None
 
     def speed(self, machine: Machine) -> float:
         """Of a host, relative to that of the scenario's figures."""
