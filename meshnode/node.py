@@ -469,6 +469,7 @@ class Node:
                     context_tokens=max(offer.context_tokens for _, offer in offered),
                     state="ready" if ready else ("failed" if states == {"failed"} else "loading"),
                     served_by=ready,
+                    approximate=offered[0][1].approximate,
                 )
             )
         return tuple(served)
@@ -487,6 +488,7 @@ class Node:
             raise
         assigned = self._stack.agreement.assigned(resolved.digest)
         fronted = {peer for peer, offer in resolved.offers if offer.upstream}
+        approximations = (offer.approximate for _, offer in resolved.offers)
         return Route(
             model=resolved.name,
             digest=resolved.digest,
@@ -500,6 +502,7 @@ class Node:
                 )
                 for each in ranked
             ),
+            approximate=next((found for found in approximations if found is not None), None),
         )
 
     def _is_decided(self, model: str) -> bool:
@@ -603,7 +606,9 @@ class Node:
             ),
             peers=self._peer_snapshots(),
             mesh_models=tuple(
-                MeshModelSnapshot(m.id, m.digest, m.state, m.context_tokens, m.served_by)
+                MeshModelSnapshot(
+                    m.id, m.digest, m.state, m.context_tokens, m.served_by, m.approximate
+                )
                 for m in self.models()
             ),
             groups=self._operations.groups(),

@@ -176,10 +176,13 @@ class FakeMesh:
     fences: list[Fence | None] = field(default_factory=list)
     decided: FakeDecision | None = None
     upstreams: dict[str, Upstream] = field(default_factory=dict)
+    approximate: messages.Approximate | None = None
 
     def models(self) -> tuple[ServedModel, ...]:
         served_by = tuple(c.peer_id for c in self.candidates)
-        return (ServedModel(MODEL, DIGEST, 1700000000, 512, self.state, served_by),)
+        return (
+            ServedModel(MODEL, DIGEST, 1700000000, 512, self.state, served_by, self.approximate),
+        )
 
     def route(self, model: str, session: bytes, prompt_bytes: int, *, again: bool = False) -> Route:
         if again:
@@ -193,7 +196,7 @@ class FakeMesh:
         # As the dispatcher does it: who broke a request just now is asked last.
         failed = {peer for said, peer in self.calls if said == "failed"}
         ranked = sorted(self.candidates, key=lambda candidate: candidate.peer_id in failed)
-        return Route(MODEL, DIGEST, tuple(ranked))
+        return Route(MODEL, DIGEST, tuple(ranked), self.approximate)
 
     def routed(self, route: Route, peer_id: str, session: bytes) -> None:
         self.calls.append(("routed", peer_id))

@@ -22,6 +22,7 @@ from typing import Protocol
 
 from meshnode.engine import Engine
 from meshnode.fence import Fence
+from meshnode.messages import Approximate
 from meshnode.transport import Stream
 
 
@@ -45,12 +46,14 @@ class Candidate:
 class Route:
     """The ranked candidates for one request; never empty.
 
-    `model` is the resolved public name, `digest` the bytes it stands for.
+    `model` is the resolved public name, `digest` the bytes it stands for. `approximate`: they are
+    not the whole model's.
     """
 
     model: str
     digest: str
     candidates: tuple[Candidate, ...]
+    approximate: Approximate | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,11 +66,18 @@ class ServedModel:
     context_tokens: int
     state: str
     served_by: tuple[str, ...]
+    approximate: Approximate | None = None
 
 
 VIA_HEADER = "x-meshnode-via"
 """The peer ids of the nodes that have passed a request on to a server behind them, with commas: the
 server may be a node, and the last one in a circle must see that it is one."""
+
+
+APPROXIMATE_HEADER = "x-meshnode-approximate"
+"""How far from the whole model the one that answered is; exact answers have none."""
+EXACT_HEADER = "x-meshnode-exact"
+"""`required`: an approximation may not answer."""
 
 
 @dataclass(frozen=True, slots=True)

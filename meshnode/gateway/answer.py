@@ -30,6 +30,7 @@ import trio
 
 from meshnode.engine import Continuation, Delta, Embedded, Engine, Finish
 from meshnode.errors import (
+    ApproximateOnlyError,
     EngineBusyError,
     EngineError,
     MeshnodeError,
@@ -40,7 +41,15 @@ from meshnode.errors import (
     UnknownModelError,
 )
 from meshnode.fence import FENCE_HEADER
-from meshnode.gateway import VIA_HEADER, Candidate, Mesh, PassedAnswer, Route, Upstream
+from meshnode.gateway import (
+    APPROXIMATE_HEADER,
+    VIA_HEADER,
+    Candidate,
+    Mesh,
+    PassedAnswer,
+    Route,
+    Upstream,
+)
 from meshnode.gateway.embeddings import Embed, Rerank
 from meshnode.gateway.openai import Call, Encoder, encode_error_event
 from meshnode.gateway.passing import Passed
@@ -51,7 +60,7 @@ from meshnode.gateway.resume import (
     join_continuation,
     note,
 )
-from meshnode.messages import MESSAGE_BYTES_MAX
+from meshnode.messages import MESSAGE_BYTES_MAX, Approximate
 from meshnode.transport.http import HttpResponse, TunnelPool
 
 __all__ = [
@@ -123,7 +132,8 @@ class Ask:
     """A request on its way: understood, named, and still as it came.
 
     `created` is the answer's date in Unix seconds, whoever gives it, and `continuation` how far
-    it has come. `via` are the nodes that have passed it on to servers behind them.
+    it has come. `via` are the nodes that have passed it on to servers behind them. `exact`: an
+    approximation may not answer it.
     """
 
     call: Call | Embed | Rerank | Passed
@@ -134,6 +144,7 @@ class Ask:
     created: int = field(default_factory=lambda: int(time.time()))
     continuation: Continuation | None = None
     via: tuple[str, ...] = ()
+    exact: bool = False
 
     @property
     def prompt_bytes(self) -> int:
@@ -146,7 +157,8 @@ class Ask:
 class Answer:
     """What goes back: `body` yields bytes; b"" means "send the head now".
 
-    `passed`: a server of another kind gave it, and these headers with it.
+    `passed`: a server of another kind gave it, and these headers with it. `approximate`: the model
+    that gave it is an approximation.
     """
 
     status: int
@@ -155,6 +167,7 @@ class Answer:
     route: Literal["local", "tunnel"]
     body: AsyncIterator[bytes]
     passed: Mapping[str, str] | None = None
+    approximate: Approximate | None = None
 
     @property
     def is_stream(self) -> bool:
@@ -169,6 +182,8 @@ class Answer:
             SERVED_BY_HEADER: self.served_by,
             ROUTE_HEADER: self.route,
         }
+        if self.approximate is not None:
+            headers[APPROXIMATE_HEADER] = str(self.approximate)
         if self.passed is not None:
             headers |= {**self.passed, UPSTREAM_HEADER: "1"}
         if self.is_stream:
@@ -295,13 +310,13 @@ class _Search:
     def __init__(self, mesh: Mesh, pool: TunnelPool, ask: Ask, *, again: bool = False) -> None:
         """`again`: it is not the first search for this request.
 
-        Raises `UnknownModelError` or `NoReplicaError`.
+        Raises `UnknownModelError`, `NoReplicaError` or `ApproximateOnlyError`.
         """
         self._mesh = mesh
         self._pool = pool
         self._ask = ask
         self._again = again
-        self._route = mesh.route(ask.call.model, ask.session, ask.prompt_bytes, again=again)
+        self._route = self._find_route(again=again)
         self._candidates = deque(self._route.candidates)
         self._attempts: list[Attempt] = []
         self._reroutes_left = REROUTES_MAX
@@ -343,9 +358,16 @@ class _Search:
 
     def _route_again(self) -> None:
         """By what the node has learned meanwhile, without those that have failed this request."""
-        ask, tried = self._ask, {attempt.peer_id for attempt in self._attempts}
-        self._route = self._mesh.route(ask.call.model, ask.session, ask.prompt_bytes, again=True)
+        tried = {attempt.peer_id for attempt in self._attempts}
+        self._route = self._find_route(again=True)
         self._candidates = deque(c for c in self._route.candidates if c.peer_id not in tried)
+
+    def _find_route(self, *, again: bool) -> Route:
+        ask = self._ask
+        route = self._mesh.route(ask.call.model, ask.session, ask.prompt_bytes, again=again)
+        if ask.exact and route.approximate is not None:
+            raise ApproximateOnlyError(route.model, str(route.approximate))
+        return route
 
     def _lose(self, candidate: Candidate, error: MeshnodeError) -> None:
         self._mesh.failed(candidate.peer_id)
@@ -385,7 +407,8 @@ async def _begin(
         body = _from_first(await _first_bytes(events), events)
     else:
         body = _once(await _whole(accepted.body))
-    return replace(accepted, body=await stack.enter_async_context(aclosing(body)))
+    body = await stack.enter_async_context(aclosing(body))
+    return replace(accepted, body=body, approximate=route.approximate)
 
 
 async def _answer_here(mesh: Mesh, ask: Ask, route: Route, stack: AsyncExitStack) -> Answer:

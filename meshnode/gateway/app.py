@@ -22,7 +22,7 @@ from quart_trio.wrappers import TrioRequest
 from werkzeug.exceptions import HTTPException
 
 from meshnode.errors import MeshnodeError, RequestError, UnknownModelError
-from meshnode.gateway import VIA_HEADER, Mesh
+from meshnode.gateway import EXACT_HEADER, VIA_HEADER, Mesh
 from meshnode.gateway.answer import (
     REQUEST_ID_BYTES,
     REQUEST_ID_HEADER,
@@ -118,7 +118,7 @@ def create_api_app(
 
     async def read(call: Embed | Rerank | Passed, target: str, body: bytes) -> Answer:
         via = decode_via(request.headers.get(VIA_HEADER))
-        ask = Ask(call, g.request_id, spread(), target, body, via=via)
+        ask = Ask(call, g.request_id, spread(), target, body, via=via, exact=_wants_exact())
         return await answer(mesh, pool, ask, _owned())
 
     async def embed(call: Embed, told: Callable[[Vectors], Body]) -> Result:
@@ -209,7 +209,15 @@ def _ask(call: Call | Passed, target: str, body: bytes) -> Ask:
     """The request of this moment: `body` says `call` to the route `target` of a peer."""
     session = session_key(call, header=request.headers.get("x-session-id"), tenant=g.tenant)
     via = decode_via(request.headers.get(VIA_HEADER))
-    return Ask(call, g.request_id, session, target, body, via=via)
+    return Ask(call, g.request_id, session, target, body, via=via, exact=_wants_exact())
+
+
+def _wants_exact() -> bool:
+    """Raises `RequestError` for a demand that we do not understand."""
+    demand = request.headers.get(EXACT_HEADER)
+    if demand not in (None, "required"):
+        raise RequestError(f"`{EXACT_HEADER}` can only be `required`.", param=EXACT_HEADER)
+    return demand is not None
 
 
 def _token() -> str | None:

@@ -1050,6 +1050,7 @@ def encode_models(models: Iterable[ServedModel]) -> bytes:
 
 
 def _model(model: ServedModel) -> dict[str, Any]:
+    about: dict[str, Any] = {} if model.approximate is None else {"approximate": model.approximate}
     return {
         "id": model.id,
         "object": "model",
@@ -1060,5 +1061,6 @@ def _model(model: ServedModel) -> dict[str, Any]:
             "state": model.state,
             "served_by": model.served_by,
             "context_tokens": model.context_tokens,
+            **about,
         },
     }

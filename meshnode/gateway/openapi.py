@@ -12,6 +12,7 @@ from typing import Any
 import msgspec
 
 from meshnode import __version__
+from meshnode.gateway import APPROXIMATE_HEADER, EXACT_HEADER
 from meshnode.gateway.dialects import ollama
 from meshnode.gateway.dialects.anthropic import MESSAGES_SHAPE
 from meshnode.gateway.dialects.responses import RESPONSES_SHAPE
@@ -56,6 +57,13 @@ _OTHERS: tuple[tuple[str, str, str | None], ...] = (
     ("get", "/readyz", None),
 )
 
+_EXACT = {
+    "name": EXACT_HEADER,
+    "in": "header",
+    "description": f"An approximation, whose answers have {APPROXIMATE_HEADER}, may not answer.",
+    "schema": {"enum": ["required"]},
+}
+
 
 def encode_openapi() -> bytes:
     """The answer of /openapi.json."""
@@ -63,7 +71,9 @@ def encode_openapi() -> bytes:
     paths: dict[str, dict[str, Any]] = {}
     for path, shape, stream in _POSTS:
         body = {"required": True, "content": {"application/json": {"schema": schemas[shape.body]}}}
-        paths[path] = {"post": {"requestBody": body, "responses": _responses(stream)}}
+        paths[path] = {
+            "post": {"parameters": [_EXACT], "requestBody": body, "responses": _responses(stream)}
+        }
     for method, path, name in _OTHERS:
         operation: dict[str, Any] = {"responses": _responses(None)}
         if name is not None:

@@ -23,8 +23,9 @@ from meshnode.models.gguf import (
     aligned,
     array_length,
     array_slice,
+    head_bytes,
     read_layout,
-    string_bytes,
+    table_line,
     tensor_bytes,
     value_bytes,
 )
@@ -345,20 +346,20 @@ class _Cutter:
         alignment = self._layout.alignment
         stand_ins, copied = list(self._stand_ins()), list(self._tensors())
         settings = self._settings()
-        table, written = bytearray(), bytearray()
+        table: list[bytes] = []
+        written = bytearray()
         position = 0
         for name, kind, shape, data in stand_ins:
-            table += _table_line(name, kind, shape, position)
+            table.append(table_line(name, kind, shape, position))
             if data:
                 written += bytes(position - len(written)) + data
             position = aligned(position + tensor_bytes(kind, shape), alignment)
         places = []
         for name, tensor in copied:
-            table += _table_line(name, tensor.kind, tensor.shape, position)
+            table.append(table_line(name, tensor.kind, tensor.shape, position))
             places.append(position)
             position = aligned(position + tensor.size_bytes, alignment)
-        head = b"GGUF" + struct.pack("<IQQ", 3, len(stand_ins) + len(copied), len(settings))
-        head += b"".join(string_bytes(key) + value for key, value in settings.items()) + table
+        head = head_bytes(settings, table)
         start = aligned(len(head), alignment)
         pieces = tuple(
             Piece(tensor.offset, start + place, tensor.size_bytes)
@@ -370,11 +371,6 @@ class _Cutter:
 def _smallest(kind: int, shape: tuple[int, ...]) -> int:
     """The type of numbers that takes least, if such rows can be of it; else `kind`."""
     return _Q1_0 if shape[0] % _Q1_0_BLOCK == 0 else kind
-
-
-def _table_line(name: str, kind: int, shape: tuple[int, ...], offset: int) -> bytes:
-    dimensions = struct.pack(f"<I{len(shape)}Q", len(shape), *shape)
-    return string_bytes(name) + dimensions + struct.pack("<IQ", kind, offset)
 
 
 def _coalesced(pieces: tuple[Piece, ...]) -> tuple[tuple[int, int], ...]:

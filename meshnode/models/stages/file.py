@@ -71,7 +71,7 @@ def _fill(target: int, stage: Stage, source: str | Path) -> int:
     with open(source, "rb", buffering=0) as file:
         for piece in stage.pieces:
             os.lseek(target, piece.offset, os.SEEK_SET)
-            copied_bytes += _copy(target, file.fileno(), piece.source_offset, piece.size_bytes)
+            copied_bytes += copy_range(target, file.fileno(), piece.source_offset, piece.size_bytes)
     return copied_bytes
 
 
@@ -91,7 +91,11 @@ def _free(target: int, offset: int, size_bytes: int) -> None:
         raise OSError(ctypes.get_errno(), "fallocate")
 
 
-def _copy(target: int, source: int, offset: int, size_bytes: int) -> int:
+def copy_range(target: int, source: int, offset: int, size_bytes: int) -> int:
+    """Bytes of one open file to where another stands; returns how many: all.
+
+    Raises `OSError`, and `ModelLoadError` if the source ends before.
+    """
     end = offset + size_bytes
     while offset < end:
         count = os.sendfile(target, source, offset, min(end - offset, _COPY_BYTES_MAX))
