@@ -13,8 +13,11 @@ from hypothesis import strategies as st
 from meshnode.errors import LocalProtocolError, RemoteProtocolError
 from meshnode.messages import (
     CHAIN_MAX,
+    FILE_BYTES_MAX,
+    LEAVES_MAX,
     MESSAGE_BYTES_MAX,
     PEERS_MAX,
+    PROOF_HASHES_MAX,
     Advert,
     Approximate,
     Certificate,
@@ -28,13 +31,16 @@ from meshnode.messages import (
     JoinGranted,
     JoinProof,
     JoinRequest,
+    LeavesFollow,
     Leaving,
     Message,
     NodeRecord,
+    NoLeaves,
     Offer,
     Peers,
     Record,
     Refused,
+    WantLeaves,
     Welcome,
     decode,
     encode,
@@ -42,6 +48,7 @@ from meshnode.messages import (
     reason_of,
 )
 
+Leaves = WantLeaves | LeavesFollow | NoLeaves
 MESH = "0123456789abcdef" * 2
 PEER = "12D3KooWAaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa"
 DIGEST = "ab" * 32
@@ -65,8 +72,11 @@ EXAMPLES: list[tuple[object, Message]] = [
     (Record, RECORD),
     (Record, ADVERT),
     (Record, JoinProof(MESH, PEER)),
+    (Leaves, WantLeaves(DIGEST, 7, LEAVES_MAX)),
+    (Leaves, LeavesFollow(FILE_BYTES_MAX, (bytes(32),) * PROOF_HASHES_MAX)),
+    (Leaves, NoLeaves("it does not have the file")),
 ]
-KINDS = (Control, Join, Record, Advert, NodeRecord)
+KINDS = (Control, Join, Record, Advert, NodeRecord, Leaves)
 
 
 def read(data: bytes, kind: object) -> Message:

@@ -66,7 +66,8 @@ def digest_blocking(path: Path, cache_dir: Path, progress: Progress = _no_progre
 def tree_of(path: Path, root: str, cache_dir: Path) -> HashTree:
     """The tree of a file that is known to have the digest `root`: as remembered, else read anew.
 
-    So that whoever proves ranges of a file to others does not read all of it each time. Raises `ModelLoadError` if it cannot be read or is another file by now.
+    So that whoever proves ranges of a file to others does not read all of it each time. Raises
+    `ModelLoadError` if it cannot be read or is another file by now.
     """
     kept = _read_leaves(cache_dir / LEAVES_FOLDER / root)
     if kept and (tree := HashTree(kept)).root.hex() == root:
