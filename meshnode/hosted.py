@@ -343,6 +343,11 @@ class HostedModel:
             return None
         return part if isinstance(part, StagePart) and part.state == "ready" else None
 
+    def file(self, digest: str) -> Path | None:
+        """The file, if this is the model and it has been verified."""
+        known = self._identity
+        return Path(known.card.path) if known is not None and known.card.digest == digest else None
+
     @property
     def is_whole(self) -> bool:
         """Whether all of it is loaded here and answers."""

@@ -19,12 +19,14 @@ from collections.abc import Iterable
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 import msgspec
 import trio
 
 from meshnode import __version__, clock
 from meshnode.config import P2P_PORT, Config, split_host_port
+from meshnode.console.fetches import Fetches
 from meshnode.console.operations import Operations
 from meshnode.console.requests import InviteOrder, InviteTicket
 from meshnode.console.routes import Console, mount
@@ -76,6 +78,7 @@ from meshnode.transport.http import serve_asgi
 from meshnode.transport.libp2p import HostEvents, Libp2pHost, split_peer
 from meshnode.transport.mdns import announced
 from meshnode.upstream.fronted import Fronted, find_upstreams
+from meshnode.weights import WEIGHTS_PROTOCOL, Peers, Shelf
 
 logger = logging.getLogger(__name__)
 
@@ -200,6 +203,10 @@ class Node:
         self._operations = Operations(
             self._stack, partial(self._driver.submit, self.own), serves=config.role == "node"
         )
+        is_open = config.share_weights and self._mesh.admission != "open"
+        self._shelf = Shelf(self._file, data.path / "cache", self._host.disconnect, is_open=is_open)
+        holders = Peers(self._holders, self._host.open_stream, self._host.disconnect)
+        self._fetches = Fetches(data.path, holders, self._operations.models, self._file)
 
     # --- life -----------------------------------------------------------------------------------
 
@@ -228,6 +235,7 @@ class Node:
                 nursery.start_soon(run_models, self._models)
                 for upstream in self._upstreams:
                     nursery.start_soon(upstream.run)
+                nursery.start_soon(self._fetches.run)
                 nursery.start_soon(self._keep_telling_models)
                 nursery.start_soon(self._keep_telling_links)
                 nursery.start_soon(self._links.run, self._peers)
@@ -249,6 +257,7 @@ class Node:
 
         self._host.handle(HTTP_PROTOCOL, serve_tunnel)
         self._host.handle(STAGE_PROTOCOL, self._rings.serve)
+        self._host.handle(WEIGHTS_PROTOCOL, self._shelf.serve)
         if self._issuer is not None:
             self._host.handle(JOIN_PROTOCOL, self._issuer.serve, members_only=False)
 
@@ -276,7 +285,7 @@ class Node:
             task_status.started()
 
     async def _serve_clients(self, *, task_status: trio.TaskStatus[None]) -> None:
-        console = Console(self.snapshot, self._invite, self._operations)
+        console = Console(self.snapshot, self._invite, self._operations, self._fetches)
         app = create_api_app(self, door=self._door, mount=lambda quart: mount(quart, console))
         bind = split_host_port(self._config.api)
         serve = partial(serve_api, app, bind, shutdown=self._stopping.wait)
@@ -321,6 +330,16 @@ class Node:
     def _stage(self, digest: str, first: int, end: int) -> Stage | None:
         found = (model.stage(digest, first, end) for model in self._models)
         return next((stage for stage in found if stage is not None), None)
+
+    def _file(self, digest: str) -> Path | None:
+        files = (model.file(digest) for model in self._models)
+        return next((file for file in files if file is not None), None)
+
+    def _holders(self, digest: str) -> list[PeerId]:
+        """Peers that say they have the model's file and can be asked, the nearest first."""
+        rtts_s = self._rtts_s()
+        told = self._operations.holders(digest) & rtts_s.keys()
+        return [PeerId(peer) for peer in sorted(told, key=rtts_s.__getitem__)]
 
     def _is_last_replica(self, digest: str) -> bool:
         """Whether only we can answer for the model now, and nothing else needs its memory. An

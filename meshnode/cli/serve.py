@@ -150,6 +150,14 @@ def node_options(command: F) -> F:
     "nodes on one machine needs its own part. [default: 3/4 of the machine's]",
 )
 @click.option(
+    "--no-share-weights",
+    is_flag=True,
+    default=None,
+    help="Give no model file to other members. They may have them otherwise, because a mesh by "
+    "invitation is of people who trust each other, and a model that one copy is left of dies with "
+    "its machine; in an open mesh nobody gets any.",
+)
+@click.option(
     "--speculate",
     type=click.Choice(get_args(Speculate)),
     help="Guess tokens ahead and let the model check several at once: from the text so far, by a "
