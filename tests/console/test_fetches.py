@@ -59,7 +59,7 @@ async def test_a_file_gets_its_place_among_the_models(
 async def test_what_cannot_be_asked_for(world: World, tmp_path: Path) -> None:
     names = {world.model: "smol", "cd" * 32: "big~8of32"}
     here = Fetches(tmp_path, world.given, lambda: names, lambda _: world.path)
-    with pytest.raises(ConfigError, match="this node has smol already: .*source"):
+    with pytest.raises(ConfigError, match="this node has smol already: "):
         await here.ask(REQUEST)
     fetches = Fetches(tmp_path, world.given, lambda: names, lambda _: None)
     with pytest.raises(ConfigError, match="has a model 'nonesuch'"):
