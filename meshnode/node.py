@@ -206,6 +206,10 @@ class Node:
         is_open = config.share_weights and self._mesh.admission != "open"
         self._shelf = Shelf(self._file, data.path / "cache", self._host.disconnect, is_open=is_open)
         holders = Peers(self._holders, self._host.open_stream, self._host.disconnect)
+        for model in models:
+            if model.remote is not None:
+                model.remote.peers = holders
+                model.remote.find = self._operations.find_model
         self._fetches = Fetches(data.path, holders, self._operations.models, self._file)
 
     # --- life -----------------------------------------------------------------------------------

@@ -93,7 +93,8 @@ def node_options(command: F) -> F:
     multiple=True,
     metavar="PATH_OR_NAME[=ALIAS]",
     help="Keep this model ready on disk, verified, and load it when the mesh asks: because its "
-    "last node died, or has too much to do; repeatable.",
+    "last node died, or has too much to do; repeatable. mesh:NAME is a model whose file others "
+    "have: what this node is to load of it comes from them then.",
 )
 @click.option(
     "--mmproj",
@@ -186,6 +187,7 @@ def serve(as_json: bool, **options: object) -> None:
       meshnode serve
       meshnode serve --model ~/models/qwen3-8b-q4_0.gguf=qwen3
       meshnode serve --standby qwen3-8b-q4_0 --memory 8GiB
+      meshnode serve --standby mesh:llama-70b-q4_0      # a part of it, from who has the file
       meshnode serve --upstream http://127.0.0.1:8000
       meshnode serve --mesh home --api 0.0.0.0:9337     # after: meshnode key create NAME
       meshnode serve --join mesh1.…

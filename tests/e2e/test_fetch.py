@@ -1,13 +1,15 @@
-"""A node that has no model gets one from another, and needs that one no more."""
+"""Nodes get models, and parts of them, from others that have the files."""
 
 from __future__ import annotations
 
 import json
 import time
 
-from tests.e2e.agreed import items, standbys
+from tests.e2e import load
+from tests.e2e.agreed import items, standbys, wait_agreed
 from tests.e2e.conftest import Figure
 from tests.e2e.mesh import MODEL_NAME, OTHER_NAME, Mesh, run_command, wait_all_see
+from tests.e2e.test_stages import MEMORY, STORY, STORY_TOKENS, cut, is_served
 
 
 def test_a_model_comes_from_a_peer_and_is_served(mesh: Mesh, figure: Figure) -> None:
@@ -47,3 +49,20 @@ def test_a_model_comes_from_a_peer_and_is_served(mesh: Mesh, figure: Figure) -> 
     reply = alone.ask()
     assert (reply.served_by, reply.route) == (alone.peer_id, "local")
     assert "Paris" in reply.text
+
+
+def test_a_node_without_the_file_takes_half_of_the_layers(mesh: Mesh, figure: Figure) -> None:
+    """Nobody can hold the whole model, and one has its file."""
+    memory = ("--memory", MEMORY[2])
+    first = mesh.node("first", *memory, models=(), standbys=(MODEL_NAME,)).wait_started()
+    join = ("--join", first.invite(), "--standby", f"mesh:{MODEL_NAME}")
+    second = mesh.node("second", *memory, *join, models=()).wait_started()
+    wait_agreed([first, second], lambda status: is_served(status, 2))
+    told = load.ask(second, STORY, STORY_TOKENS)
+    assert told.is_whole, told
+    assert {part["owner"] for part in cut(first.status())} == {first.peer_id, second.peer_id}
+    (part,) = (second.data_dir / "cache" / "parts").glob("*.gguf")
+    whole_bytes = mesh.models.small.stat().st_size
+    assert part.stat().st_size == whole_bytes
+    figure("of the file that came, share", part.stat().st_blocks * 512 / whole_bytes)
+    assert part.stat().st_blocks * 512 < 0.9 * whole_bytes

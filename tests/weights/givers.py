@@ -37,8 +37,8 @@ def a_file(path: Path, size_bytes: int = SIZE, salt: int = 0) -> Path:
 class World:
     """Peers by id and what they do with a stream, seen by one that fetches."""
 
-    def __init__(self, nursery: trio.Nursery, folder: Path) -> None:
-        self.path = a_file(folder / "source.gguf")
+    def __init__(self, nursery: trio.Nursery, folder: Path, source: Path | None = None) -> None:
+        self.path = a_file(folder / "source.gguf") if source is None else source
         self.cache = folder / "cache"
         self.model = digest_blocking(self.path, self.cache)
         self.peers: dict[PeerId, Handler] = {}
