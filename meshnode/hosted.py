@@ -37,7 +37,7 @@ from meshnode.models.stages import Cuts, cut, cut_points
 from meshnode.pipeline.parts import HeadPart, Keep, StagePart, part_of
 from meshnode.pipeline.selftest import SelfTests
 from meshnode.protocol.dispatch import session_hash
-from meshnode.weights import REMOTE_PREFIX, RemoteFile
+from meshnode.weights import REMOTE_PREFIX, File, RemoteFile
 
 logger = logging.getLogger(__name__)
 
@@ -369,12 +369,12 @@ class HostedModel:
             return None
         return part if isinstance(part, StagePart) and part.state == "ready" else None
 
-    def file(self, digest: str) -> Path | None:
-        """The file, if this is the model, and all of it is here and verified."""
-        known = self._identity
-        if self.remote is not None and not self.remote.is_whole:
+    def file(self) -> tuple[str, File] | None:
+        """Digest and file, if all of it is here and verified."""
+        if self._identity is None or (self.remote is not None and not self.remote.is_whole):
             return None
-        return Path(known.card.path) if known is not None and known.card.digest == digest else None
+        card = self._identity.card
+        return card.digest, File(card.name, Path(card.path))
 
     @property
     def is_whole(self) -> bool:

@@ -580,6 +580,16 @@ class LeavesFollow(Message, frozen=True):
     proof: Annotated[tuple[Hash, ...], Meta(max_length=PROOF_HASHES_MAX)]
 
 
+class WantFiles(Message, frozen=True):
+    """Asks which models' files the receiver gives: what nobody serves yet is in no advert."""
+
+
+class Files(Message, frozen=True):
+    """The digests of these models, and what they are called there."""
+
+    names: Annotated[dict[Digest, ModelName], Meta(max_length=MODELS_MAX)]
+
+
 class NoLeaves(Message, frozen=True):
     """They do not come from here."""
 

@@ -19,7 +19,6 @@ from collections.abc import Iterable
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
 import msgspec
 import trio
@@ -27,6 +26,7 @@ import trio
 from meshnode import __version__, clock
 from meshnode.config import P2P_PORT, Config, split_host_port
 from meshnode.console.fetches import Fetches
+from meshnode.console.names import find_model
 from meshnode.console.operations import Operations
 from meshnode.console.requests import InviteOrder, InviteTicket
 from meshnode.console.routes import Console, mount
@@ -78,7 +78,7 @@ from meshnode.transport.http import serve_asgi
 from meshnode.transport.libp2p import HostEvents, Libp2pHost, split_peer
 from meshnode.transport.mdns import announced
 from meshnode.upstream.fronted import Fronted, find_upstreams
-from meshnode.weights import WEIGHTS_PROTOCOL, Peers, Shelf
+from meshnode.weights import WEIGHTS_PROTOCOL, File, Listing, Peers, Shelf
 
 logger = logging.getLogger(__name__)
 
@@ -204,13 +204,15 @@ class Node:
             self._stack, partial(self._driver.submit, self.own), serves=config.role == "node"
         )
         is_open = config.share_weights and self._mesh.admission != "open"
-        self._shelf = Shelf(self._file, data.path / "cache", self._host.disconnect, is_open=is_open)
+        self._shelf = Shelf(
+            self._files, data.path / "cache", self._host.disconnect, is_open=is_open
+        )
+        self._listing = Listing(self._nearest, self._host.open_stream)
         holders = Peers(self._holders, self._host.open_stream, self._host.disconnect)
         for model in models:
             if model.remote is not None:
-                model.remote.peers = holders
-                model.remote.find = self._operations.find_model
-        self._fetches = Fetches(data.path, holders, self._operations.models, self._file)
+                model.remote.peers, model.remote.find = holders, self._find_file
+        self._fetches = Fetches(data.path, holders, self._find_file, self._files)
 
     # --- life -----------------------------------------------------------------------------------
 
@@ -335,15 +337,33 @@ class Node:
         found = (model.stage(digest, first, end) for model in self._models)
         return next((stage for stage in found if stage is not None), None)
 
-    def _file(self, digest: str) -> Path | None:
-        files = (model.file(digest) for model in self._models)
-        return next((file for file in files if file is not None), None)
+    def _files(self) -> dict[str, File]:
+        """What others may have of us, by digest."""
+        found = (model.file() for model in self._models)
+        return dict(filter(None, found))
+
+    async def _find_file(self, text: str) -> tuple[str, str]:
+        """Digest and name of a model of the mesh, of those too that nobody serves yet. Raises
+        `ConfigError`."""
+        try:
+            found = find_model(text, self._model_names())
+        except ConfigError:
+            await self._listing.look()
+            found = find_model(text, self._model_names())
+        return found, self._model_names()[found]
+
+    def _model_names(self) -> dict[str, str]:
+        return {**self._listing.names(), **self._operations.models()}
 
     def _holders(self, digest: str) -> list[PeerId]:
-        """Peers that say they have the model's file and can be asked, the nearest first."""
+        """Peers that have the model's file, as far as we know, the nearest first."""
+        told = self._operations.holders(digest) | self._listing.holders(digest)
+        return [peer for peer in self._nearest() if peer in told]
+
+    def _nearest(self) -> list[PeerId]:
+        """The peers that can be asked now."""
         rtts_s = self._rtts_s()
-        told = self._operations.holders(digest) & rtts_s.keys()
-        return [PeerId(peer) for peer in sorted(told, key=rtts_s.__getitem__)]
+        return [PeerId(peer) for peer in sorted(rtts_s, key=rtts_s.__getitem__)]
 
     def _is_last_replica(self, digest: str) -> bool:
         """Whether only we can answer for the model now, and nothing else needs its memory. An

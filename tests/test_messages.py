@@ -23,6 +23,7 @@ from meshnode.messages import (
     Certificate,
     Control,
     Demand,
+    Files,
     GetPeers,
     Hello,
     Invitation,
@@ -40,6 +41,7 @@ from meshnode.messages import (
     Peers,
     Record,
     Refused,
+    WantFiles,
     WantLeaves,
     Welcome,
     decode,
@@ -48,7 +50,7 @@ from meshnode.messages import (
     reason_of,
 )
 
-Leaves = WantLeaves | LeavesFollow | NoLeaves
+Leaves = WantLeaves | LeavesFollow | NoLeaves | WantFiles | Files
 MESH = "0123456789abcdef" * 2
 PEER = "12D3KooWAaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa"
 DIGEST = "ab" * 32
@@ -74,6 +76,8 @@ EXAMPLES: list[tuple[object, Message]] = [
     (Record, JoinProof(MESH, PEER)),
     (Leaves, WantLeaves(DIGEST, 7, LEAVES_MAX)),
     (Leaves, LeavesFollow(FILE_BYTES_MAX, (bytes(32),) * PROOF_HASHES_MAX)),
+    (Leaves, WantFiles()),
+    (Leaves, Files({DIGEST: "smol"})),
     (Leaves, NoLeaves("it does not have the file")),
 ]
 KINDS = (Control, Join, Record, Advert, NodeRecord, Leaves)

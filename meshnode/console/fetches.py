@@ -6,25 +6,27 @@ asks how far it is, and what was brought waits for the next time. Knows no strea
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
 import trio
 
-from meshnode.console.names import find_model
 from meshnode.console.requests import FetchReport, FetchRequest
 from meshnode.errors import ConfigError, FetchError, MeshnodeError, ModelLoadError
 from meshnode.messages import APPROXIMATE_MARK
 from meshnode.models.catalog import SUFFIX
 from meshnode.models.digest import digest
-from meshnode.weights import Fetch, Peers
+from meshnode.weights import Fetch, File, Peers
 
 KEPT_S = 10.0
 """Who wants a file asks a few times a second; after so long nobody is there any more."""
 FETCHES_MAX = 4
 """At once; more would only share the line."""
+
+Named = tuple[str, str]
+"""A model's digest, and what the mesh calls it."""
 
 
 @dataclass(slots=True)
@@ -55,14 +57,15 @@ class Fetches:
         self,
         data_dir: Path,
         peers: Peers,
-        models: Callable[[], Mapping[str, str]],
-        here: Callable[[str], Path | None],
+        find: Callable[[str], Awaitable[Named]],
+        here: Callable[[], Mapping[str, File]],
     ) -> None:
-        """`models` are the mesh's names by digest, and `here` is a file that this node has."""
+        """`find` is what people mean by what they write, else a `ConfigError`; `here` are the
+        files that this node has, by digest."""
         self._models_dir = data_dir / "models"
         self._cache_dir = data_dir / "cache"
         self._peers = peers
-        self._models = models
+        self._find = find
         self._here = here
         self._jobs: dict[str, _Job] = {}
         self._wanted, self._new = trio.open_memory_channel[_Job](FETCHES_MAX)
@@ -76,11 +79,10 @@ class Fetches:
     async def ask(self, request: FetchRequest) -> FetchReport:
         """Begin, or tell how far it is. Raises `ConfigError` for what cannot be asked for, and
         what ended the download: the next one who asks begins anew, where that one stopped."""
-        await trio.lowlevel.checkpoint()
-        model = find_model(request.model, self._models())
+        model, name = await self._find(request.model)
         job = self._jobs.get(model)
         if job is None:
-            job = self._begin(model, self._models()[model])
+            job = self._begin(model, name)
         if job.error is not None or job.state == "done":
             del self._jobs[model]
             job.scope.cancel()
@@ -90,9 +92,9 @@ class Fetches:
         return job.report()
 
     def _begin(self, model: str, name: str) -> _Job:
-        here = self._here(model)
+        here = self._here().get(model)
         if here is not None:
-            raise ConfigError(f"this node has {name} already: {here}")
+            raise ConfigError(f"this node has {name} already: {here.path}")
         if APPROXIMATE_MARK in name:
             raise ConfigError(
                 f"{name} is an expert shard, and nothing without its receipt: make it here with "

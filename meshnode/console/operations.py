@@ -224,10 +224,6 @@ class Operations:
         """The names of all models of the mesh, by digest."""
         return self._model_names(self._facts())
 
-    def find_model(self, text: str) -> str:
-        """The digest that a name means in this mesh. Raises `ConfigError`."""
-        return find_model(text, self.models())
-
     def holders(self, digest: str) -> set[str]:
         """The peers that say that they have the model's file."""
         hosts = self._facts().hosts

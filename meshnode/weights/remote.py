@@ -7,8 +7,8 @@ at its place in a file with holes, in which `models/` finds it as in the whole o
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import suppress
+import logging
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 import trio
@@ -24,8 +24,10 @@ from meshnode.weights.partial import Range
 
 __all__ = ["REMOTE_PREFIX", "RemoteFile", "needed"]
 
+logger = logging.getLogger(__name__)
+
 REMOTE_PREFIX = "mesh:"
-LOOK_S = 1.0
+LOOK_S = 2.0
 """How often the mesh is asked whether it knows the model by now: somebody has to start first."""
 HEADER_BYTES_MAX = 256 * LEAF_BYTES
 """The largest vocabularies take 20 MiB; whatever has a larger header is no model."""
@@ -36,8 +38,8 @@ class RemoteFile:
 
     def __init__(self, name: str, cache_dir: Path) -> None:
         self.name = name
-        self.find: Callable[[str], str] | None = None
-        """The digest that a name means; raises `ConfigError`. To be set before it is used."""
+        self.find: Callable[[str], Awaitable[tuple[str, str]]] | None = None
+        """The digest that a name means, and the name; raises `ConfigError`. To be set before use."""
         self.peers: Peers | None = None
         """Likewise."""
         self.progress: Callable[[float], None] = lambda fraction: None
@@ -85,11 +87,18 @@ class RemoteFile:
     async def _known(self) -> str:
         assert self.find is not None
         assert self.peers is not None
+        told = ""
         while True:
-            with suppress(ConfigError):
-                model = self.find(self.name)
+            try:
+                model, _ = await self.find(self.name)
                 if self.peers.having(model):
                     return model
+                why = f"nobody who is here has the file of {self.name}"
+            except ConfigError as error:
+                why = str(error)
+            if why != told:
+                logger.info("--standby %s%s waits: %s", REMOTE_PREFIX, self.name, why)
+                told = why
             await trio.sleep(LOOK_S)
 
     async def bring_layers(self, card: ModelCard, first: int, end: int) -> None:

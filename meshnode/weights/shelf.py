@@ -9,19 +9,30 @@ from __future__ import annotations
 import logging
 import os
 from collections import Counter
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import trio
 
 from meshnode.errors import ModelLoadError, RemoteProtocolError
 from meshnode.identity import PeerId
-from meshnode.messages import LeavesFollow, NoLeaves, WantLeaves, decode, encode
+from meshnode.messages import (
+    MODELS_MAX,
+    Files,
+    LeavesFollow,
+    NoLeaves,
+    WantFiles,
+    WantLeaves,
+    decode,
+    encode,
+)
 from meshnode.models.digest import LEAF_BYTES, HashTree, leaf_hash, tree_of
 from meshnode.transport import Stream
 from meshnode.transport.frames import receive_frame, send_frame
 
-__all__ = ["IDLE_S", "WEIGHTS_PROTOCOL", "Shelf", "end"]
+__all__ = ["IDLE_S", "WEIGHTS_PROTOCOL", "File", "Shelf", "end"]
 
 logger = logging.getLogger(__name__)
 
@@ -38,12 +49,20 @@ CLOSE_S = 1.0
 """What closing a stream may take if its peer does not answer any more."""
 
 
+@dataclass(frozen=True, slots=True)
+class File:
+    """Of a model that was verified here, and what this node calls it."""
+
+    name: str
+    path: Path
+
+
 class Shelf:
-    """All files that this node gives. `find` is the file of a model that was verified here."""
+    """All files that this node gives; `files` are what there is, by digest."""
 
     def __init__(
         self,
-        find: Callable[[str], Path | None],
+        files: Callable[[], Mapping[str, File]],
         cache_dir: Path,
         drop: Callable[[PeerId], Awaitable[None]],
         *,
@@ -51,7 +70,7 @@ class Shelf:
     ) -> None:
         """`drop` ends the connection to a peer that sends what no honest one would. A shelf that
         is not open answers that it is not, so that nobody takes that for a fault."""
-        self._find = find
+        self._files = files
         self._cache_dir = cache_dir
         self._drop = drop
         self._is_open = is_open
@@ -67,9 +86,12 @@ class Shelf:
         try:
             while (want := await _next_request(stream)) is not None:
                 if is_full:
-                    await send_frame(stream, encode(NoLeaves("too many ask at once")))
+                    await _send(stream, encode(NoLeaves("too many ask at once")))
                     break
-                await self._answer(stream, want)
+                if isinstance(want, WantFiles):
+                    await _send(stream, encode(self._list()))
+                else:
+                    await self._give(stream, want)
             await stream.send_eof()
         except RemoteProtocolError as error:
             logger.warning("weights: %s sent what it must not: %s", peer, error)
@@ -84,17 +106,23 @@ class Shelf:
                 del self._streams[peer]
             await end(stream)
 
-    async def _answer(self, stream: Stream, want: WantLeaves) -> None:
+    def _list(self) -> Files:
+        files = self._files() if self._is_open else {}
+        listed = islice(sorted(files.items()), MODELS_MAX)
+        return Files({model: file.name for model, file in listed})
+
+    async def _give(self, stream: Stream, want: WantLeaves) -> None:
         """Raises `ModelLoadError` if the file is not any more what it was."""
-        path = self._find(want.model) if self._is_open else None
-        if path is None:
+        file = self._files().get(want.model) if self._is_open else None
+        if file is None:
             why = "it does not have the file" if self._is_open else "it does not share its models"
-            await send_frame(stream, encode(NoLeaves(why)))
+            await _send(stream, encode(NoLeaves(why)))
             return
+        path = file.path
         tree = await self._tree(want.model, path)
         last = want.first + want.count
         if last > len(tree.leaves):
-            await send_frame(stream, encode(NoLeaves(f"there are {len(tree.leaves)} leaves")))
+            await _send(stream, encode(NoLeaves(f"there are {len(tree.leaves)} leaves")))
             return
         size_bytes = (await trio.Path(path).stat()).st_size
         proof = tuple(tree.range_proof(want.first, last))
@@ -112,10 +140,10 @@ class Shelf:
         return self._trees[model]
 
 
-async def _next_request(stream: Stream) -> WantLeaves | None:
+async def _next_request(stream: Stream) -> WantLeaves | WantFiles | None:
     with trio.fail_after(IDLE_S):
         frame = await receive_frame(stream, WANT_BYTES_MAX)
-    return None if frame is None else decode(frame, WantLeaves)
+    return None if frame is None else decode(frame, WantLeaves | WantFiles)  # type: ignore[arg-type]
 
 
 async def _send(stream: Stream, frame: bytes) -> None:

@@ -13,6 +13,7 @@ from meshnode.console.fetches import KEPT_S, Fetches
 from meshnode.console.requests import FetchReport, FetchRequest
 from meshnode.errors import ConfigError, FetchError
 from meshnode.transport import Stream
+from meshnode.weights import File
 from tests.weights.givers import ANN, SIZE, World
 
 HANG_S = 30.0
@@ -29,7 +30,7 @@ async def world(tmp_path: Path, nursery: trio.Nursery) -> AsyncIterator[World]:
 
 @pytest.fixture
 def fetches(world: World, tmp_path: Path, nursery: trio.Nursery) -> Fetches:
-    made = Fetches(tmp_path, world.given, lambda: {world.model: "smol"}, lambda _: None)
+    made = Fetches(tmp_path, world.given, world.find, dict)
     nursery.start_soon(made.run)
     return made
 
@@ -57,13 +58,14 @@ async def test_a_file_gets_its_place_among_the_models(
 
 
 async def test_what_cannot_be_asked_for(world: World, tmp_path: Path) -> None:
-    names = {world.model: "smol", "cd" * 32: "big~8of32"}
-    here = Fetches(tmp_path, world.given, lambda: names, lambda _: world.path)
+    async def find(text: str) -> tuple[str, str]:
+        return (await world.find("smol"))[0], text
+
+    files = {world.model: File("smol", world.path)}
+    here = Fetches(tmp_path, world.given, world.find, lambda: files)
     with pytest.raises(ConfigError, match="this node has smol already: "):
         await here.ask(REQUEST)
-    fetches = Fetches(tmp_path, world.given, lambda: names, lambda _: None)
-    with pytest.raises(ConfigError, match="has a model 'nonesuch'"):
-        await fetches.ask(FetchRequest("nonesuch"))
+    fetches = Fetches(tmp_path, world.given, find, dict)
     with pytest.raises(ConfigError, match="nothing without its receipt"):
         await fetches.ask(FetchRequest("big~8of32"))
 

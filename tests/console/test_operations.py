@@ -71,7 +71,7 @@ async def ask(cluster: Cluster, monkeypatch: pytest.MonkeyPatch, nursery: trio.N
 
         operations = operations_of(cluster, name, monkeypatch)
         peers = Peers(lambda _: (), nobody, nobody)
-        fetches = Fetches(Path(), peers, operations.models, lambda _: None)
+        fetches = Fetches(Path(), peers, nobody, dict)
         console = Console(snapshot, lambda _: InviteTicket("t", 1), operations, fetches)
         app = QuartTrio("test")
         mount(app, console)

@@ -8,13 +8,14 @@ from pathlib import Path
 import trio
 from trio.testing import memory_stream_pair
 
+from meshnode.console.names import find_model
 from meshnode.errors import PeerUnreachableError
 from meshnode.identity import KeyPair, PeerId
-from meshnode.messages import WantLeaves, decode, encode
+from meshnode.messages import WantFiles, WantLeaves, decode, encode
 from meshnode.models.digest import LEAF_BYTES, digest_blocking
 from meshnode.transport import Stream
 from meshnode.transport.frames import receive_frame, send_frame
-from meshnode.weights import Peers, Shelf
+from meshnode.weights import File, Peers, Shelf
 from tests.pipeline.rings import Wire
 
 OWN, ANN, BEA = (KeyPair.from_seed(bytes([seed]) * 32).peer_id for seed in range(1, 4))
@@ -52,8 +53,13 @@ class World:
         async def drop(peer: PeerId) -> None:
             self.dropped.append(peer)
 
-        find = {self.model: self.path}.get
-        return Shelf(find, self.cache, drop, is_open=is_open)
+        files = {self.model: File("smol", self.path)}
+        return Shelf(lambda: files, self.cache, drop, is_open=is_open)
+
+    async def find(self, text: str) -> tuple[str, str]:
+        """What a name, or a digest, means where all of these are."""
+        await trio.lowlevel.checkpoint()
+        return find_model(text, {self.model: "smol"}), "smol"
 
     def add(self, peer: PeerId, handler: Handler | None = None) -> None:
         self.peers[peer] = self.shelf().serve if handler is None else handler
@@ -108,7 +114,8 @@ class _Counted(Wire):
         self._asked = asked
 
     async def send_all(self, data: bytes | bytearray | memoryview) -> None:
-        want = decode(bytes(data[4:]), WantLeaves)
-        leaves = range(want.first, want.first + want.count)
-        self._asked.extend((PeerId(self.peer_id), leaf) for leaf in leaves)
+        want = decode(bytes(data[4:]), WantLeaves | WantFiles)  # type: ignore[arg-type]
+        if isinstance(want, WantLeaves):
+            leaves = range(want.first, want.first + want.count)
+            self._asked.extend((PeerId(self.peer_id), leaf) for leaf in leaves)
         await super().send_all(data)

@@ -40,7 +40,7 @@ def hosted(world: World, folder: Path) -> HostedModel:
     (model,) = find_models(config)
     assert model.remote is not None
     model.remote.peers = world.given
-    model.remote.find = lambda _: world.model
+    model.remote.find = world.find
     model.keep_ring = never
     return model
 
@@ -62,7 +62,7 @@ async def test_a_part_is_loaded_from_no_more_than_its_own_bytes(
         holding = model.holding()
         assert holding is not None
         assert (holding.name, holding.digest, holding.layers) == ("smol", world.model, LAYERS)
-        assert model.file(world.model) is None, "it has nothing to give"
+        assert model.file() is None, "it has nothing to give"
         count = leaf_count(world.path.stat().st_size)
         header = {*HEADER_LEAVES, *corners(count)}
         assert {leaf for _, leaf in world.asked} == header
@@ -95,9 +95,9 @@ async def test_all_of_it_comes_when_all_of_it_is_to_be_served(
         while model.engine_for(world.model) is None:
             assert model.state != "failed", model.snapshot()
             await trio.sleep(0.01)
-    path = model.file(world.model)
-    assert path is not None
-    assert path.read_bytes() == world.path.read_bytes()
+    found = model.file()
+    assert found is not None
+    assert found[1].path.read_bytes() == world.path.read_bytes()
 
 
 async def test_what_is_no_model_is_given_up(world: World, tmp_path: Path) -> None:
@@ -105,10 +105,10 @@ async def test_what_is_no_model_is_given_up(world: World, tmp_path: Path) -> Non
     path.write_bytes(b"noise" * (SIZE // 5))
     noise = World(world._nursery, tmp_path / "other", path)
     noise.add(ANN)
-    remote = RemoteFile("noise", tmp_path / "cache")
-    remote.peers, remote.find = noise.given, lambda _: noise.model
+    remote = RemoteFile("smol", tmp_path / "cache")
+    remote.peers, remote.find = noise.given, noise.find
     with trio.fail_after(HANG_S), pytest.raises(ModelLoadError, match="GGUF"):
-        await remote.card("noise")
+        await remote.card("smol")
 
 
 async def test_a_name_that_cannot_be(tmp_path: Path) -> None:

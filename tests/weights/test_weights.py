@@ -22,7 +22,7 @@ from meshnode.models.digest import (
 )
 from meshnode.transport import Stream
 from meshnode.transport.frames import receive_frame, send_frame
-from meshnode.weights import Fetch, PartialFile
+from meshnode.weights import Fetch, Listing, PartialFile
 from meshnode.weights.fetch import PASSES_MAX
 from meshnode.weights.shelf import IDLE_S, STREAMS_PER_PEER_MAX
 from tests.weights.givers import ANN, BEA, OWN, SIZE, Change, World, a_file
@@ -329,3 +329,25 @@ async def test_who_asks_nothing_more_is_let_go(world: World, autojump_clock: Moc
     begun = trio.current_time()
     assert await stream.receive_some() == b""
     assert trio.current_time() - begun == pytest.approx(IDLE_S)
+
+
+# --- who has what -----------------------------------------------------------------------------
+
+
+async def test_members_say_what_they_give(world: World, autojump_clock: MockClock) -> None:
+    async def nonsense(stream: Stream) -> None:
+        await send_frame(stream, encode(LeavesFollow(1, ())))
+
+    async def silence(stream: Stream) -> None:
+        await trio.sleep_forever()
+
+    world.add(ANN)
+    listing = Listing(lambda: tuple(world.peers), world.given.open_stream)
+    await listing.look()
+    assert listing.names() == {world.model: "smol"}
+    assert listing.holders(world.model) == {ANN}
+    for handler in (world.shelf(is_open=False).serve, nonsense, silence):
+        world.add(ANN, handler)
+        await listing.look()
+        assert not listing.names()
+        assert not listing.holders(world.model)
