@@ -39,7 +39,7 @@ class RemoteFile:
     def __init__(self, name: str, cache_dir: Path) -> None:
         self.name = name
         self.find: Callable[[str], Awaitable[tuple[str, str]]] | None = None
-        """The digest that a name means, and the name; raises `ConfigError`. To be set before use."""
+        """Digest and name of what a name means; raises `ConfigError`. To be set before use."""
         self.peers: Peers | None = None
         """Likewise."""
         self.progress: Callable[[float], None] = lambda fraction: None

@@ -27,7 +27,8 @@ from meshnode.weights.fetch import PASSES_MAX
 from meshnode.weights.shelf import IDLE_S, STREAMS_PER_PEER_MAX
 from tests.weights.givers import ANN, BEA, OWN, SIZE, Change, World, a_file
 
-HANG_S = 30.0
+HANG_S = 300.0
+"""Some of them by a mock clock, which runs ahead."""
 LEAVES = 11
 THREADS_S = 0.3
 """A mock clock does not see that a thread is at work."""
@@ -210,6 +211,7 @@ async def test_without_an_honest_peer_nothing_is_kept(world: World) -> None:
 
 
 async def test_nobody_has_it(world: World, autojump_clock: MockClock) -> None:
+    autojump_clock.autojump_threshold = THREADS_S
     with pytest.raises(FetchError, match="no node that is here has the file"):
         await a_fetch(world).bring()
     world.add(ANN, world.shelf(is_open=False).serve)
