@@ -21,7 +21,7 @@ from typing import Literal
 import trio
 
 from meshnode.config import Config
-from meshnode.console.snapshot import ModelSnapshot, SpeculationSnapshot
+from meshnode.console.snapshot import ModelSnapshot, PartSnapshot, SpeculationSnapshot
 from meshnode.engine import Engine, EngineStats, ModelCard
 from meshnode.engine.card import load_card
 from meshnode.engine.memory import MemoryNeed, available_bytes, context_for, memory_need
@@ -422,7 +422,7 @@ class HostedModel:
             compute_bytes=need.total_bytes - need.weights_bytes - need.kv_bytes,
             activation_bytes=0 if cuts is None else ACTIVATION_BYTES * header.embedding_length,
             edge_bytes=known.edge_bytes,
-            cut_every=1 if cuts is None else max(cuts.step, cuts.shortest),
+            cut_every=1 if cuts is None else cuts.every,
             parts=tuple(
                 sorted(layers for layers, part in self._parts.items() if part.state == "ready")
             ),
@@ -476,7 +476,10 @@ class HostedModel:
         stats = self.stats()
         head = self._head
         ring = () if head is None or head.ring is None else head.ring.owners
-        parts = tuple(part.snapshot() for _, part in sorted(self._parts.items()))
+        parts = tuple(
+            PartSnapshot(*layers, part.state, part.error, part.memory_bytes, part.steps)
+            for layers, part in sorted(self._parts.items())
+        )
         if stats is None:
             known = "" if self._identity is None else self._identity.card.digest
             return ModelSnapshot(
@@ -628,10 +631,12 @@ def _cuts_of(path: str) -> tuple[Cuts | None, int]:
     rows of tokens are read from the file. Raises `ModelLoadError`."""
     try:
         cuts = cut_points(path)
-        head = cut(path, cuts.layers - max(cuts.step, cuts.shortest), cuts.layers)
+        head = cut(path, cuts.edges()[-2], cuts.layers)
     except StageError as error:
         logger.info("%s", error)
         return None, 0
+    if not cuts.is_exact:
+        logger.info("%s: what its stages say may differ from the whole in the last bit", path)
     return cuts, head.edge_bytes
 
 

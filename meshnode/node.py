@@ -46,6 +46,7 @@ from meshnode.fence import Fence, shard_text
 from meshnode.gateway import Candidate, Route, ServedModel, Upstream
 from meshnode.gateway.app import create_api_app
 from meshnode.gateway.door import Door, open_door
+from meshnode.gateway.metrics import Metrics
 from meshnode.gateway.server import serve_api
 from meshnode.gateway.tunnel import TunnelApp
 from meshnode.hosted import HostedModel, find_models, run_models
@@ -148,6 +149,7 @@ class Node:
         self._key = key
         self._mesh = membership.mesh
         self._models = models
+        self._metrics = Metrics()
         self._upstreams = upstreams
         self._door = door
         self._started_at = time.monotonic()
@@ -578,7 +580,12 @@ class Node:
 
     def engine(self, digest: str) -> Engine | None:
         engines = (model.engine_for(digest) for model in self._models)
-        return next((engine for engine in engines if engine is not None), None)
+        found = next((engine for engine in engines if engine is not None), None)
+        return None if found is None else self._metrics.metered(found)
+
+    def metrics(self) -> bytes:
+        stats = (model.stats() for model in self._models)
+        return self._metrics.text(each for each in stats if each is not None)
 
     def upstream(self, digest: str) -> Upstream | None:
         if self.engine(digest) is not None:

@@ -17,6 +17,7 @@ import msgspec
 from msgspec import Struct
 
 from meshnode.config import Ranking
+from meshnode.engine.child_process import CHILD_ENVIRONMENT
 from meshnode.errors import ShardError
 from meshnode.models.receipt import Quality
 
@@ -85,7 +86,7 @@ def make_shard(order: Order, on_progress: Callable[[Progress], None]) -> Made:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=log,
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "GGML_NO_BACKTRACE": "1"},
+            env={**os.environ, **CHILD_ENVIRONMENT, "PYTHONPATH": os.pathsep.join(sys.path)},
         )
         assert child.stdin is not None
         assert child.stdout is not None

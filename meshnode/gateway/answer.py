@@ -38,6 +38,7 @@ from meshnode.errors import (
     NoVisionError,
     PeerUnreachableError,
     RemoteProtocolError,
+    RequestError,
     UnknownModelError,
 )
 from meshnode.fence import FENCE_HEADER
@@ -50,6 +51,7 @@ from meshnode.gateway import (
     Route,
     Upstream,
 )
+from meshnode.gateway.counting import Count, encode_count
 from meshnode.gateway.embeddings import Embed, Rerank
 from meshnode.gateway.openai import Call, Encoder, encode_error_event
 from meshnode.gateway.passing import Passed
@@ -136,7 +138,7 @@ class Ask:
     approximation may not answer it.
     """
 
-    call: Call | Embed | Rerank | Passed
+    call: Call | Count | Embed | Rerank | Passed
     id: str
     session: bytes
     target: str
@@ -149,7 +151,7 @@ class Ask:
     @property
     def prompt_bytes(self) -> int:
         """About how much of it is text."""
-        images_bytes = self.call.images_bytes if isinstance(self.call, Call) else 0
+        images_bytes = self.call.images_bytes if isinstance(self.call, Call | Count) else 0
         return max(0, len(self.body) - images_bytes)
 
 
@@ -254,6 +256,8 @@ async def answer_locally(
     """
     if isinstance(ask.call, Passed):
         raise EngineError(f"The model `{ask.call.model}` was loaded here a moment ago.")
+    if isinstance(ask.call, Count):
+        return await _count_locally(engine, ask, ask.call, peer_id)
     if not isinstance(ask.call, Call):
         return await _read_locally(engine, ask.call, ask.id, peer_id, stack)
     style = engine.stats().style
@@ -280,6 +284,12 @@ async def _read_locally(
     embedded = await stack.enter_async_context(engine.embed(call.embed_request(id)))
     body = await stack.enter_async_context(aclosing(_embedded(embedded, call, id)))
     return Answer(200, "application/json", peer_id, "local", body)
+
+
+async def _count_locally(engine: Engine, ask: Ask, count: Count, peer_id: str) -> Answer:
+    request = count.call.request(ask.id, ask.session, engine.stats().style)
+    body = encode_count(await engine.count(request))
+    return Answer(200, "application/json", peer_id, "local", _once(body))
 
 
 async def answer_upstream(
@@ -310,14 +320,14 @@ class _Search:
     def __init__(self, mesh: Mesh, pool: TunnelPool, ask: Ask, *, again: bool = False) -> None:
         """`again`: it is not the first search for this request.
 
-        Raises `UnknownModelError`, `NoReplicaError` or `ApproximateOnlyError`.
+        Raises `UnknownModelError`, `NoReplicaError` or `RequestError`.
         """
         self._mesh = mesh
         self._pool = pool
         self._ask = ask
         self._again = again
         self._route = self._find_route(again=again)
-        self._candidates = deque(self._route.candidates)
+        self._candidates = self._able()
         self._attempts: list[Attempt] = []
         self._reroutes_left = REROUTES_MAX
         self._retry_after_s = RETRY_AFTER_FAILURE_S
@@ -360,7 +370,20 @@ class _Search:
         """By what the node has learned meanwhile, without those that have failed this request."""
         tried = {attempt.peer_id for attempt in self._attempts}
         self._route = self._find_route(again=True)
-        self._candidates = deque(c for c in self._route.candidates if c.peer_id not in tried)
+        self._candidates = deque(c for c in self._able() if c.peer_id not in tried)
+
+    def _able(self) -> deque[Candidate]:
+        """Those of the route that know this kind of request."""
+        candidates = deque(self._route.candidates)
+        if isinstance(self._ask.call, Count):
+            candidates = deque(each for each in candidates if not each.upstream)
+        if not candidates:
+            raise RequestError(
+                "`model`: one of a server behind a node; such are not asked to count tokens.",
+                param="model",
+                code="unsupported_parameter",
+            )
+        return candidates
 
     def _find_route(self, *, again: bool) -> Route:
         ask = self._ask

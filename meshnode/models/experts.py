@@ -27,6 +27,7 @@ from meshnode.models.gguf import (
     value_bytes,
 )
 from meshnode.models.stages.file import copy_range
+from meshnode.models.stages.names import layer_of
 
 # Each was cut and permuted as a random model of its kind: all experts, in any order, answer alike.
 ARCHITECTURES = frozenset({
@@ -80,9 +81,9 @@ def read_experts(path: Path) -> Experts:
         )
     layers = set()
     for tensor in layout.tensors.values():
-        part = _part(tensor)
-        if part in _BY_EXPERT and tensor.shape[-1] == count:
-            layers.add(_layer(tensor))
+        part, layer = _part(tensor), layer_of(tensor.name)
+        if layer is not None and part in _BY_EXPERT and tensor.shape[-1] == count:
+            layers.add(layer)
         elif part in _BY_EXPERT or ("exp" in part and "shexp" not in part):
             raise ShardError(f"{path}: what the tensor {tensor.name} is to its experts is unknown.")
     if not layers:
@@ -134,8 +135,9 @@ def _pieces(experts: Experts, kept: Kept) -> Iterator[_Piece]:
     for tensor in experts.layout.tensors.values():
         ranges: tuple[tuple[int, int], ...] = ((tensor.offset, tensor.size_bytes),)
         shape = tensor.shape
-        if _part(tensor) in _BY_EXPERT:
-            chosen = kept[_layer(tensor)]
+        layer = layer_of(tensor.name)
+        if layer is not None and _part(tensor) in _BY_EXPERT:
+            chosen = kept[layer]
             each = tensor.size_bytes // experts.count
             ranges = tuple((tensor.offset + expert * each, each) for expert in chosen)
             shape = (*shape[:-1], len(chosen))
@@ -176,10 +178,4 @@ def _number(layout: Layout, key: str) -> int:
 
 def _part(tensor: Tensor) -> str:
     """`ffn_up_exps` of `blk.7.ffn_up_exps.weight`; "" outside of layers."""
-    block, _, rest = tensor.name.partition(".")
-    layer, _, part = rest.partition(".")
-    return part.partition(".")[0] if block == "blk" and layer.isdecimal() else ""
-
-
-def _layer(tensor: Tensor) -> int:
-    return int(tensor.name.split(".")[1])
+    return "" if layer_of(tensor.name) is None else tensor.name.split(".")[2]

@@ -26,7 +26,8 @@ from meshnode.identity import PeerId
 from meshnode.node import HTTP_PROTOCOL, NodeInfo, run_node
 from meshnode.transport import Stream
 from meshnode.transport.libp2p import Libp2pHost
-from tests.e2e.mesh import HANG_S, POLL_S, Json, run_command
+from tests.e2e import agreed
+from tests.e2e.mesh import HANG_S, POLL_S, Json, run_command, serves
 
 ROOT = Path(__file__).parents[2]
 MODEL = ROOT / "tests" / "data" / "tiny-moe.Q8_0.gguf"
@@ -119,11 +120,13 @@ async def nodes(folder: Path, shard: Path) -> AsyncIterator[tuple[Api, Api, Api]
                 )
             )
             owners = {first.peer_id, second.peer_id}
+            # Requests prefer owners that the mesh has decided on: so let it have decided.
             for api in (first, second, gate):
                 await api.until(
-                    "/v1/models",
-                    lambda said: any(
-                        set(row["meshnode"]["served_by"]) == owners for row in said["data"]
+                    "/api/status",
+                    lambda said: (
+                        serves(said, SHARD) == owners
+                        and set(agreed.owners(said, SHARD, "serving")) == owners
                     ),
                 )
             yield first, second, gate

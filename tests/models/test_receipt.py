@@ -8,13 +8,13 @@ from typing import Any
 
 import msgspec
 import pytest
-from shards import KEY, SOURCE, a_receipt, put_receipt
 
 from meshnode.errors import ModelLoadError
 from meshnode.identity import KeyPair
 from meshnode.messages import Approximate
 from meshnode.models.gguf import ShardMark
 from meshnode.models.receipt import RECEIPT_BYTES_MAX, read_receipt, receipt_path, sign
+from tests.models.shards import KEY, SOURCE, a_receipt, put_receipt
 
 DIGEST = "d1" * 32
 MARK = ShardMark(SOURCE, 24, 32)

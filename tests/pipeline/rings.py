@@ -26,7 +26,8 @@ from meshnode.protocol.agreement import Assigned
 from meshnode.transport import Stream
 
 MODEL, GROUP = "ab" * 32, "cd" * 16
-WIDTH, VOCABULARY, CONTEXT = 4, 100, 64
+WIDTH, VOCABULARY, CONTEXT = 576, 100, 64
+"""The width of the small model, so that its real layers can take part."""
 HANG_S = 10.0
 ANN, BEA, CAT, DAN, EVE = (KeyPair.from_seed(bytes([seed]) * 32).peer_id for seed in range(1, 6))
 
@@ -74,7 +75,8 @@ class Adder:
         self.shape = Shape(WIDTH, 8, context_tokens, VOCABULARY if first == 0 else 0)
         self.opening: Opening | None = None
         self.is_dead = False
-        self.cuts_short = False
+        self.spoil = lambda frame: frame
+        """What it does to a frame that goes out."""
         self._ring: trio.CancelScope | None = None
         self._lock = trio.Lock()
         self._done = trio.open_memory_channel[bytes](4)
@@ -103,7 +105,7 @@ class Adder:
 
     async def receive(self) -> bytes:
         frame = await self._done[1].receive()
-        return frame[:-3] if self.cuts_short else frame
+        return self.spoil(frame)
 
 
 @dataclass
@@ -189,9 +191,9 @@ class World:
     """Peers by name, what each has loaded, what is decided, and who was dropped by whom."""
 
     def __init__(self, nursery: trio.Nursery, *cuts: tuple[str, int, int]) -> None:
-        self._nursery = nursery
+        self.nursery = nursery
         self.rings: dict[str, Rings] = {}
-        self.stages: dict[tuple[str, int, int], Adder] = {}
+        self.stages: dict[tuple[str, int, int], Stage] = {}
         self.assigned: dict[str, Assigned | None] = {}
         self.dropped: list[tuple[str, str]] = []
         self.streams: list[tuple[str, str, Wire, Wire]] = []
@@ -233,7 +235,7 @@ class World:
             near, far = memory_stream_pair()
             ours, theirs = Wire(near, other, protocol), Wire(far, own, protocol)
             self.streams.append((own, other, ours, theirs))
-            self._nursery.start_soon(self.rings[other].serve, theirs)
+            self.nursery.start_soon(self.rings[other].serve, theirs)
             return ours
 
         return open_stream
