@@ -97,6 +97,9 @@ class Model(_Table, frozen=True):
     kv_bytes_per_token: Annotated[int, Meta(ge=1, le=2**30)] = 2**15
     context_tokens: Annotated[int, Meta(ge=16, le=2**24)] = 8192
     layers: Annotated[int, Meta(ge=1, le=1024)] = 30
+    activation_bytes: Annotated[int, Meta(ge=0, le=2**30)] = 0
+    """What crosses between two layers per token. With it, a model that fits on no host is cut by
+    layers and run as a pipeline (`models/pipelines.py`); 0: it cannot be cut."""
     slots: Annotated[int, Meta(ge=1, le=1024)] = 4
     prefill_tokens_per_s: Positive = 400.0
     decode_tokens_per_s: Positive = 40.0

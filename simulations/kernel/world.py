@@ -209,6 +209,7 @@ class World:
         machine.events.clear()
         machine.loaded.clear()
         machine.parts.clear()
+        machine.heads.clear()
         machine.running = ()
         machine.effects_left = None
         self._tell_power(machine, "on")
@@ -398,8 +399,8 @@ class World:
         if machine.is_asleep:
             return
         deadline = machine.stack.deadline()
-        if deadline is None:
-            return
+        if deadline is None or (machine.armed_ns is not None and deadline > machine.armed_s):
+            return  # it is never, or will be asked before
         now_ns = self.loop.now_ns
         due_ns = now_ns
         if deadline > machine.clock.now_s(now_ns):
@@ -409,7 +410,7 @@ class World:
             due_ns += SPIN_NS
         due_ns = max(due_ns, machine.busy_until_ns)
         if machine.armed_ns is None or due_ns < machine.armed_ns:
-            machine.armed_ns = due_ns
+            machine.armed_ns, machine.armed_s = due_ns, machine.clock.now_s(due_ns)
             self.loop.at(due_ns, self._ring, machine, machine.starts)
 
     def _ring(self, machine: Machine, run: int) -> None:
@@ -685,7 +686,8 @@ class World:
     def tell_offers(self, machine: Machine) -> None:
         """What it serves, and how busy it is with that."""
         if machine.is_awake:
-            offers = tuple(self.offered(machine, model) for model in machine.loaded)
+            models = (*machine.loaded, *machine.heads)
+            offers = tuple(self.offered(machine, model) for model in models)
             self.tell(machine, SetOffers(offers))
 
     def _tell_models(self, machine: Machine) -> None:

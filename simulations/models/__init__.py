@@ -2,6 +2,7 @@
 
 * `latency.py`    how far machines are from each other: measured, by region, or drawn
 * `access.py`     what homes and data centres can send and receive
+* `pipelines.py`  models cut by layers over several hosts
 * `transfers.py`  big transfers, which share links fairly
 * `nat.py`        who can be dialled
 * `churn.py`      who is there when

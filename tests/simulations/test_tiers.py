@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import html
 import json
 import math
 from pathlib import Path
@@ -114,7 +115,11 @@ def test_the_command_writes_what_it_shows(tmp_path: Path) -> None:
     assert ran.exit_code == 0, ran.output
     kept = json.loads((tmp_path / "tiers-cold-join-4.json").read_text())
     assert kept["figures"]["t1"].keys() == kept["figures"]["t2"].keys()
-    assert (tmp_path / "tiers-cold-join-4.md").read_text() in ran.output
+    told = (tmp_path / "tiers-cold-join-4.md").read_text()
+    assert told in ran.output
+    page = (tmp_path / "tiers-cold-join-4.html").read_text()
+    assert html.escape(told) in page
+    assert "<script" not in page
 
 
 @pytest.mark.e2e
