@@ -20,6 +20,7 @@ from meshnode.errors import ConfigError
 
 Role = Literal["node", "gateway", "bootstrap"]
 KvType = Literal["f16", "q8_0"]
+Activations = Literal["f32", "f16", "i8"]
 LogFormat = Literal["pretty", "json"]
 LogLevel = Literal["debug", "info", "warning", "error"]
 Speculate = Literal["off", "lookup", "draft", "auto"]
@@ -81,6 +82,7 @@ class Config:
     context_tokens: int | None = None
     slots: int = SLOTS_DEFAULT
     kv_type: KvType = "f16"  # q8_0 takes half the memory, and twice the CPU at prefill
+    activations: Activations = "f32"  # between the owners of a cut model; only f32 loses nothing
     kv_spill_bytes: int = 0  # on disk, for each model; not without being asked for
     memory_bytes: int | None = None
     # Who guesses tokens ahead; `draft` is a PATH_OR_NAME, like a model.
@@ -265,6 +267,9 @@ SETTINGS: Mapping[str, _Setting] = {
         _within(CONTEXT_TOKENS_MIN, CONTEXT_TOKENS_MAX),
     ),
     "slots": _Setting(int, f"a number from 1 to {SLOTS_MAX}", _within(1, SLOTS_MAX)),
+    "activations": _Setting(
+        str, " or ".join(get_args(Activations)), lambda text: text in get_args(Activations)
+    ),
     "kv-type": _Setting(str, " or ".join(get_args(KvType)), lambda text: text in get_args(KvType)),
     "kv-spill": _Setting(str, "0 for none, or a size from 128MiB, with its unit: 2GiB", _is_size),
     "memory": _Setting(str, "a size from 128MiB, with its unit: 8GiB, 512MiB, 16GB", _is_memory),
@@ -328,6 +333,7 @@ def _config(role: Role, values: Mapping[str, object]) -> Config:
         ("context", "context_tokens"),
         ("slots", "slots"),
         ("kv-type", "kv_type"),
+        ("activations", "activations"),
         ("speculate", "speculate"),
         ("draft", "draft"),
         ("log-format", "log_format"),

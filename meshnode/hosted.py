@@ -13,6 +13,7 @@ import dataclasses
 import logging
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -33,6 +34,7 @@ from meshnode.models.gguf import GgufHeader, read_header
 from meshnode.models.quantize import requantized
 from meshnode.models.stages import Cuts, cut, cut_points
 from meshnode.pipeline.parts import HeadPart, Keep, StagePart, part_of
+from meshnode.pipeline.selftest import SelfTests
 from meshnode.protocol.dispatch import session_hash
 
 logger = logging.getLogger(__name__)
@@ -45,6 +47,8 @@ Whoever is still reading then holds memory that the mesh has given to others."""
 LOAD_RETRY_AFTER_S = 120.0
 """Memory may have come free or the file been mended; each try may cost three loads."""
 
+REMEMBER_AFTER_S = 30.0
+"""What a model says is asked for when the first requests have been served."""
 ACTIVATION_BYTES = 4
 """Of one number of an activation: they travel as float32, so that nothing of them is lost."""
 
@@ -121,6 +125,7 @@ class HostedModel:
         self._assigned = pinned
         self._assigned_parts: frozenset[Layers] = frozenset()
         self._parts: dict[Layers, StagePart | HeadPart] = {}
+        self._self_tests = SelfTests(self._cache_dir / "self-tests.json")
         self._assignment_changed = trio.Event()
         self._draining = trio.CancelScope()
         self._has_failed = False
@@ -213,6 +218,7 @@ class HostedModel:
                             known.need.context_tokens,
                             self._options,
                             self.keep_ring,
+                            self._self_tests,
                         )
                         nursery.start_soon(self._run_part, layers, self._parts[layers])
                 await changed.wait()
@@ -254,6 +260,7 @@ class HostedModel:
         engine = self.engine = EngineProcess(card, self._options)
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._end_when_unneeded, engine, nursery.cancel_scope)
+            nursery.start_soon(self._remember_what_it_says, engine)
             await engine.run()
             nursery.cancel_scope.cancel()
         stats = engine.stats()
@@ -261,6 +268,18 @@ class HostedModel:
             raise ModelLoadError(stats.error or "the engine cannot be started")
         self.engine = None
         logger.info("model %s: unloaded", self.name)
+
+    async def _remember_what_it_says(self, engine: EngineProcess) -> None:
+        """For the day when its layers are spread over several nodes."""
+        known, kv_type = self._identity, self._options.kv_type
+        if known is None or known.cuts is None or known.header.embeds or self.keep_ring is None:
+            return
+        if not await self._self_tests.knows(known.card.digest, kv_type):
+            with suppress(ModelLoadError):
+                await engine.wait_ready()
+                await trio.sleep(REMEMBER_AFTER_S)
+                await engine.wait_idle()
+                await self._self_tests.run(engine, kv_type, whole=True)
 
     async def _end_when_unneeded(self, engine: EngineProcess, serving: trio.CancelScope) -> None:
         """Cancel `serving` once the model is not assigned and nothing, or too slow a reader, is
@@ -445,6 +464,7 @@ class HostedModel:
             else SpeculationSnapshot(**dataclasses.asdict(stats.speculation)),
             parts=parts,
             ring=ring,
+            self_test="" if head is None else head.verdict,
         )
 
 

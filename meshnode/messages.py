@@ -535,7 +535,7 @@ class Opening(Message, frozen=True):
     By epoch `epoch` of `group`, `owners` have layers `cuts[i]` to `cuts[i + 1]` of replica
     `replica`, and the receiver is the one at `place`. The last of them, the head, has chosen
     `pipeline`, a name for this run that nobody else can guess. Sequences of up to
-    `context_tokens`; activations travel in `codec`.
+    `context_tokens`, whose KV is kept as `kv_type`; activations travel in `codec`.
     """
 
     group: GroupId
@@ -551,6 +551,7 @@ class Opening(Message, frozen=True):
     pipeline: Annotated[bytes, Meta(min_length=16, max_length=16)]
     codec: Literal["f32", "f16", "i8"]
     context_tokens: Annotated[int, Meta(ge=1, lt=2**31)]
+    kv_type: Literal["f16", "q8_0"]
 
 
 class Opened(Message, frozen=True):

@@ -185,6 +185,7 @@ class Node:
             self._stack.agreement.assigned,
             self._stage,
             self._host.disconnect,
+            config.activations,
         )
         for model in models:
             model.keep_ring = self._rings.keep

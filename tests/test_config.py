@@ -74,6 +74,7 @@ PRECEDENCE = [
     ("no-mdns", True, "yes", "true", "mdns", (False, False, False, True)),
     ("context", 1024, "2048", "4096", "context_tokens", (1024, 2048, 4096, None)),
     ("slots", 1, "2", "3", "slots", (1, 2, 3, 8)),
+    ("activations", "i8", "f32", '"i8"', "activations", ("i8", "f32", "i8", "f32")),
     ("kv-type", "q8_0", "f16", '"q8_0"', "kv_type", ("q8_0", "f16", "q8_0", "f16")),
     (
         "kv-spill",

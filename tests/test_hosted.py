@@ -217,6 +217,57 @@ async def test_a_pinned_model_loads_without_being_asked(standby: Config) -> None
         assert model.is_settled
 
 
+async def test_a_model_too_large_for_this_machine_waits_for_others(
+    standby: Config, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its layers can be spread: what a machine with less memory would do with it."""
+    monkeypatch.setattr(hosted, "available_bytes", lambda: 200 * 2**20)
+    pinned = replace(standby, models=standby.standbys, standbys=())
+    (model,) = find_models(pinned)
+    model.keep_ring = no_ring
+    with trio.fail_after(HANG_S):
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(run_models, (model,))
+            await until(model, "standby")
+            holding = model.holding()
+            nursery.cancel_scope.cancel()
+    assert holding is not None
+    assert (holding.state, holding.wanted) == ("file", False)
+    assert (holding.activation_bytes, holding.cut_every) == (4 * 576, 1)
+    assert 0 < holding.edge_bytes < holding.weight_bytes
+    assert "--standby" in caplog.text, "what the others are to do"
+
+
+async def test_layers_are_loaded_and_unloaded_as_they_are_assigned(standby: Config) -> None:
+    (model,) = find_models(standby)
+    model.keep_ring = no_ring
+    with trio.fail_after(HANG_S):
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(run_models, (model,))
+            await until(model, "standby")
+            model.assign(False, frozenset({(0, 3), (27, 30)}))
+            while (holding := model.holding()) is None or len(holding.parts) < 2:
+                await trio.sleep(0.005)
+            assert holding.state == "file", "not all of it"
+            assert model.state == "loading", "its head is in no ring"
+            assert model.engine_for(holding.digest) is None
+            assert model.stage(holding.digest, 0, 3) is not None
+            assert model.stage(holding.digest, 27, 30) is None, "that is the head"
+            offer = model.offer()
+            assert offer is not None
+            assert offer.state == "loading"
+            model.assign(False, frozenset({(0, 3)}))
+            await until(model, "stage")
+            assert model.offer() is None
+            model.assign(False)
+            await until(model, "standby")
+            nursery.cancel_scope.cancel()
+
+
+async def no_ring(head: object) -> None:
+    await trio.sleep_forever()
+
+
 async def test_a_load_that_is_taken_back_leaves_nothing(standby: Config) -> None:
     async with running(standby) as model:
         model.assign(True)

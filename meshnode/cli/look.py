@@ -137,6 +137,8 @@ def _facts(found: Snapshot) -> Iterable[tuple[str, str]]:
     yield "API", f"{found.api_url}/v1" if found.api_url else "none"
     yield from (("at", addr) for addr in found.addrs)
     for model in found.models:
+        if model.parts:
+            yield "layers", f"{model.name}: {_layers(model, found.peer_id)}"
         if model.speculation is not None:
             yield "guessing", f"{model.name}: {_guesses(model.speculation)}"
     for group in found.groups:
@@ -145,6 +147,16 @@ def _facts(found: Snapshot) -> Iterable[tuple[str, str]]:
     if found.refused:
         counts = sorted(found.refused.items())
         yield "refused", ", ".join(f"{count} {reason}" for reason, count in counts)
+
+
+def _layers(model: ModelSnapshot, own: str) -> str:
+    parts = ", ".join(
+        f"{part.first}–{part.end - 1} ({printable(part.error or part.state)})"
+        for part in model.parts
+    )
+    ring = " → ".join(node_name(peer, own) for peer in model.ring)
+    test = f", self-test: {printable(model.self_test)}" if model.self_test else ""
+    return f"{parts}{f'; the pipeline is {ring}{test}' if ring else ''}"
 
 
 def _guesses(speculation: SpeculationSnapshot) -> str:

@@ -26,7 +26,8 @@ class SpeculationSnapshot(Struct, frozen=True):
 class ModelSnapshot(Struct, frozen=True):
     """One of our own models, loaded or not. `progress` is 0..1 while loading; rates are tokens per
     second; `speculation` is None where nobody guesses ahead. `parts` are the layers that are here
-    of a model that is cut, and `ring` the peers that answer together, if we are their head."""
+    of a model that is cut, and `ring` the peers that answer together, if we are their head;
+    `self_test` says whether they say what the whole model, or an earlier ring, has said here."""
 
     name: str
     digest: str
@@ -44,6 +45,7 @@ class ModelSnapshot(Struct, frozen=True):
     speculation: SpeculationSnapshot | None = None
     parts: tuple[PartSnapshot, ...] = ()
     ring: tuple[str, ...] = ()
+    self_test: str = ""
 
 
 class PartSnapshot(Struct, frozen=True):

@@ -184,14 +184,14 @@ class Child:
         """Feed the inbox; ends the process when the parent is gone."""
         try:
             for frame in frames:
-                self._hear(frame)
+                self.hear(frame)
             leave()
         finally:
             # Reached only by a bug. A child that computes but cannot hear must end, saying why.
             traceback.print_exc()
             leave(EXIT_BUG)
 
-    def _hear(self, frame: wire.ToChild) -> None:
+    def hear(self, frame: wire.ToChild) -> None:
         if isinstance(frame, wire.Generate):
             self._receive(frame)
         elif isinstance(frame, wire.Embed):

@@ -131,26 +131,30 @@ class Head(Child):
 
     # -- the reader thread ---------------------------------------------------------------------
 
-    def _hear(self, frame: wire.ToChild) -> None:
+    def hear(self, frame: wire.ToChild) -> None:
         if isinstance(frame, wire.StartPipeline | wire.StopPipeline | wire.Rows):
             self._inbox.put(frame)
         elif isinstance(frame, wire.Embed):
             why = "Only the last layers of this model are here: it cannot read for embeddings."
             self._pipe.send(wire.Unable(frame.number, why))
         else:
-            super()._hear(frame)
+            super().hear(frame)
 
     # -- the main thread -----------------------------------------------------------------------
 
     def run(self) -> NoReturn:
         self._send_status()
         while True:
-            try:
-                self._handle(self._inbox.get(timeout=self._patience_s()))
-            except queue.Empty:
-                self._give_up()
-            self._fill()
-            self._send_status()
+            self.turn()
+
+    def turn(self) -> None:
+        """Wait for the next thing that happens, and do what follows from it."""
+        try:
+            self._handle(self._inbox.get(timeout=self._patience_s()))
+        except queue.Empty:
+            self._give_up()
+        self._fill()
+        self._send_status()
 
     def _patience_s(self) -> float | None:
         """How long requests may still wait for a pipeline; None if there is one, or none waits."""
@@ -203,22 +207,19 @@ class Head(Child):
             return  # of one that is over
         try:
             rows = pipeline.rows(frame.step, self._shape)
-        except RemoteProtocolError as error:
+            sent = pipeline.in_flight.popleft()
+            if not prepare(sent.changes, self._model, self._states, self._scheduler):
+                raise DecodeError("the head lost its KV cache")
+            self._timed(sent.batch, lambda batch: self._model.decode_rows(batch, rows))
+        except (RemoteProtocolError, StageError) as error:
+            theirs = isinstance(error, RemoteProtocolError)
             self._stop(str(error))
-            self._pipe.send(wire.PipelineFailed(pipeline.name, str(error)))
+            self._pipe.send(wire.PipelineFailed(pipeline.name, str(error), theirs))
             return
-        sent = pipeline.in_flight.popleft()
-        if not prepare(sent.changes, self._model, self._states, self._scheduler):
-            raise DecodeError("the head lost its KV cache")
-        self._timed(sent.batch, lambda batch: self._decode(batch, rows))
         # Beside others in flight, a batch took only what came after the one before it.
         started_at = max(sent.planned_at, pipeline.concluded_at)
         pipeline.owed += self._conclude(sent.batch, started_at)
         pipeline.concluded_at = time.perf_counter()
-
-    def _decode(self, batch: Batch, rows: Rows) -> bool:
-        self._model.decode_rows(batch, rows)
-        return True
 
     def _give_up(self) -> None:
         """No pipeline has come: whoever waits is better off elsewhere."""

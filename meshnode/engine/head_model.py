@@ -7,6 +7,7 @@ those of a whole model. Decides nothing about who runs.
 from __future__ import annotations
 
 import ctypes
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -16,6 +17,7 @@ import numpy as np
 from meshnode.config import KvType
 from meshnode.engine.activations import Rows
 from meshnode.engine.llama import DecodeError, LlamaModel
+from meshnode.engine.memory import available_bytes, prefers_disk
 from meshnode.engine.native import pointer, position_planes
 from meshnode.engine.scheduler import Batch
 from meshnode.errors import StageError
@@ -63,7 +65,8 @@ class HeadModel(LlamaModel):
         self._planes = position_planes(self._model)
 
     def _load_model(self, path: str, on_progress: Callable[[float], None]) -> Any:
-        with open_stage(self._stage, path) as file:
+        on_disk = prefers_disk(self._stage, available_bytes())
+        with open_stage(self._stage, path, on_disk=on_disk) as file:
             return super()._load_model(file.path, on_progress)
 
     @property
@@ -71,9 +74,13 @@ class HeadModel(LlamaModel):
         """How many numbers an activation has."""
         return self._stage.width
 
-    def decode_rows(self, batch: Batch, rows: Rows) -> None:
+    def decode_rows(self, batch: Batch, rows: Rows) -> bool:
         """Compute the last layers of a batch; `rows`, float32[batch.tokens, width], are what the
-        layers before have made of its tokens."""
+        layers before have made of its tokens. Never aborted, so never False.
+
+        Raises `StageError` if that leads to no numbers: some stage's file is damaged, or a peer
+        sent activations that no model has.
+        """
         self._fill(batch)
         if self._stage.input_scale != 1:
             rows = rows * np.float32(self._stage.input_scale)
@@ -89,3 +96,8 @@ class HeadModel(LlamaModel):
         given.logits = self._batch.logits
         if not self._compute(given):
             raise DecodeError("a batch of a pipeline was stopped by nobody")
+        for chunk, row in batch.rows():
+            logits = [self._logits(row + place) for place in range(chunk.outputs)]
+            if not all(math.isfinite(each.max()) for each in logits):
+                raise StageError("what the stages compute together are no numbers")
+        return True

@@ -28,6 +28,8 @@ KV_TYPE_BYTES_PER_F16 = {"f16": Fraction(1), "q8_0": Fraction(34, 64)}
 SAVED_PART = 1
 SAVED_BYTES_MAX = 256 * 1024**2
 LOGIT_BYTES = 4
+# A stage's weights twice, and as much again for its KV and for everybody else.
+STAGE_ROOM = 3
 # The largest picture while it is decoded, scaled and cut: about 16 million pixels, 4 bytes, twice.
 PICTURE_BYTES = 128 * 1024**2
 # Beyond this a default context costs more memory than most conversations use.
@@ -179,6 +181,15 @@ def head_need(whole: MemoryNeed, stage: Stage) -> MemoryNeed:
         kv_bytes_per_token=math.ceil(whole.kv_bytes_per_token * part),
         saves=False,
     )
+
+
+def prefers_disk(stage: Stage, available_bytes: int) -> bool:
+    """Whether the file that a stage is loaded from had better be on disk.
+
+    A stage is copied out of the whole model, and llama.cpp makes a second copy of the weights that
+    it arranges anew for this CPU. In memory the first can never be dropped.
+    """
+    return available_bytes < STAGE_ROOM * stage.source_bytes
 
 
 def check_fits(path: str, need: MemoryNeed | StageNeed, available_bytes: int) -> None:

@@ -564,9 +564,9 @@ class EngineProcess:
             case wire.Planned(pipeline=name, step=step):
                 if name == self._pipeline.name:
                     self._pipeline.add(step)
-            case wire.PipelineFailed(pipeline=name, message=message):
+            case wire.PipelineFailed(pipeline=name, message=message, theirs=theirs):
                 if name == self._pipeline.name:
-                    self._pipeline.end(RemoteProtocolError(message))
+                    self._pipeline.end((RemoteProtocolError if theirs else EngineError)(message))
 
     def _handle_answer(self, frame: wire.Text | wire.Done) -> None:
         answer = self._answers[frame.number]

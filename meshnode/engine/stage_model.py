@@ -23,6 +23,7 @@ import numpy as np
 
 from meshnode.config import KvType
 from meshnode.engine.activations import Rows, unpack
+from meshnode.engine.memory import available_bytes, prefers_disk
 from meshnode.engine.native import GGML_TYPES, checked, initialise, pointer, position_planes
 from meshnode.engine.steps import STATE_BYTES_MAX, STEP_ROWS_MAX, Keep, Shape, Share, Step
 from meshnode.errors import EngineError, ModelLoadError, RemoteProtocolError, StageError
@@ -32,6 +33,8 @@ from meshnode.models.stages.lookup import Lookup
 # What llama_decode returns.
 _DECODED = 0
 _KV_FULL = 1
+# What llama.cpp calls the position of nothing.
+_NO_POSITION = -1
 
 
 def _ggml() -> Any:
@@ -145,7 +148,8 @@ class StageModel:
         params = _llama.llama_model_default_params()
         params.n_gpu_layers = 0
         params.progress_callback = progress
-        with open_stage(stage, path) as file:
+        on_disk = prefers_disk(stage, available_bytes())
+        with open_stage(stage, path, on_disk=on_disk) as file:
             loaded = _llama.llama_model_load_from_file(os.fsencode(file.path), params)
         model = checked(loaded, path, "stage")
         # llama.cpp copies as many numbers of each row as this says, whatever we have.
@@ -316,8 +320,10 @@ class StageModel:
     def save(self, slot: int) -> bytes:
         """The KV of a slot, for the same stage of the same model with the same `kv_type`.
 
-        Raises `EngineError` if it is larger than `STATE_BYTES_MAX`.
+        Raises `EngineError` if it is empty, or larger than `STATE_BYTES_MAX`.
         """
+        if not self._held_by(slot):
+            raise EngineError(f"Slot {slot} is empty.")
         size = int(_llama.llama_state_seq_get_size(self._context, slot))
         if not 0 < size <= STATE_BYTES_MAX:
             raise EngineError(f"The KV of slot {slot} takes {size} bytes, too many to be moved.")
@@ -333,15 +339,29 @@ class StageModel:
         Raises `EngineError`, and leaves the slot empty, if it is not this stage's or there is no
         room. llama.cpp finds a wrong length and another model's, but not a flipped bit.
         """
-        if self._held[slot]:
+        if self._held_by(slot):
             raise EngineError(f"Slot {slot} is not empty.")
         cells = (ctypes.c_uint8 * len(state)).from_buffer_copy(state)
         read = _llama.llama_state_seq_set_data(self._context, cells, len(state), slot)
         begins = int(_llama.llama_memory_seq_pos_min(self._memory, slot))
         held = int(_llama.llama_memory_seq_pos_max(self._memory, slot)) + 1
-        whole = begins == 0 or not self._can_rewind
+        # Of a recurrent model's state only the last position can be known.
+        whole = begins == 0 or (begins > 0 and not self._can_rewind)
         if read != len(state) or not whole or held > self.shape.context_tokens:
-            _llama.llama_memory_seq_rm(self._memory, slot, -1, -1)
+            self._empty(slot)
             raise EngineError(f"What was to be the KV of slot {slot} is not this stage's.")
         self._held[slot] = held
         return held
+
+    def _empty(self, slot: int) -> None:
+        """Of what a hostile state has put there. Cells at positions before the first can only be
+        removed with those of all slots."""
+        _llama.llama_memory_seq_rm(self._memory, slot, -1, -1)
+        if _llama.llama_memory_seq_pos_max(self._memory, slot) != _NO_POSITION:
+            self.forget()
+
+    def _held_by(self, slot: int) -> int:
+        """How many tokens. Raises `EngineError` if there is no such slot."""
+        if not 0 <= slot < self.shape.slots:
+            raise EngineError(f"There is no slot {slot} of {self.shape.slots}.")
+        return self._held[slot]

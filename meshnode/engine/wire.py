@@ -258,10 +258,12 @@ class Planned(msgspec.Struct, frozen=True, tag="planned"):
 
 
 class PipelineFailed(msgspec.Struct, frozen=True, tag="pipeline_failed"):
-    """Of a part: what came as rows was none of what was planned; the pipeline has stopped."""
+    """Of a part: what came as rows could not be used, and the pipeline has stopped. `theirs`: it
+    was not what was planned, or no numbers."""
 
     pipeline: bytes
     message: str
+    theirs: bool
 
 
 class Status(msgspec.Struct, frozen=True, tag="status"):

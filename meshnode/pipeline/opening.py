@@ -11,6 +11,7 @@ from collections.abc import Iterable
 
 from msgspec.structs import replace
 
+from meshnode.config import KvType
 from meshnode.engine.steps import PIPELINE_BYTES, Codec
 from meshnode.messages import Item, Opening
 from meshnode.protocol.agreement import Assigned
@@ -35,6 +36,7 @@ def opening_of(
     pipeline: bytes,
     codec: Codec,
     context_tokens: int,
+    kv_type: KvType = "f16",
 ) -> Opening:
     """What the head says to the owner of the first layers."""
     assert len(pipeline) == PIPELINE_BYTES
@@ -49,6 +51,7 @@ def opening_of(
         pipeline=pipeline,
         codec=codec,
         context_tokens=context_tokens,
+        kv_type=kv_type,
     )
 
 

@@ -22,6 +22,7 @@ from meshnode.engine.stage_process import StageOptions, StageProcess
 from meshnode.engine.steps import STEP_SLOTS_MAX, Shape
 from meshnode.errors import ModelLoadError
 from meshnode.messages import Opening
+from meshnode.pipeline.selftest import SelfTests, Verdict
 
 __all__ = ["HeadPart", "StagePart", "part_of"]
 
@@ -46,6 +47,7 @@ class StagePart:
     ) -> None:
         self.card = card
         self.layers = (first, end)
+        self.kv_type = options.kv_type
         self.process = StageProcess(
             card,
             StageOptions(
@@ -110,16 +112,27 @@ class HeadPart:
     """The last layers, from `first` on, and the engine that answers. Implements `ring.Head`."""
 
     def __init__(
-        self, card: ModelCard, first: int, end: int, options: EngineOptions, keep: Keep
+        self,
+        card: ModelCard,
+        first: int,
+        end: int,
+        options: EngineOptions,
+        keep: Keep,
+        tests: SelfTests,
     ) -> None:
-        """`keep` forms a ring for it, again and again (`Rings.keep`)."""
+        """`keep` forms a ring for it, again and again (`Rings.keep`); each is put to `tests`."""
         self.card = card
         self.layers = (first, end)
+        self.kv_type = options.kv_type
         self.engine = EngineProcess(card, replace(options, part=Part(first, end)))
         self.ring: Opening | None = None
         """The one it is in."""
+        self.verdict: Verdict = ""
+        """Of the self-test of that ring."""
         self._steps = 0
         self._keep = keep
+        self._tests = tests
+        self._opened = trio.Event()
 
     @property
     def model(self) -> str:
@@ -147,10 +160,20 @@ class HeadPart:
         while True:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(self._keep, self)
+                nursery.start_soon(self._test_each_ring)
                 await self.engine.run()
                 nursery.cancel_scope.cancel()
             logger.error("the head of %s: %s", self.card.name, self.error)
             await trio.sleep(LOAD_RETRY_AFTER_S)
+
+    async def _test_each_ring(self) -> None:
+        while True:
+            await self._opened.wait()
+            self._opened = trio.Event()
+            verdict = await self._tests.run(self.engine, self.kv_type, whole=False)
+            self.verdict = verdict if self.ring is not None else ""
+            log = logger.error if verdict == "differs" else logger.info
+            log("model %s: the self-test of its stages: %s", self.card.name, verdict)
 
     async def wait_loaded(self) -> None:
         try:
@@ -161,11 +184,12 @@ class HeadPart:
     def opened(self, opening: Opening) -> None:
         self.engine.start_pipeline(opening.pipeline, opening.epoch, len(opening.owners))
         self.ring = opening
+        self._opened.set()
 
     def closed(self, reason: str) -> None:
         if self.ring is not None:
             self.engine.stop_pipeline(reason)
-        self.ring = None
+        self.ring, self.verdict = None, ""
 
     async def next_step(self) -> bytes:
         step = await self.engine.next_step()
@@ -184,8 +208,9 @@ def part_of(
     context_tokens: int,
     options: EngineOptions,
     keep: Keep,
+    tests: SelfTests,
 ) -> StagePart | HeadPart:
     """The last part of a model with so many layers is its head."""
     if end == layers:
-        return HeadPart(card, first, end, options, keep)
+        return HeadPart(card, first, end, options, keep, tests)
     return StagePart(card, first, end, context_tokens, options)

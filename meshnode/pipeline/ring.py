@@ -16,8 +16,9 @@ from typing import Protocol
 
 import trio
 
+from meshnode.config import KvType
 from meshnode.engine import steps
-from meshnode.engine.steps import PIPELINE_BYTES, Shape, Step
+from meshnode.engine.steps import PIPELINE_BYTES, Codec, Shape, Step
 from meshnode.errors import EngineError, PeerUnreachableError, RemoteProtocolError
 from meshnode.identity import PeerId
 from meshnode.messages import (
@@ -59,6 +60,9 @@ class Stage(Protocol):
     @property
     def shape(self) -> Shape: ...
 
+    @property
+    def kv_type(self) -> KvType: ...
+
     def turn(self) -> AbstractAsyncContextManager[None]:
         """Held by the one ring that it is in; a later ring ends the one that holds it."""
         ...
@@ -81,6 +85,9 @@ class Head(Protocol):
 
     @property
     def shape(self) -> Shape: ...
+
+    @property
+    def kv_type(self) -> KvType: ...
 
     async def wait_loaded(self) -> None: ...
 
@@ -112,9 +119,12 @@ class Rings:
         assigned: Callable[[str], Assigned | None],
         stage: Callable[[str, int, int], Stage | None],
         drop: Callable[[PeerId], Awaitable[None]],
+        codec: Codec = "f32",
     ) -> None:
         """`stage` finds layers (model, first, end) if they are loaded here; `drop` ends the
-        connection to a peer that sends what no honest one would."""
+        connection to a peer that sends what no honest one would. `codec` is what activations
+        travel in, where our models' heads are concerned."""
+        self._codec = codec
         self._own = own
         self._open_stream = open_stream
         self._assigned = assigned
@@ -169,11 +179,13 @@ class Rings:
         if stage is None:
             await self._refuse(stream, "its layers are not loaded yet")
             return
-        if stage.shape.context_tokens != opening.context_tokens:
+        ours = (stage.shape.context_tokens, stage.kv_type)
+        theirs = (opening.context_tokens, opening.kv_type)
+        if ours != theirs:
             await self._refuse(
                 stream,
-                f"its context is {stage.shape.context_tokens} tokens and the head's "
-                f"{opening.context_tokens}: give all nodes the same --context",
+                f"it keeps {ours[0]} tokens as {ours[1]}, and the head {theirs[0]} as "
+                f"{theirs[1]}: give all nodes the same --context and --kv-type",
             )
             return
         async with stage.turn():
@@ -247,7 +259,9 @@ class Rings:
     async def _run(self, head: Head, assigned: Assigned, items: tuple[Item, ...]) -> str:
         """Form one ring and run it; returns why it ended."""
         pipeline = os.urandom(PIPELINE_BYTES)
-        opening = opening_of(assigned, items, pipeline, "f32", head.shape.context_tokens)
+        opening = opening_of(
+            assigned, items, pipeline, self._codec, head.shape.context_tokens, head.kv_type
+        )
         awaited = self._awaited[pipeline] = _Awaited(opening)
         stream: Stream | None = None
         ran = _Ran()

@@ -59,6 +59,8 @@ class Split:
 @pytest.mark.parametrize("stages", [2, 3])
 def test_stages_say_what_the_whole_model_says(mesh: Mesh, figure: Figure, stages: int) -> None:
     split = Split(mesh, stages)
+    head = split.owner(-1)
+    head.wait_until(lambda status: status["models"][0]["self_test"] == "first")
     told = load.ask(split.gate, STORY, STORY_TOKENS)
     assert told.is_whole, told
     assert told.served_by == split.owner(-1).peer_id, "the owner of the last layers answers"
@@ -72,16 +74,12 @@ def test_stages_say_what_the_whole_model_says(mesh: Mesh, figure: Figure, stages
 
 
 @pytest.mark.parametrize("place", [0, 1, -1])
-def test_an_answer_survives_the_owner_of_any_layers(
-    mesh: Mesh, figure: Figure, place: int
-) -> None:
+def test_an_answer_survives_the_owner_of_any_layers(mesh: Mesh, figure: Figure, place: int) -> None:
     split = Split(mesh, stages=3, spares=1)
     undisturbed = load.ask(split.gate, STORY, STORY_TOKENS)
     assert undisturbed.is_whole, undisturbed
     victim = split.owner(place)
-    killed = threading.Timer(
-        undisturbed.at[TOKENS_BEFORE_KILL] - undisturbed.asked_at, victim.kill
-    )
+    killed = threading.Timer(undisturbed.at[TOKENS_BEFORE_KILL] - undisturbed.asked_at, victim.kill)
     killed.start()
     told = load.ask(split.gate, STORY, STORY_TOKENS)
     killed.join()

@@ -9,6 +9,7 @@ import ctypes
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +75,9 @@ class Bare:
         width = llama.llama_model_n_embd(self._model)
         self._of_tokens = llama.llama_batch_init(rows_max, 0, SLOTS)
         self._of_rows = llama.llama_batch_init(rows_max, width, SLOTS)
+        # Activations have four positions where there are several axes; as many as there may be.
+        self._positions = np.zeros(4 * rows_max, np.int32)
+        self._of_rows.pos = self._positions.ctypes.data_as(ctypes.POINTER(ctypes.c_int32))
 
     def compute(self, batch: Batch, rows: np.ndarray[Any, Any] | None = None) -> np.ndarray:
         """float32[n, vocabulary]; `rows` instead of the batch's tokens."""
@@ -83,10 +87,14 @@ class Bare:
         if rows is not None:
             rows = np.ascontiguousarray(rows, np.float32)
             ctypes.memmove(given.embd, rows.ctypes.data, rows.nbytes)
+            # Time, height and width are the same for text; the fourth is nothing.
+            self._positions[: 4 * count] = batch.positions * 3 + [0] * count
         for row in range(count):
             if rows is None:
                 given.token[row] = batch.tokens[row]
-            given.pos[row], given.logits[row] = batch.positions[row], 1
+            given.logits[row] = 1
+            if rows is None:
+                given.pos[row] = batch.positions[row]
             given.n_seq_id[row], given.seq_id[row][0] = 1, batch.slots[row]
         assert llama.llama_decode(self._context, given) == 0
         logits = [llama.llama_get_logits_ith(self._context, row) for row in range(count)]
@@ -97,12 +105,21 @@ class Bare:
             if isinstance(change, Keep):
                 llama.llama_memory_seq_rm(self.memory, change.slot, change.tokens, -1)
             else:
-                llama.llama_memory_seq_cp(
-                    self.memory, change.source, change.slot, 0, change.tokens
-                )
+                llama.llama_memory_seq_cp(self.memory, change.source, change.slot, 0, change.tokens)
 
     def forget(self) -> None:
         llama.llama_memory_clear(self.memory, True)
+
+    def save(self, slot: int) -> bytes:
+        state = (ctypes.c_uint8 * llama.llama_state_seq_get_size(self._context, slot))()
+        size = llama.llama_state_seq_get_data(self._context, state, len(state), slot)
+        assert size == len(state)
+        return bytes(state)
+
+    def restore(self, slot: int, state: bytes) -> None:
+        cells = (ctypes.c_uint8 * len(state)).from_buffer_copy(state)
+        size = llama.llama_state_seq_set_data(self._context, cells, len(state), slot)
+        assert size == len(state)
 
     def tokens(self, text: str) -> list[int]:
         data = text.encode()
@@ -117,27 +134,29 @@ class Bare:
         llama.llama_model_free(self._model)
 
 
+def load(path: Path, first: int, end: int) -> StageModel:
+    return StageModel(
+        str(path),
+        first,
+        end,
+        context_tokens=CONTEXT_TOKENS,
+        slots=SLOTS,
+        threads=1,
+        on_progress=lambda _fraction: None,
+    )
+
+
 class Ring:
     """Stages that end before each of `cuts`, and the last one; as frames between them."""
 
     def __init__(self, path: Path, *cuts: int, layers: int, codec: Codec = "f32") -> None:
         self._stack = ExitStack()
-        starts = (0, *cuts)
+        self.cuts = cuts
         self.stages = [
-            self._stack.enter_context(
-                StageModel(
-                    str(path),
-                    first,
-                    end,
-                    context_tokens=CONTEXT_TOKENS,
-                    slots=SLOTS,
-                    threads=1,
-                    on_progress=lambda _fraction: None,
-                )
-            )
-            for first, end in zip(starts, cuts, strict=False)
+            self._stack.enter_context(load(path, first, end)) for first, end in pairwise((0, *cuts))
         ]
         last = cut(path, cuts[-1], layers)
+        self._scale = np.float32(last.input_scale)
         with open_stage(last, path) as file:
             self.last = Bare(file.path)
         self._stack.callback(self.last.close)
@@ -156,7 +175,7 @@ class Ring:
                      rows=packed, codec=codec)
             )  # fmt: skip
         rows = activations.unpack(packed, codec, self.stages[-1].shape.width)
-        return self.last.compute(batch, rows)
+        return self.last.compute(batch, rows * self._scale)
 
     def forget(self) -> None:
         for stage in self.stages:

@@ -44,11 +44,12 @@ def write_gguf(
     for key, value in metadata.items():
         out += string(key) + value_of(value)
     end = 0
-    weights = b""
+    weights = bytearray()
     for tensor in tensors:
         offset = end if tensor.offset is None else tensor.offset
         if tensor.data:
-            weights += bytes(offset - len(weights)) + tensor.data
+            weights.extend(bytes(max(0, offset - len(weights))))
+            weights[offset : offset + len(tensor.data)] = tensor.data
         out += string(tensor.name) + struct.pack("<I", len(tensor.shape))
         out += struct.pack(f"<{len(tensor.shape)}Q", *tensor.shape)
         out += struct.pack("<IQ", tensor.kind, offset)

@@ -15,6 +15,7 @@ import trio
 from msgspec.structs import replace
 from trio.testing import memory_stream_pair
 
+from meshnode.config import KvType
 from meshnode.engine import steps
 from meshnode.engine.steps import Shape, Step
 from meshnode.errors import EngineError, PeerUnreachableError
@@ -69,6 +70,7 @@ class Adder:
 
     def __init__(self, first: int, context_tokens: int = CONTEXT) -> None:
         self.first = first
+        self.kv_type: KvType = "f16"
         self.shape = Shape(WIDTH, 8, context_tokens, VOCABULARY if first == 0 else 0)
         self.opening: Opening | None = None
         self.is_dead = False
@@ -110,6 +112,7 @@ class FirstWords:
 
     layers: tuple[int, int]
     model: str = MODEL
+    kv_type: KvType = "f16"
     shape: Shape = field(default_factory=lambda: Shape(WIDTH, 8, CONTEXT, 0))
     opening: Opening | None = None
     reasons: list[str] = field(default_factory=list)

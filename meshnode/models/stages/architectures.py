@@ -1,7 +1,7 @@
 """Which architectures may be cut into stages, and what must be minded about each.
 
 An allow-list: a tiny random model of each was cut into two and three stages, and computed
-the same numbers as the whole one, bit by bit (`tests/models/test_stage_architectures.py`). A name
+the same numbers as the whole one, bit by bit (`tests/engine/test_stage_architectures.py`). A name
 is llama.cpp's; `REFUSED` has those known not to work. All others were never tried.
 """
 

@@ -46,6 +46,7 @@ _KNOWN = frozenset((*_FACTORS, _POSITIONS, ROWS_OF_TOKENS, _NORM_BIAS, _HEAD, _H
 # Arrays that are not about layers, however many items they have.
 _NOT_PER_LAYER = ("rope.dimension_sections",)
 _F32 = 0
+_Q1_0, _Q1_0_BLOCK = 41, 128
 _LAYER = "blk"
 
 
@@ -328,7 +329,8 @@ class _Cutter:
             if _HEAD_BIAS in tensors:
                 yield _HEAD_BIAS, _F32, (1,), b""
         elif not self._is_tied:
-            yield ROWS_OF_TOKENS, tensors[ROWS_OF_TOKENS].kind, tensors[ROWS_OF_TOKENS].shape, b""
+            words = tensors[ROWS_OF_TOKENS]
+            yield ROWS_OF_TOKENS, _smallest(words.kind, words.shape), words.shape, b""
         if self._first > 0 and _POSITIONS in tensors:
             # Positions were added before the first layer; here nothing is.
             yield _POSITIONS, tensors[_POSITIONS].kind, tensors[_POSITIONS].shape, b""
@@ -363,6 +365,11 @@ class _Cutter:
             for place, (_, tensor) in zip(places, copied, strict=True)
         )
         return head + bytes(start - len(head)) + written, pieces, start + position
+
+
+def _smallest(kind: int, shape: tuple[int, ...]) -> int:
+    """The type of numbers that takes least, if such rows can be of it; else `kind`."""
+    return _Q1_0 if shape[0] % _Q1_0_BLOCK == 0 else kind
 
 
 def _table_line(name: str, kind: int, shape: tuple[int, ...], offset: int) -> bytes:

@@ -32,7 +32,8 @@ class _TypeTraits(ctypes.Structure):
     )
 
 
-_GGML = ctypes.CDLL(str(Path(llama_cpp.__file__).parent / "lib" / "libggml-base.so"))
+# By the name under which libllama has loaded it: any other would be a second copy.
+_GGML = ctypes.CDLL(str(Path(llama_cpp.__file__).parent / "lib" / "libggml-base.so.0"))
 _GGML.ggml_get_type_traits.restype = ctypes.POINTER(_TypeTraits)
 _GGML.ggml_get_type_traits.argtypes = [ctypes.c_int]
 

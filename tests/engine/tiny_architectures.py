@@ -6,15 +6,35 @@ Only the settings are listed: which tensors a model of such settings has, llama.
 from __future__ import annotations
 
 import ctypes
-import os
 from pathlib import Path
 from typing import Any
 
 import llama_cpp.llama_cpp as llama
 import numpy as np
-from gguf_writer import Tensor, write_gguf
+
+from tests.models.gguf_writer import Tensor, write_gguf
+
+
+class _Parameters(ctypes.Structure):
+    """struct gguf_init_params."""
+
+    _fields_ = (("no_alloc", ctypes.c_bool), ("context", ctypes.c_void_p))
+
+
+_GGML = ctypes.CDLL(str(Path(llama.__file__).parent / "lib" / "libggml-base.so.0"))
+_GGML.gguf_init_from_buffer.restype = ctypes.c_void_p
+_GGML.gguf_init_from_buffer.argtypes = [ctypes.c_char_p, ctypes.c_size_t, _Parameters]
+_GGML.gguf_free.argtypes = [ctypes.c_void_p]
+_GGML.ggml_get_name.restype = ctypes.c_char_p
+_GGML.ggml_get_name.argtypes = [ctypes.c_void_p]
+_GGML.ggml_quantize_chunk.restype = ctypes.c_size_t
+_GGML.ggml_quantize_chunk.argtypes = [
+    ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64, ctypes.c_int64,
+    ctypes.c_void_p,
+]  # fmt: skip
 
 WORDS, CONTEXT_TOKENS = 96, 512
+F32 = 0  # ggml_type
 COMMON: dict[str, Any] = {
     "block_count": 8,
     "context_length": CONTEXT_TOKENS,
@@ -132,6 +152,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "lfm2moe": EXPERTS | DENSE_FIRST | CONVOLUTIONS,
     "llama": {},
     "llama/experts": FEW_EXPERTS,
+    "llama/wide": {"embedding_length": 256},
     "llama4": EXPERTS | WINDOW | {"interleave_moe_layer_step": 2, "block_count": 12},
     "minicpm": {},
     "minimax-m2": EXPERTS,
@@ -163,29 +184,31 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 
 
-def write_tiny(path: Path, name: str, changes: dict[str, Any] | None = None) -> Path:
-    """A model of `SETTINGS[name]`, and `changes` to them. Equal names, equal weights."""
+def write_tiny(path: Path, name: str, *, rows_of_tokens: int = F32) -> Path:
+    """A model of `SETTINGS[name]`, whose rows of tokens are of that type. Equal names, equal
+    weights."""
     architecture = name.split("/")[0]
     metadata: dict[str, Any] = {
         "general.architecture": architecture,
         "tokenizer.ggml.model": "no_vocab",
     }
-    for key, value in (COMMON | SETTINGS.get(name, {}) | (changes or {})).items():
+    for key, value in (COMMON | SETTINGS.get(name, {})).items():
         prefix = "" if key.startswith("xielu.") else f"{architecture}."
         metadata[prefix + key] = value
     shapes = _shapes({key: value for key, value in metadata.items() if _PREDICTS not in key})
     if f"{architecture}.{_PREDICTS}" in metadata:
         shapes |= _of_prediction(metadata, architecture)
     random = np.random.default_rng(list(name.encode()))
-    tensors = [
-        Tensor(tensor, shape, 0, 4 * int(np.prod(shape)), data=_weights(tensor, shape, random))
-        for tensor, shape in shapes.items()
-    ]
+    tensors = []
+    for tensor, shape in shapes.items():
+        kind = rows_of_tokens if tensor == "token_embd.weight" else F32
+        data = _quantized(_weights(tensor, shape, random), kind)
+        tensors.append(Tensor(tensor, shape, kind, len(data), data=data))
     path.write_bytes(write_gguf(metadata, tensors))
     return path
 
 
-def _weights(name: str, shape: tuple[int, ...], random: np.random.Generator) -> bytes:
+def _weights(name: str, shape: tuple[int, ...], random: np.random.Generator) -> np.ndarray:
     values = random.standard_normal(shape[::-1])
     if name.endswith("ssm_a"):
         values = -0.1 - abs(values)  # how fast a state fades
@@ -197,7 +220,18 @@ def _weights(name: str, shape: tuple[int, ...], random: np.random.Generator) -> 
         values *= 0.1
     elif not name.startswith("token_embd"):
         values *= 1.5 / shape[0] ** 0.5
-    return values.astype(np.float32).tobytes()
+    return values.astype(np.float32)
+
+
+def _quantized(values: np.ndarray, kind: int) -> bytes:
+    """As llama.cpp does it."""
+    if kind == F32:
+        return values.tobytes()
+    cells = ctypes.create_string_buffer(values.nbytes)
+    rows, width = values.shape
+    address = values.ctypes.data
+    size = _GGML.ggml_quantize_chunk(kind, address, cells, 0, rows, width, None)
+    return cells.raw[:size]
 
 
 _PREDICTS = "nextn_predict_layers"
@@ -217,37 +251,25 @@ _SCALES = (".scale", ".input_scale")  # of 4-bit floats only
 _OF_EMBEDDERS = ("cls", "dense_")
 
 
-class _Parameters(ctypes.Structure):
-    """struct gguf_init_params."""
-
-    _fields_ = (("no_alloc", ctypes.c_bool), ("context", ctypes.c_void_p))
-
-
 def _shapes(metadata: dict[str, Any]) -> dict[str, tuple[int, ...]]:
     """As llama.cpp asks for them, all optional ones too."""
-    ggml = ctypes.CDLL(os.path.join(os.path.dirname(llama.__file__), "lib", "libggml-base.so"))
-    ggml.gguf_init_from_buffer.restype = ctypes.c_void_p
-    ggml.gguf_init_from_buffer.argtypes = [ctypes.c_char_p, ctypes.c_size_t, _Parameters]
-    ggml.gguf_free.argtypes = [ctypes.c_void_p]
-    ggml.ggml_get_name.restype = ctypes.c_char_p
-    ggml.ggml_get_name.argtypes = [ctypes.c_void_p]
     asked: dict[str, tuple[int, ...]] = {}
 
     def note(tensor: int, _data: object) -> None:
         sizes = list((ctypes.c_int64 * 4).from_address(tensor + _SHAPE_OFFSET))
         while len(sizes) > 1 and sizes[-1] == 1:
             sizes.pop()
-        asked.setdefault(ggml.ggml_get_name(tensor).decode(), tuple(sizes))
+        asked.setdefault(_GGML.ggml_get_name(tensor).decode(), tuple(sizes))
 
     data = write_gguf(metadata, ())
-    settings = ggml.gguf_init_from_buffer(data, len(data), _Parameters(True, None))
+    settings = _GGML.gguf_init_from_buffer(data, len(data), _Parameters(True, None))
     callback = llama.llama_model_set_tensor_data_t(note)
     parameters = llama.llama_model_default_params()
     parameters.n_gpu_layers = 0
     model = llama.llama_model_init_from_user(settings, callback, None, parameters)
     assert model, "llama.cpp does not take these settings"
     llama.llama_model_free(model)
-    ggml.gguf_free(settings)
+    _GGML.gguf_free(settings)
     return {
         name: shape
         for name, shape in asked.items()
