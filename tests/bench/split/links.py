@@ -6,17 +6,21 @@
 from __future__ import annotations
 
 import json
+import socket
+import statistics
 import subprocess
 import sys
+import time
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, Literal, Self
 
 from tests.e2e.lossy import BUFFER_BYTES, TcpProxy, UdpProxy, Weather
-from tests.e2e.mesh import ROOT
+from tests.e2e.mesh import HANG_S, ROOT
 
 Kind = Literal["udp", "tcp"]
 HOST = "127.0.0.1"
+TRIPS = 20
 
 
 @dataclass(frozen=True)
@@ -75,6 +79,27 @@ class Links:
         assert self._process.stdout is not None
         print(json.dumps(what), file=self._process.stdin, flush=True)
         return list(json.loads(self._process.stdout.readline()))
+
+
+def round_trip_s(links: Links) -> float:
+    """What a link takes there and back now: the median of some datagrams that are sent back."""
+    took_s = []
+    with _udp() as far, _udp() as near:
+        link = links.open("udp", far.getsockname()[1])
+        for _ in range(TRIPS):
+            sent_at = time.perf_counter()
+            near.sendto(b"ping", (HOST, link.port))
+            far.sendto(*far.recvfrom(4))
+            near.recv(4)
+            took_s.append(time.perf_counter() - sent_at)
+    return statistics.median(took_s)
+
+
+def _udp() -> socket.socket:
+    bound = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+    bound.settimeout(HANG_S)
+    bound.bind((HOST, 0))
+    return bound
 
 
 def main() -> None:
