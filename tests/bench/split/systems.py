@@ -1,9 +1,11 @@
-"""What is compared: two and three stages, the whole model, and half of it behind llama.cpp's RPC.
+"""What is compared: two and three stages, the whole model, and llama.cpp's RPC: a head that has one
+half and a server for the other, and a head that has nothing and two servers.
 
 All have as many slots and as much context. Each stage, and each half, has one thread, as if on a
-machine of its own with one core; the whole model has as many threads as two of them. Each process
-has a file of its own, as each machine has its own disk. Requests go to whoever has the last layers,
-straight: only what crosses between the parts is delayed.
+machine of its own with one core; the whole model has all cores of this one, and as many threads as
+its node finds to pay. Each process has a file of its own, as each machine has its own disk.
+Requests go to whoever has the last layers, straight: only what crosses between the parts is
+delayed.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ import socket
 import subprocess
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,7 +36,8 @@ SIZES = ("--context", str(CONTEXT_TOKENS), "--slots", str(SLOTS))
 MEMORY = {2: "300MiB", 3: "260MiB"}
 """Of each node. With this context the whole model takes 322 MiB, all that a process needs for
 itself included: so the mesh has to cut it into so many parts."""
-WHOLE_THREADS = 2
+WHOLE = "whole"
+RPC = {1: "RPC", 2: "RPC x2"}
 RPC_PROJECT = Path(__file__).parent / "rpc"
 
 
@@ -84,16 +87,16 @@ def whole(model: Path, folder: Path) -> Iterator[System]:
     with Mesh(folder, Models(model, model)) as mesh:
         file = _own_file(model, folder, "whole")
         began_at = time.monotonic()
-        command = ("-m", "tests.bench.engine.serve", str(WHOLE_THREADS), "serve", *SIZES)
         listen = "/ip4/127.0.0.1/udp/0/quic-v1"
-        node = mesh.run("whole", (*command, *_serve_flags("--model", file, listen)))
+        flags = _serve_flags("--model", file, listen)
+        node = mesh.run("whole", ("-m", "meshnode", "serve", *SIZES, *flags))
         node.wait_started()
         loading_at = time.monotonic()
         node.wait_ready()
         now = time.monotonic()
         part = Part("all", file.stat().st_size, bytes_read(file))
         load = Load(now - began_at, now - loading_at, (part,))
-        yield System("whole", node.url, _pids([node]), (), load)
+        yield System(WHOLE, node.url, _pids([node]), (), load)
 
 
 @contextmanager
@@ -190,9 +193,9 @@ def _free_udp_port() -> int:
 
 
 @contextmanager
-def rpc(model: Path, links: Links, folder: Path) -> Iterator[System]:
+def rpc(servers: int, model: Path, links: Links, folder: Path) -> Iterator[System]:
     """llama-server with the first half of the layers, and an RPC server for the second half and
-    the output, which is what `--n-gpu-layers` gives it."""
+    the output, which is what `--n-gpu-layers` gives it; or two servers that share all of it."""
     server, backend = compiled(RPC_PROJECT, ("ggml-rpc-server", "libggml-rpc.so"), "half a minute")
     program = llama_server()
     file = folder / "rpc.gguf"
@@ -200,33 +203,39 @@ def rpc(model: Path, links: Links, folder: Path) -> Iterator[System]:
     forget(file)
     environment = {"LD_PRELOAD": str(backend)}
     began_at = time.monotonic()
-    with _rpc_server(server, environment, folder) as (port, pid):
-        link = links.open("tcp", port)
-        layers = -(-read_header(file).layers // 2) + 1
-        flags = ["--rpc", f"127.0.0.1:{link.port}", "--n-gpu-layers", str(layers)]
-        flags += ["--ctx-size", str(CONTEXT_TOKENS)]
+    with ExitStack() as stack:
+        running = [
+            stack.enter_context(_rpc_server(server, environment, folder / f"server-{place}.log"))
+            for place in range(servers)
+        ]
+        opened = tuple(links.open("tcp", port) for port, _ in running)
+        layers = read_header(file).layers
+        given = layers + 1 if servers > 1 else layers - layers // 2 + 1  # and the output
+        where = ",".join(f"127.0.0.1:{link.port}" for link in opened)
+        flags = ["--rpc", where, "--n-gpu-layers", str(given), "--ctx-size", str(CONTEXT_TOKENS)]
         # Otherwise it saves what a slot held before it is asked something else, row by row and
         # each with a round trip: minutes at 20 ms.
         flags += ["--cache-ram", "0"]
         loading_at = time.monotonic()
-        with running_llama_server(
-            program, file, Setting(threads=1), folder, flags, environment
-        ) as head:
-            now = time.monotonic()
-            part = Part("all", file.stat().st_size, bytes_read(file))
-            crossed_bytes = links.crossed(link).bytes
-            load = Load(now - began_at, now - loading_at, (part,), crossed_bytes)
-            yield System("RPC", head.url, (pid, *head.pids.values()), (link,), load)
+        head = stack.enter_context(
+            running_llama_server(program, file, Setting(threads=1), folder, flags, environment)
+        )
+        now = time.monotonic()
+        part = Part("all", file.stat().st_size, bytes_read(file))
+        crossed_bytes = links.crossed(*opened).bytes
+        load = Load(now - began_at, now - loading_at, (part,), crossed_bytes)
+        pids = (*(pid for _, pid in running), *head.pids.values())
+        yield System(RPC[servers], head.url, pids, opened, load)
 
 
 @contextmanager
 def _rpc_server(
-    program: Path, environment: Mapping[str, str], folder: Path
+    program: Path, environment: Mapping[str, str], log_path: Path
 ) -> Iterator[tuple[int, int]]:
     """Its port and process id."""
     port = free_port()
     with (
-        (folder / "rpc-server.log").open("wb") as log,
+        log_path.open("wb") as log,
         subprocess.Popen(
             [program, "--host", "127.0.0.1", "--port", str(port), "--threads", "1"],
             stdin=subprocess.DEVNULL,
