@@ -23,6 +23,8 @@ KvType = Literal["f16", "q8_0"]
 Activations = Literal["f32", "f16", "i8"]
 LogFormat = Literal["pretty", "json"]
 LogLevel = Literal["debug", "info", "warning", "error"]
+Ranking = Literal["output-norm", "weight", "probability", "random", "global"]
+"""By what the experts of a shard are chosen (`models/ranking.py`); the first is the best."""
 Speculate = Literal["off", "lookup", "draft", "auto"]
 """Who guesses the next tokens: nobody, the text itself, a draft model, or one of these two (the
 draft model if there is one) for as long as it is measured to pay."""

@@ -46,6 +46,10 @@ class EngineBusyError(EngineError):
         self.retry_after_s = retry_after_s
 
 
+class ShardError(MeshnodeError):
+    """A model file cannot be cut into an expert shard, or not measured as one."""
+
+
 class ModelLoadError(EngineError):
     """A model file is missing, corrupt, unsupported or too large for this machine."""
 
@@ -76,6 +80,18 @@ class NoVisionError(RequestError):
             f"The model `{model}` cannot see images here; its node needs an --mmproj file for it.",
             param="messages",
             code=self.CODE,
+        )
+
+
+class ApproximateOnlyError(RequestError):
+    """The request demands an exact model, and the one that it names is an approximation."""
+
+    def __init__(self, model: str, approximate: str) -> None:
+        super().__init__(
+            f"The model `{model}` is an approximation ({approximate}), and the request demands an "
+            "exact one. Name the whole model, or do not demand it.",
+            param="model",
+            code="approximate_only",
         )
 
 

@@ -21,17 +21,18 @@ from typing import Literal
 import trio
 
 from meshnode.config import Config
-from meshnode.console.snapshot import ModelSnapshot, SpeculationSnapshot
+from meshnode.console.snapshot import ModelSnapshot, PartSnapshot, SpeculationSnapshot
 from meshnode.engine import Engine, EngineStats, ModelCard
 from meshnode.engine.card import load_card
 from meshnode.engine.memory import MemoryNeed, available_bytes, context_for, memory_need
 from meshnode.engine.process import EngineOptions, EngineProcess, read_draft_header, read_eyes
 from meshnode.errors import ConfigError, ModelLoadError, StageError
-from meshnode.messages import SESSIONS_MAX, Offer
+from meshnode.messages import APPROXIMATE_MARK, SESSIONS_MAX, Approximate, Offer
 from meshnode.models.catalog import ModelSource, resolve
 from meshnode.models.digest import digest
 from meshnode.models.gguf import GgufHeader, read_header
 from meshnode.models.quantize import requantized
+from meshnode.models.receipt import read_receipt
 from meshnode.models.stages import Cuts, cut, cut_points
 from meshnode.pipeline.parts import HeadPart, Keep, StagePart, part_of
 from meshnode.pipeline.selftest import SelfTests
@@ -89,13 +90,15 @@ class Holding:
 
 @dataclass(frozen=True, slots=True)
 class _Identity:
-    """What is known of a file once it has been read through. `cuts`: None if it cannot be cut."""
+    """What is known of a file once it has been read through. `cuts`: None if it cannot be cut;
+    `approximate`: it is an expert shard."""
 
     card: ModelCard
     header: GgufHeader
     need: MemoryNeed
     cuts: Cuts | None
     edge_bytes: int
+    approximate: Approximate | None
 
 
 class HostedModel:
@@ -179,12 +182,13 @@ class HostedModel:
     async def _identify(self) -> _Identity:
         card = await self._prepare()
         header = await trio.to_thread.run_sync(read_header, card.path)
+        approximate = await trio.to_thread.run_sync(_measured, card, header)
         context_tokens = context_for(card.path, header, self._options.context_tokens)
         draft = await read_draft_header(self._options)
         eyes = await read_eyes(self._options)
         need = memory_need(header, context_tokens, draft, eyes, kv_type=self._options.kv_type)
         cuts, edge_bytes = await trio.to_thread.run_sync(_cuts_of, card.path)
-        return _Identity(card, header, need, cuts, edge_bytes)
+        return _Identity(card, header, need, cuts, edge_bytes, approximate)
 
     def _wait_for_others_if_too_large(self, known: _Identity) -> None:
         """A model that this machine cannot hold, but several can, is for the mesh to place."""
@@ -385,7 +389,7 @@ class HostedModel:
             compute_bytes=need.total_bytes - need.weights_bytes - need.kv_bytes,
             activation_bytes=0 if cuts is None else ACTIVATION_BYTES * header.embedding_length,
             edge_bytes=known.edge_bytes,
-            cut_every=1 if cuts is None else max(cuts.step, cuts.shortest),
+            cut_every=1 if cuts is None else cuts.every,
             parts=tuple(
                 sorted(layers for layers, part in self._parts.items() if part.state == "ready")
             ),
@@ -432,18 +436,23 @@ class HostedModel:
             prefill_tokens_per_s=stats.prefill_tokens_per_s,
             decode_tokens_per_s=stats.decode_tokens_per_s,
             sessions=_session_hashes(stats.sessions),
+            approximate=self._approximate,
         )
 
     def snapshot(self) -> ModelSnapshot:
         stats = self.stats()
         head = self._head
         ring = () if head is None or head.ring is None else head.ring.owners
-        parts = tuple(part.snapshot() for _, part in sorted(self._parts.items()))
+        parts = tuple(
+            PartSnapshot(*layers, part.state, part.error, part.memory_bytes, part.steps)
+            for layers, part in sorted(self._parts.items())
+        )
         if stats is None:
             known = "" if self._identity is None else self._identity.card.digest
             return ModelSnapshot(
                 self.name, known, self.state, self._progress, self._error, 0, 0, 0, 0, 0.0, 0.0,
                 sum(part.memory_bytes for part in parts), parts=parts,
+                approximate=self._approximate,
             )  # fmt: skip
         return ModelSnapshot(
             name=stats.card.name,
@@ -465,7 +474,43 @@ class HostedModel:
             parts=parts,
             ring=ring,
             self_test="" if head is None else head.verdict,
+            approximate=self._approximate,
         )
+
+    @property
+    def _approximate(self) -> Approximate | None:
+        return None if self._identity is None else self._identity.approximate
+
+
+def _measured(card: ModelCard, header: GgufHeader) -> Approximate | None:
+    """What the receipt of an expert shard says of it; None for a whole model.
+
+    Raises `ModelLoadError` for a shard without a good one, and for a name that says otherwise than
+    the file what it is: nobody may get a shard who asked for the model.
+    """
+    says_so = APPROXIMATE_MARK in card.name
+    if header.shard is None:
+        if says_so:
+            raise ModelLoadError(
+                f"{card.path} is no shard, but {card.name} says so; give it a name without "
+                f"{APPROXIMATE_MARK}: --model {card.path}=NAME"
+            )
+        return None
+    signed = read_receipt(Path(card.path), card.digest, header.shard)
+    if not says_so:
+        full_name = f"{card.name}{APPROXIMATE_MARK}{header.shard.kept}of{header.shard.of}"
+        raise ModelLoadError(
+            f"{card.path} is an expert shard, and its name must say so: "
+            f"--model {card.path}={full_name}"
+        )
+    approximate = signed.approximate
+    logger.warning(
+        "model %s is an approximation (%s), measured by %s",
+        card.name,
+        approximate,
+        approximate.measured_by,
+    )
+    return approximate
 
 
 def find_models(config: Config) -> tuple[HostedModel, ...]:
@@ -530,10 +575,12 @@ def _cuts_of(path: str) -> tuple[Cuts | None, int]:
     rows of tokens are read from the file. Raises `ModelLoadError`."""
     try:
         cuts = cut_points(path)
-        head = cut(path, cuts.layers - max(cuts.step, cuts.shortest), cuts.layers)
+        head = cut(path, cuts.edges()[-2], cuts.layers)
     except StageError as error:
         logger.info("%s", error)
         return None, 0
+    if not cuts.is_exact:
+        logger.info("%s: what its stages say may differ from the whole in the last bit", path)
     return cuts, head.edge_bytes
 
 

@@ -49,7 +49,7 @@ HASH_BYTES = 32
 SIGNATURE_BYTES = 64
 
 # Patterns end in \Z: a $ would let a line break through, into logs, headers and terminals.
-_MODEL_NAME = r"^[A-Za-z0-9][A-Za-z0-9._:-]*\Z"
+_MODEL_NAME = r"^[A-Za-z0-9][A-Za-z0-9._:~-]*\Z"
 _PRINTABLE = r"^[ -~]*\Z"
 
 MeshId = Annotated[str, Meta(min_length=32, max_length=32, pattern=r"^[0-9a-f]{32}\Z")]
@@ -57,7 +57,9 @@ PeerIdText = Annotated[str, Meta(min_length=40, max_length=64, pattern=r"^[1-9A-
 Address = Annotated[str, Meta(max_length=256, pattern=r"^/[!-~]*\Z")]
 Digest = Annotated[str, Meta(min_length=64, max_length=64, pattern=r"^[0-9a-f]{64}\Z")]
 ModelName = Annotated[str, Meta(min_length=1, max_length=128, pattern=_MODEL_NAME)]
-"""Without `@`, which stands between a name and a digest when a client asks."""
+"""Without `@`, which stands between a name and a digest when a client asks. With `~` if, and only
+if, the model is an approximation of another."""
+APPROXIMATE_MARK = "~"
 Reason = Annotated[str, Meta(max_length=256, pattern=_PRINTABLE)]
 Sequence = Annotated[int, Meta(ge=0, lt=2**62)]
 Count = Annotated[int, Meta(ge=0, lt=2**40)]
@@ -118,11 +120,32 @@ class NodeRecord(Message, frozen=True):
     models: Annotated[tuple[Digest, ...], Meta(max_length=MODELS_MAX)]
 
 
+class Approximate(Struct, frozen=True, forbid_unknown_fields=True):
+    """How far a model is from the whole one it was cut from, and who measured and signed that.
+
+    `kl` is the mean Kullback-Leibler divergence in nats, `agreement` how often both find the same
+    token likeliest, `perplexity_ratio` the shard's perplexity over the whole model's.
+    """
+
+    kl: Annotated[float, Meta(ge=0.0, le=1e3)]
+    agreement: Annotated[float, Meta(ge=0.0, le=1.0)]
+    perplexity_ratio: Annotated[float, Meta(gt=0.0, le=1e6)]
+    kept: Annotated[int, Meta(ge=1, le=4096)]
+    of: Annotated[int, Meta(ge=1, le=4096)]
+    measured_by: PeerIdText
+
+    def __str__(self) -> str:
+        """As the header of an answer says it."""
+        return f"kl={self.kl:.3g}; agree={self.agreement:.3g}; experts={self.kept}/{self.of}"
+
+
 class Offer(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
     """One model on one node, as measured by that node. Rates are tokens per second.
 
-    `upstream`: a server of another kind answers, behind the node; requests go there unread. Left
-    out where it is false, so that nodes which do not know it can read all other offers.
+    `upstream`: a server of another kind answers, behind the node; requests go there unread.
+    `approximate`: the model is not the one it was cut from, and its name says so: a plain name
+    never means an approximation. Both are left out where they say nothing, so that nodes which do
+    not know them can read all other offers.
     """
 
     name: ModelName
@@ -137,6 +160,11 @@ class Offer(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True)
     decode_tokens_per_s: Rate
     sessions: Annotated[bytes, Meta(max_length=SESSIONS_MAX * SESSION_HASH_BYTES)] = b""
     upstream: bool = False
+    approximate: Approximate | None = None
+
+    def __post_init__(self) -> None:
+        if (APPROXIMATE_MARK in self.name) is not (self.approximate is not None):
+            raise ValueError(f"only an approximation has {APPROXIMATE_MARK} in its name")
 
 
 class Demand(Struct, frozen=True, forbid_unknown_fields=True):

@@ -44,6 +44,7 @@ from meshnode.fence import Fence, shard_text
 from meshnode.gateway import Candidate, Route, ServedModel, Upstream
 from meshnode.gateway.app import create_api_app
 from meshnode.gateway.door import Door, open_door
+from meshnode.gateway.metrics import Metrics
 from meshnode.gateway.server import serve_api
 from meshnode.gateway.tunnel import TunnelApp
 from meshnode.hosted import HostedModel, find_models, run_models
@@ -145,6 +146,7 @@ class Node:
         self._key = key
         self._mesh = membership.mesh
         self._models = models
+        self._metrics = Metrics()
         self._upstreams = upstreams
         self._door = door
         self._started_at = time.monotonic()
@@ -469,6 +471,7 @@ class Node:
                     context_tokens=max(offer.context_tokens for _, offer in offered),
                     state="ready" if ready else ("failed" if states == {"failed"} else "loading"),
                     served_by=ready,
+                    approximate=offered[0][1].approximate,
                 )
             )
         return tuple(served)
@@ -487,6 +490,7 @@ class Node:
             raise
         assigned = self._stack.agreement.assigned(resolved.digest)
         fronted = {peer for peer, offer in resolved.offers if offer.upstream}
+        approximations = (offer.approximate for _, offer in resolved.offers)
         return Route(
             model=resolved.name,
             digest=resolved.digest,
@@ -500,6 +504,7 @@ class Node:
                 )
                 for each in ranked
             ),
+            approximate=next((found for found in approximations if found is not None), None),
         )
 
     def _is_decided(self, model: str) -> bool:
@@ -532,7 +537,12 @@ class Node:
 
     def engine(self, digest: str) -> Engine | None:
         engines = (model.engine_for(digest) for model in self._models)
-        return next((engine for engine in engines if engine is not None), None)
+        found = next((engine for engine in engines if engine is not None), None)
+        return None if found is None else self._metrics.metered(found)
+
+    def metrics(self) -> bytes:
+        stats = (model.stats() for model in self._models)
+        return self._metrics.text(each for each in stats if each is not None)
 
     def upstream(self, digest: str) -> Upstream | None:
         if self.engine(digest) is not None:
@@ -603,7 +613,9 @@ class Node:
             ),
             peers=self._peer_snapshots(),
             mesh_models=tuple(
-                MeshModelSnapshot(m.id, m.digest, m.state, m.context_tokens, m.served_by)
+                MeshModelSnapshot(
+                    m.id, m.digest, m.state, m.context_tokens, m.served_by, m.approximate
+                )
                 for m in self.models()
             ),
             groups=self._operations.groups(),

@@ -19,6 +19,7 @@ from meshnode.engine import (
     Delta,
     Embedded,
     EmbedRequest,
+    Engine,
     EngineStats,
     Finish,
     ModelCard,
@@ -37,6 +38,7 @@ from meshnode.errors import (
 )
 from meshnode.fence import Fence
 from meshnode.gateway import Candidate, Route, ServedModel, Upstream
+from meshnode.gateway.metrics import Metrics
 from meshnode.transport.http import AsgiApp, serve_asgi
 
 DIGEST = "ab" * 32
@@ -100,6 +102,12 @@ class WordEngine:
             raise EngineBusyError("The queue is full.", 3.0)
         self.requests.append(request)
         return EchoEngine(break_after_tokens=self.die_after).embed(request)
+
+    async def count(self, request: Request) -> int:
+        if self.busy:
+            raise EngineBusyError("The queue is full.", 3.0)
+        self.requests.append(request)
+        return await EchoEngine().count(request)
 
     async def _tokens(self, request: Request) -> AsyncGenerator[Delta | Finish, None]:
         prompt = request.prompt
@@ -176,10 +184,14 @@ class FakeMesh:
     fences: list[Fence | None] = field(default_factory=list)
     decided: FakeDecision | None = None
     upstreams: dict[str, Upstream] = field(default_factory=dict)
+    approximate: messages.Approximate | None = None
+    counted: Metrics = field(default_factory=Metrics)
 
     def models(self) -> tuple[ServedModel, ...]:
         served_by = tuple(c.peer_id for c in self.candidates)
-        return (ServedModel(MODEL, DIGEST, 1700000000, 512, self.state, served_by),)
+        return (
+            ServedModel(MODEL, DIGEST, 1700000000, 512, self.state, served_by, self.approximate),
+        )
 
     def route(self, model: str, session: bytes, prompt_bytes: int, *, again: bool = False) -> Route:
         if again:
@@ -193,7 +205,7 @@ class FakeMesh:
         # As the dispatcher does it: who broke a request just now is asked last.
         failed = {peer for said, peer in self.calls if said == "failed"}
         ranked = sorted(self.candidates, key=lambda candidate: candidate.peer_id in failed)
-        return Route(MODEL, DIGEST, tuple(ranked))
+        return Route(MODEL, DIGEST, tuple(ranked), self.approximate)
 
     def routed(self, route: Route, peer_id: str, session: bytes) -> None:
         self.calls.append(("routed", peer_id))
@@ -222,8 +234,9 @@ class FakeMesh:
             fence = Fence(header.group, header.epoch, "0.whole")
             self.candidates = tuple(replace(each, fence=fence) for each in self.candidates)
 
-    def engine(self, digest: str) -> WordEngine | None:
-        return self.engines.get(digest)
+    def engine(self, digest: str) -> Engine | None:
+        engine = self.engines.get(digest)
+        return None if engine is None else self.counted.metered(engine)
 
     def upstream(self, digest: str) -> Upstream | None:
         return self.upstreams.get(digest)
@@ -236,6 +249,9 @@ class FakeMesh:
         if peer_id not in self.tunnels:
             raise PeerUnreachableError(f"No address of {peer_id} answered.")
         return await self.tunnels[peer_id]()
+
+    def metrics(self) -> bytes:
+        return self.counted.text(engine.stats() for engine in self.engines.values())
 
     def ready(self) -> tuple[bool, str]:
         return self.state == "ready", self.state

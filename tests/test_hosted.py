@@ -17,7 +17,12 @@ from meshnode.config import Config
 from meshnode.engine import ChatMessage, Delta, Engine, Finish, Request, Sampling
 from meshnode.errors import ConfigError, EngineError
 from meshnode.hosted import HostedModel, find_models, run_models
+from meshnode.messages import Approximate
+from meshnode.models.digest import leaf_hashes, tree_root
+from meshnode.models.experts import write_shard
+from meshnode.models.gguf import ShardMark
 from tests.models.gguf_writer import write_gguf
+from tests.models.shards import KEY, SOURCE, a_receipt, put_receipt
 
 HANG_S = 90
 """Generous: a load takes a second or two on a free machine."""
@@ -376,3 +381,59 @@ def test_a_projector_that_belongs_to_no_model_is_refused(
     projectors = tuple(spec.format(file=file) for spec in specs)
     with pytest.raises(ConfigError, match=why):
         find_models(replace(standby, standbys=("default=a",), projectors=projectors))
+
+
+MOE = Path(__file__).parent / "data" / "tiny-moe.Q8_0.gguf"
+
+
+def a_shard(folder: Path, name: str = "moe~16of32.gguf") -> Path:
+    """Of the small MoE; without a receipt."""
+    place = folder / name
+    kept = dict.fromkeys(range(6), range(16))
+    write_shard(MOE, place, kept, ShardMark(SOURCE, 16, 32))
+    return place
+
+
+def digest_of(file: Path) -> str:
+    return tree_root(leaf_hashes(file)).hex()
+
+
+async def test_a_shard_is_served_with_its_receipt_and_says_what_it_is(tmp_path: Path) -> None:
+    shard = a_shard(tmp_path)
+    put_receipt(shard, a_receipt(digest_of(shard), 16))
+    async with running(Config(tmp_path, models=(str(shard),), context_tokens=256)) as model:
+        await until(model, "ready", "failed")
+        offer = model.offer()
+        assert offer is not None
+        assert offer.name == "moe~16of32"
+        assert offer.approximate == Approximate(0.024, 0.89, 1.04, 16, 32, KEY.peer_id)
+        assert model.snapshot().approximate == offer.approximate
+        request = Request("r", b"s" * 16, "And the LORD", Sampling(temperature=0), 4)
+        assert (await ask(engine_of(model), request))[-1] == "length"
+
+
+@pytest.mark.parametrize("receipt", ["none", "of other bytes"])
+async def test_a_shard_without_a_good_receipt_is_not_served(receipt: str, tmp_path: Path) -> None:
+    shard = a_shard(tmp_path)
+    if receipt != "none":
+        put_receipt(shard, a_receipt("0d" * 32, 16))
+    async with running(Config(tmp_path, models=(str(shard),))) as model:
+        await until(model, "failed")
+        why = model.snapshot().error or ""
+        assert "meshnode models shard MODEL --experts 16" in why
+        assert (model.offer(), model.holding()) == (None, None)
+
+
+@pytest.mark.parametrize("is_shard", [True, False])
+async def test_a_name_says_what_the_file_is(is_shard: bool, tmp_path: Path) -> None:
+    """Nobody who asks for the whole model gets a shard, whatever it was called."""
+    if is_shard:
+        file, name = a_shard(tmp_path), "moe"
+        put_receipt(file, a_receipt(digest_of(file), 16))
+    else:
+        file, name = MOE, "moe~16of32"
+    async with running(Config(tmp_path, models=(f"{file}={name}",))) as model:
+        await until(model, "failed")
+        told = "=moe~16of32" if is_shard else "without ~"
+        assert told in (model.snapshot().error or "")
+        assert model.offer() is None

@@ -16,6 +16,7 @@ from meshnode.messages import (
     MESSAGE_BYTES_MAX,
     PEERS_MAX,
     Advert,
+    Approximate,
     Certificate,
     Control,
     Demand,
@@ -45,6 +46,7 @@ MESH = "0123456789abcdef" * 2
 PEER = "12D3KooWAaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa"
 DIGEST = "ab" * 32
 OFFER = Offer("smol", DIGEST, "ready", 2048, 4, 1, 0, 8192, 400.0, 40.0, b"\1\2\3\4")
+APPROXIMATE = Approximate(0.024, 0.89, 1.04, 24, 32, PEER)
 ADVERT = Advert(MESH, 7, 150, (OFFER,), (Demand("smol", 0.5),), 2**33, 2, "cpu")
 RECORD = NodeRecord(MESH, 7, 1_800_000_000, 1800, ("/ip4/10.0.0.1/tcp/1",), ("node",), (DIGEST,))
 
@@ -227,12 +229,43 @@ def test_no_value_in_a_field_does_more_than_be_refused(
 
 @given(st.text(max_size=150))
 def test_a_model_name_is_what_an_offer_may_hold(name: str) -> None:
-    data = change(ADVERT, offers=(msgspec.structs.replace(OFFER, name=name),))
+    approximate = APPROXIMATE if "~" in name else None
+    offer = msgspec.structs.replace(OFFER, name=name, approximate=approximate)
+    data = change(ADVERT, offers=(offer,))
     if is_model_name(name):
         read(data, Record)
     else:
         with pytest.raises(RemoteProtocolError):
             read(data, Record)
+
+
+def test_an_approximation_is_offered_under_no_plain_name_nor_anything_else_as_one() -> None:
+    shard = msgspec.structs.replace(OFFER, name="smol~24of32", approximate=APPROXIMATE)
+    whole = read(change(ADVERT, offers=(OFFER, shard)), Record)
+    assert isinstance(whole, Advert)
+    assert whole.offers == (OFFER, shard)
+    assert str(APPROXIMATE) == "kl=0.024; agree=0.89; experts=24/32"
+    for name, approximate in (("smol", APPROXIMATE), ("smol~24of32", None)):
+        with pytest.raises(ValueError, match="~"):
+            msgspec.structs.replace(OFFER, name=name, approximate=approximate)
+        fields = msgspec.to_builtins(shard, builtin_types=(bytes,))
+        fields |= {"name": name, "approximate": msgspec.to_builtins(approximate)}
+        told = msgspec.to_builtins(ADVERT, builtin_types=(bytes,)) | {"offers": [fields]}
+        with pytest.raises(RemoteProtocolError):
+            read(msgspec.msgpack.encode(told), Record)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"kl": -1.0}, {"kl": float("nan")}, {"agreement": 1.1}, {"perplexity_ratio": 0.0},
+     {"kept": 0}, {"measured_by": "me"}],
+    ids=str,
+)  # fmt: skip
+def test_a_measurement_has_bounds(changes: dict[str, object]) -> None:
+    lie = msgspec.structs.replace(APPROXIMATE, **changes)
+    shard = msgspec.structs.replace(OFFER, name="smol~24of32", approximate=lie)
+    with pytest.raises(RemoteProtocolError):
+        read(change(ADVERT, offers=(shard,)), Record)
 
 
 @given(st.text(max_size=400))

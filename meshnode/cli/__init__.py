@@ -1,11 +1,11 @@
 """The `meshnode` command: what people type, and what they see.
 
 In the order of a first day: `serve.py` (run a node), `mesh.py` (make a mesh, invite), `look.py`
-(what is there), `chat.py` (use it), `key.py` (let others use it), `placement.py` and `orders.py`
-(where models are and should be), `agreement.py` (proofs, recovery), `health.py` (doctor). They are
-thin: a running node is asked over its own HTTP API (`api.py`), a stopped one is its data
-directory. Nothing here is imported by anything else, and everything slow is imported inside the
-command that needs it, so that `meshnode --help` answers at once.
+(what is there), `chat.py` (use it), `key.py` (let others use it), `shard.py` (a part of a model),
+`placement.py` and `orders.py` (where models are and should be), `agreement.py` (proofs, recovery),
+`health.py` (doctor). They are thin: a running node is asked over its own HTTP API (`api.py`), a
+stopped one is its data directory. Nothing here is imported by anything else, and everything slow is
+imported inside the command that needs it, so that `meshnode --help` answers at once.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from meshnode.cli.orders import drain, pin, unpin
 from meshnode.cli.output import print_json
 from meshnode.cli.placement import placement
 from meshnode.cli.serve import client, serve
+from meshnode.cli.shard import shard
 
 
 @click.group(
@@ -85,6 +86,7 @@ for command in (placement, pin, unpin, drain):
     cli.add_command(command)
 for command in (export, verify, recover):
     mesh.add_command(command)
+models.add_command(shard)
 
 
 def main() -> None:

@@ -44,7 +44,9 @@ class Answer:
 
 
 @click.command()
-@click.option("--model", metavar="NAME", help="Which model. [default: the first that is ready]")
+@click.option(
+    "--model", metavar="NAME", help="Which model. [default: the first that is ready and whole]"
+)
 @click.option(
     "--max-tokens",
     type=click.IntRange(min=1),
@@ -160,7 +162,7 @@ def _events(response: HTTPResponse) -> Iterator[dict[str, Any]]:
 
 
 def _first_ready(node: NodeApi) -> str:
-    found = node.status().mesh_models
+    found = sorted(node.status().mesh_models, key=lambda model: model.approximate is not None)
     ready = [model.id for model in found if model.state == "ready" and model.served_by]
     if ready:
         return ready[0]

@@ -98,21 +98,26 @@ def peers(api: str | None, data_dir: str | None, as_json: bool) -> None:
         print_table(columns, map(_peer_row, found.peers))
 
 
-@click.command()
+@click.group(invoke_without_command=True)
 @api_option
 @data_dir_option
 @json_option
-def models(api: str | None, data_dir: str | None, as_json: bool) -> None:
+@click.pass_context
+def models(context: click.Context, api: str | None, data_dir: str | None, as_json: bool) -> None:
     """List every model of the mesh, who serves it, who owns it and who stands by.
 
     "served by" is who says that it answers; "owned by" what the mesh has decided. Two files with
-    the same name and different content are two models: the digest tells.
+    the same name and different content are two models: the digest tells. A model with ~ in its
+    name is an approximation; --json says how near it comes, and who measured it.
 
     \b
     Examples:
       meshnode models
       meshnode models --json | jq -r .models[].id
+      meshnode models shard big.gguf --experts 24
     """
+    if context.invoked_subcommand is not None:
+        return
     answer = _node(api, data_dir).status_json()
     found = read_status(answer)
     rows = list(_known_models(found))
@@ -141,6 +146,9 @@ def _facts(found: Snapshot) -> Iterable[tuple[str, str]]:
             yield "layers", f"{model.name}: {_layers(model, found.peer_id)}"
         if model.speculation is not None:
             yield "guessing", f"{model.name}: {_guesses(model.speculation)}"
+        if model.approximate is not None:
+            by = node_name(model.approximate.measured_by, found.peer_id)
+            yield "approximate", f"{model.name}: {model.approximate}; measured by {by}"
     for group in found.groups:
         yield from group_facts(group, found.peer_id)
     yield "peers", f"{len(found.peers)} connected, {found.dht_peers} in the DHT"

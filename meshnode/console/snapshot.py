@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from msgspec import Struct
 
+from meshnode.messages import Approximate
+
 
 class MeshSnapshot(Struct, frozen=True):
     """`root_key_here`: this node made the mesh, founds its group and may recover it."""
@@ -27,7 +29,8 @@ class ModelSnapshot(Struct, frozen=True):
     """One of our own models, loaded or not. `progress` is 0..1 while loading; rates are tokens per
     second; `speculation` is None where nobody guesses ahead. `parts` are the layers that are here
     of a model that is cut, and `ring` the peers that answer together, if we are their head;
-    `self_test` says whether they say what the whole model, or an earlier ring, has said here."""
+    `self_test` says whether they say what the whole model, or an earlier ring, has said here.
+    `approximate` is None for what is no expert shard."""
 
     name: str
     digest: str
@@ -46,6 +49,7 @@ class ModelSnapshot(Struct, frozen=True):
     parts: tuple[PartSnapshot, ...] = ()
     ring: tuple[str, ...] = ()
     self_test: str = ""
+    approximate: Approximate | None = None
 
 
 class PartSnapshot(Struct, frozen=True):
@@ -82,13 +86,14 @@ class PeerSnapshot(Struct, frozen=True):
 
 
 class MeshModelSnapshot(Struct, frozen=True):
-    """A model of the mesh and who serves it."""
+    """A model of the mesh and who serves it; `approximate` is None for a whole model."""
 
     id: str
     digest: str
     state: str
     context_tokens: int
     served_by: tuple[str, ...]
+    approximate: Approximate | None = None
 
 
 class VoterSnapshot(Struct, frozen=True):

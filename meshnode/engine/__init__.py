@@ -82,6 +82,7 @@ __all__ = [
     "Image",
     "Logprob",
     "ModelCard",
+    "Purpose",
     "Request",
     "Sampling",
     "Speculate",
@@ -145,6 +146,9 @@ class ChatMessage:
     calls: tuple[FunctionCall, ...] = ()
     call_id: str = ""
 
+
+Purpose = Literal["generate", "embed", "rank"]
+"""What a model was made for. One that generates can make embeddings as well."""
 
 Thinking = Literal["none", "may", "opened"]
 """Whether an answer begins with thoughts, up to `</think>`: never, if it begins with `<think>`, or
@@ -385,7 +389,7 @@ class EngineStats:
     `sessions` holds the session keys whose KV is kept, most recently used last; `saved_tokens` of
     KV are outside of the cache, in memory or on disk.
     Rates are tokens per second, measured (0.0 before the first measurement).
-    `speculation` is None if it is not wanted or the model cannot.
+    `speculation` is None if it is not wanted or the model cannot. `sees`: it takes pictures.
     """
 
     card: ModelCard
@@ -404,6 +408,8 @@ class EngineStats:
     saved_tokens: int = 0
     style: ChatStyle = ChatStyle()
     speculation: SpeculationStats | None = None
+    purpose: Purpose = "generate"
+    sees: bool = False
 
 
 class Engine(Protocol):
@@ -426,5 +432,11 @@ class Engine(Protocol):
         """Enter: the inputs are tokenised and queued. Raises as `generate` does: `RequestError`
         names the input that is too long, or says what else the model is for.
         Leave early: what is left of it is not computed.
+        """
+        ...
+
+    async def count(self, request: Request) -> int:
+        """How many tokens the prompt of `request` has, as `Usage.prompt_tokens` would say, however
+        many that are. Nothing is computed. Raises as `generate` does, but for its length.
         """
         ...

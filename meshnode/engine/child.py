@@ -29,7 +29,7 @@ from meshnode.engine.pace import Rates, Threads
 from meshnode.engine.payoff import Speculation
 from meshnode.engine.pipe import Pipe, Progress, leave, resident_bytes
 from meshnode.engine.prepare import prepare
-from meshnode.engine.reading import Reading, Readings, refuse_unsuitable
+from meshnode.engine.reading import Reading, Readings, purpose_of, refuse_unsuitable
 from meshnode.engine.scheduler import UNDRAWN, Batch, Limits, Sampled, Scheduler, Trim, slots_kept
 from meshnode.engine.speculate import PromptLookup, verify
 from meshnode.engine.states import StateStore
@@ -196,6 +196,8 @@ class Child:
             self._receive(frame)
         elif isinstance(frame, wire.Embed):
             self._receive_inputs(frame)
+        elif isinstance(frame, wire.Count):
+            self._count(frame.request)
         elif isinstance(frame, wire.Cancel):
             self._inbox.put(frame)
             if frame.number in self._abortable:
@@ -247,6 +249,17 @@ class Child:
             return
         self._pipe.send(wire.Accepted(frame.number, reading.prompt_tokens))
         self._inbox.put(reading)
+
+    def _count(self, frame: wire.Generate) -> None:
+        try:
+            refuse_unsuitable(self._model.embedder, "generate")
+            prompt = self._model.prompt_tokens(
+                frame.prompt, None, frame.tools, frame.thinking, frame.effort
+            )
+        except RequestError as error:
+            self._refuse(frame.number, error)
+            return
+        self._pipe.send(wire.Counted(frame.number, len(prompt)))
 
     def _refuse(self, number: int, error: RequestError) -> None:
         self._pipe.send(wire.Refused(number, str(error), param=error.param, code=error.code))
@@ -481,7 +494,8 @@ class Child:
             yield wire.Done(answer.number, finish, usage, answer.index, answer.text.stop)
 
     def ready(self) -> wire.Ready:
-        return wire.Ready(self._model.context_tokens, self._model.style)
+        purpose = purpose_of(self._model.embedder)
+        return wire.Ready(self._model.context_tokens, self._model.style, purpose)
 
     def _send_status(self) -> None:
         now = time.monotonic()

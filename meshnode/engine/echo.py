@@ -146,6 +146,13 @@ class EchoEngine:
         with self._slot():
             yield Embedded(sum(map(len, inputs)), self._vectors(inputs, request.query))
 
+    async def count(self, request: Request) -> int:
+        """See `Engine.count`."""
+        await trio.lowlevel.checkpoint()
+        if images_of(request.prompt):
+            raise NoVisionError(self._card.name)
+        return len(_words(request)[0])
+
     async def _vectors(self, inputs: list[list[str]], query: str | None) -> AsyncIterator[bytes]:
         for done, words in enumerate(inputs):
             await trio.sleep(self._token_interval_s * len(words))

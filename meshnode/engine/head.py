@@ -49,9 +49,9 @@ from meshnode.engine.scheduler import (
 from meshnode.engine.states import StateStore
 from meshnode.errors import RemoteProtocolError, StageError
 
-# How long requests wait for a pipeline. A stage that died is loaded again in a few seconds, and
-# other nodes take its place in some more; who waits longer is better off with another replica.
-PIPELINE_WAIT_S = 30.0
+# How long requests wait for a pipeline. Whoever takes a dead stage's place has its layers in a few
+# seconds, or in a minute if they are tens of GB; who would wait longer asks another replica.
+PIPELINE_WAIT_S = 120.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -39,7 +39,15 @@ from meshnode.engine import (
 from meshnode.engine.cells import cells
 from meshnode.engine.chat import ChatTemplate, Picture, Segment
 from meshnode.engine.embedder import Embedder
-from meshnode.engine.native import GGML_TYPES, checked, initialise, log, pointer, tokenise
+from meshnode.engine.native import (
+    GGML_TYPES,
+    AbortFlag,
+    checked,
+    initialise,
+    log,
+    pointer,
+    tokenise,
+)
 from meshnode.engine.scheduler import PREFILL_TOKENS_MAX, Batch, Chunk, Copy, Trim
 from meshnode.engine.style import find_style
 from meshnode.engine.trial import survives
@@ -363,7 +371,7 @@ class LlamaModel:
         self._pieces: dict[int, bytes] = {}
         self._grammars: dict[str, None] = {}
         self._make_batch()
-        self._make_abort_flag()
+        self._abort_flag = AbortFlag(self._context)
         on_progress(1.0)
 
     # -- loading -------------------------------------------------------------------------------
@@ -446,17 +454,6 @@ class LlamaModel:
         batch.seq_id = pointer(self._batch_slot_pointers, ctypes.POINTER(ctypes.c_int32))
         batch.logits = pointer(self._batch_logits, ctypes.c_int8)
         self._batch = batch
-
-    def _make_abort_flag(self) -> None:
-        """Let C's own `strlen` be the abort callback, and a two-byte string its data.
-
-        llama.cpp asks it once per graph node. An empty string has length 0, which means go on;
-        a Python callback there would cost a tenth of the speed.
-        """
-        self._abort_flag = ctypes.create_string_buffer(2)
-        callback = ctypes.cast(ctypes.CDLL(None).strlen, _llama.ggml_abort_callback)
-        data = ctypes.cast(self._abort_flag, ctypes.c_void_p)
-        _llama.llama_set_abort_callback(self._context, callback, data)
 
     def close(self) -> None:
         if self._projector is not None:
@@ -812,11 +809,11 @@ class LlamaModel:
 
     def abort(self) -> None:
         """Make a running `decode` return False within milliseconds. From any thread."""
-        self._abort_flag[0] = b"x"
+        self._abort_flag.set()
 
     def allow(self) -> None:
         """Take back `abort`, before the next `decode`."""
-        self._abort_flag[0] = b"\0"
+        self._abort_flag.clear()
 
     def set_threads(self, threads: int) -> None:
         _llama.llama_set_n_threads(self._context, threads, threads)

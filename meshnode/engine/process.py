@@ -28,6 +28,7 @@ from meshnode.engine import (
     EngineStats,
     Finish,
     ModelCard,
+    Purpose,
     Request,
     Speculate,
     images_of,
@@ -234,6 +235,7 @@ class EngineProcess:
         self._error: str | None = None
         self._context_tokens = 0
         self._style = ChatStyle()
+        self._purpose: Purpose = "generate"
         self._draft: wire.Draft | None = None
         self._status: wire.Status | None = None
         self._changed = trio.Event()
@@ -273,6 +275,8 @@ class EngineProcess:
             memory_bytes=0,
             sessions=(),
             style=self._style,
+            purpose=self._purpose,
+            sees=self._options.projector is not None,
         )
         status = self._status
         if status is None:
@@ -299,11 +303,7 @@ class EngineProcess:
                 param="n",
                 code="invalid_value",
             )
-        images = images_of(request.prompt)
-        images_bytes = sum(len(image.data) for image in images)
-        if images and self._options.projector is None:
-            raise NoVisionError(self._card.name)
-        answer = _Answer(request.n, images_bytes)
+        answer = _Answer(request.n, self._images_bytes(request))
         async with self._asking(answer, lambda number: wire.Generate.of(number, request)):
             try:
                 await answer.wait_accepted()
@@ -319,6 +319,19 @@ class EngineProcess:
         answer = _Vectors()
         async with self._asking(answer, lambda number: wire.Embed.of(number, request)):
             yield Embedded(await answer.wait_accepted(), answer)
+
+    async def count(self, request: Request) -> int:
+        """See `Engine.count`."""
+        answer = _Pending(choices=1, images_bytes=self._images_bytes(request))
+        async with self._asking(answer, lambda n: wire.Count(wire.Generate.of(n, request))):
+            return await answer.wait_accepted()
+
+    def _images_bytes(self, request: Request) -> int:
+        """Of its pictures. Raises `NoVisionError` if it has some and the model cannot see."""
+        images = images_of(request.prompt)
+        if images and self._options.projector is None:
+            raise NoVisionError(self._card.name)
+        return sum(len(image.data) for image in images)
 
     @asynccontextmanager
     async def _asking(
@@ -540,15 +553,18 @@ class EngineProcess:
         match frame:
             case wire.Loading(progress=progress):
                 self._progress = progress
-            case wire.Ready(context_tokens=context_tokens, style=style):
+            case wire.Ready(context_tokens=context_tokens, style=style, purpose=purpose):
                 self._context_tokens = context_tokens
                 self._style = style
+                self._purpose = purpose
                 self._progress = 1.0
                 self._set_state("ready")
             case wire.Status():
                 self._status = frame
             case wire.Accepted(number=number, prompt_tokens=prompt_tokens):
                 self._answers[number].accept(prompt_tokens)
+            case wire.Counted(number=number, prompt_tokens=prompt_tokens):
+                self._ended(number).accept(prompt_tokens)
             case wire.Refused(number=number):
                 self._ended(number).fail(
                     RequestError(frame.message, param=frame.param, code=frame.code)

@@ -7,10 +7,16 @@ requests the model is for. `accept` belongs to the child's reader thread, all el
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from meshnode.engine import EMBED_FLOATS_MAX, EMBED_INPUTS_MAX, EMBED_TOKENS_MAX, wire
+from meshnode.engine import (
+    EMBED_FLOATS_MAX,
+    EMBED_INPUTS_MAX,
+    EMBED_TOKENS_MAX,
+    Purpose,
+    wire,
+)
 from meshnode.engine.embedder import Embedder, EmbedError
 from meshnode.engine.embedding import (
     STEP_TOKENS_BESIDE_ANSWERS_MAX,
@@ -147,16 +153,21 @@ class Readings:
         self._send(last)
 
 
-_USES = {
+_USES: Mapping[Purpose, str] = {
     "generate": "generates text, has no head for ranking, and can make embeddings",
     "embed": "makes embeddings; ask /v1/embeddings",
     "rank": "ranks documents; ask /v1/rerank",
 }
 
 
-def refuse_unsuitable(embedder: Embedder, use: str) -> None:
+def purpose_of(embedder: Embedder) -> Purpose:
+    """Of the model that it embeds with."""
+    return "rank" if embedder.ranks else "embed" if embedder.is_purpose else "generate"
+
+
+def refuse_unsuitable(embedder: Embedder, use: Purpose) -> None:
     """Raises `RequestError`, saying what a model is for, if it is not for this `use`."""
-    purpose = "rank" if embedder.ranks else "embed" if embedder.is_purpose else "generate"
+    purpose = purpose_of(embedder)
     if use != purpose and (use, purpose) != ("embed", "generate"):
         raise RequestError(
             f"This model {_USES[purpose]}.", param="model", code="model_not_suitable"

@@ -63,6 +63,7 @@ class StageChild:
             for frame in frames:
                 if isinstance(frame, wire.Begin):
                     self._newest_run = frame.run
+                    self._model.abort()  # what is being computed is of an older run
                 self._inbox.put(frame)
             leave()
         finally:

@@ -24,8 +24,23 @@ import numpy as np
 from meshnode.config import KvType
 from meshnode.engine.activations import Rows, unpack
 from meshnode.engine.memory import available_bytes, prefers_disk
-from meshnode.engine.native import GGML_TYPES, checked, initialise, pointer, position_planes
-from meshnode.engine.steps import STATE_BYTES_MAX, STEP_ROWS_MAX, Keep, Shape, Share, Step
+from meshnode.engine.native import (
+    GGML_TYPES,
+    AbortFlag,
+    checked,
+    initialise,
+    pointer,
+    position_planes,
+)
+from meshnode.engine.steps import (
+    STATE_BYTES_MAX,
+    STEP_ROWS_MAX,
+    WIDTH_MAX,
+    Keep,
+    Shape,
+    Share,
+    Step,
+)
 from meshnode.errors import EngineError, ModelLoadError, RemoteProtocolError, StageError
 from meshnode.models.stages import Stage, cut, open_stage
 from meshnode.models.stages.lookup import Lookup
@@ -33,6 +48,7 @@ from meshnode.models.stages.lookup import Lookup
 # What llama_decode returns.
 _DECODED = 0
 _KV_FULL = 1
+_ABORTED = 2
 # What llama.cpp calls the position of nothing.
 _NO_POSITION = -1
 
@@ -92,8 +108,8 @@ class _Capture:
 class StageModel:
     """Layers `first` to `end - 1` of the model in a file, but never the last ones.
 
-    Its KV cache has `slots` lanes that share `context_tokens` cells. All methods belong to one
-    thread; after any error but that of `__init__`, only `forget` brings it back to a known state.
+    Its KV cache has `slots` lanes that share `context_tokens` cells. All methods but `abort` belong
+    to one thread. After an error of `compute`, only `forget` brings it back to a known state.
     """
 
     def __init__(
@@ -114,6 +130,8 @@ class StageModel:
         if stage.is_last:
             raise StageError(f"Layers {first} to {end - 1} of {path} are the last: that stage is "
                              "the head, which is another engine.")  # fmt: skip
+        if stage.width > WIDTH_MAX:
+            raise StageError(f"{path} has activations of {stage.width} numbers, over {WIDTH_MAX}.")
         self._context: Any = None
         self._model: Any = None
         self._held = [0] * slots
@@ -130,6 +148,7 @@ class StageModel:
             self._model = self._load(path, stage, on_progress)
             self._context = self._make_context(path, threads, kv_type)
             self._memory = checked(_llama.llama_get_memory(self._context), path, "KV cache")
+            self._abort_flag = AbortFlag(self._context)
             self._make_batch()
             self._try(path)
         except BaseException:
@@ -303,14 +322,21 @@ class StageModel:
         code = _llama.llama_decode(self._context, self._batch)
         if code == _KV_FULL:
             raise EngineError("The KV cache of this stage is full.")
+        if code == _ABORTED:
+            raise EngineError("The step was aborted.")
         if code != _DECODED:
             raise EngineError(f"llama.cpp cannot compute this step (llama_decode: {code}).")
         return self._capture.take(count)
 
     def forget(self) -> None:
-        """All KV of all slots."""
+        """All KV of all slots, and that there was an `abort`."""
+        self._abort_flag.clear()
         _llama.llama_memory_clear(self._memory, False)
         self._held = [0] * self.shape.slots
+
+    def abort(self) -> None:
+        """Make `compute` fail within milliseconds, until `forget`. From any thread."""
+        self._abort_flag.set()
 
     def set_threads(self, threads: int) -> None:
         _llama.llama_set_n_threads(self._context, threads, threads)

@@ -28,6 +28,7 @@ __all__ = [
     "STATE_BYTES_MAX",
     "STEP_ROWS_MAX",
     "STEP_SLOTS_MAX",
+    "WIDTH_MAX",
     "Codec",
     "Keep",
     "Shape",
@@ -50,6 +51,7 @@ PIPELINE_BYTES = 16
 STATE_BYTES_MAX = 1024**3
 """No slot's KV is moved that takes more: it crosses pipes and networks as one message."""
 WIDTH_MAX = 65536
+"""Of an activation: its places are said in 16 bits."""
 CHANGES_MAX = 4 * STEP_SLOTS_MAX
 _HEADER_BYTES_MAX = 64 * 1024
 """What a frame has besides its rows: 8 bytes a token, and the changes."""

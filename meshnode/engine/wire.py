@@ -20,6 +20,7 @@ from meshnode.engine import (
     Continuation,
     EmbedRequest,
     Grammar,
+    Purpose,
     Request,
     Sampling,
     Speculate,
@@ -134,6 +135,12 @@ class Embed(msgspec.Struct, frozen=True, tag="embed"):
         return cls(number, request.inputs, request.query, request.dimensions)
 
 
+class Count(msgspec.Struct, frozen=True, tag="count"):
+    """Tokenise the prompt of `request`, whose number it has, and compute nothing."""
+
+    request: Generate
+
+
 class Cancel(msgspec.Struct, frozen=True, tag="cancel"):
     """End all choices; answered by `Done` with reason "cancelled" for each still going.
 
@@ -178,6 +185,7 @@ class Ready(msgspec.Struct, frozen=True, tag="ready"):
 
     context_tokens: int
     style: ChatStyle
+    purpose: Purpose = "generate"
 
 
 class LoadFailed(msgspec.Struct, frozen=True, tag="load_failed"):
@@ -188,6 +196,13 @@ class LoadFailed(msgspec.Struct, frozen=True, tag="load_failed"):
 
 class Accepted(msgspec.Struct, frozen=True, tag="accepted"):
     """The prompt was tokenised and fits."""
+
+    number: int
+    prompt_tokens: int
+
+
+class Counted(msgspec.Struct, frozen=True, tag="counted"):
+    """How many tokens the prompt has; nothing follows under this number."""
 
     number: int
     prompt_tokens: int
@@ -280,12 +295,13 @@ class Status(msgspec.Struct, frozen=True, tag="status"):
     speculation: SpeculationStats | None = None
 
 
-ToChild = Load | Generate | Embed | Cancel | StartPipeline | StopPipeline | Rows
+ToChild = Load | Generate | Embed | Count | Cancel | StartPipeline | StopPipeline | Rows
 FromChild = (
     Loading
     | Ready
     | LoadFailed
     | Accepted
+    | Counted
     | Refused
     | Unable
     | TooLong

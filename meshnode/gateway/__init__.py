@@ -1,16 +1,17 @@
 """HTTP in, tokens out.
 
 In data-flow order: `openai.py` (pure: OpenAI JSON to and from `engine.Request`), `embeddings.py`
-(pure: the same for vectors and ranks), `keys.py` and `door.py` (who may ask, and how often),
-`app.py` (quart-trio routes for clients), `session.py` (which chat a request belongs to),
-`answer.py` (one request to one answer: local engine or tunnel, next candidate on failure),
-`resume.py` (pure: how far an answer has come), `fields.py` (strict decoding), `passing.py` (pure:
-what is read of a request that a server of another kind will judge), `schema.py` (pure: JSON schemas
-to grammars), `tools.py` (pure: tools in prompts), `reading.py` with `reasoning.py` and `calls.py`
-(pure: an answer's text told apart into `said.py`), `refusal.py` (pure: our errors in OpenAI's
-shape), `dialects/` (other APIs, translated to and from OpenAI's chat), `server.py` (hypercorn on
-Trio), `tunnel.py` (the app for peers). The gateway is handed a `Mesh`; it never sees a protocol
-core, a libp2p object or a private key.
+(pure: the same for vectors and ranks), `counting.py` (pure: and for counts), `keys.py` and
+`door.py` (who may ask, and how often), `app.py` (quart-trio routes for clients), `session.py`
+(which chat a request belongs to), `answer.py` (one request to one answer: local engine or tunnel,
+next candidate on failure), `resume.py` (pure: how far an answer has come), `fields.py` (strict
+decoding), `passing.py` (pure: what is read of a request that a server of another kind will judge),
+`schema.py` (pure: JSON schemas to grammars), `tools.py` (pure: tools in prompts), `reading.py` with
+`reasoning.py` and `calls.py` (pure: an answer's text told apart into `said.py`), `refusal.py`
+(pure: our errors in OpenAI's shape), `dialects/` (other APIs, translated to and from OpenAI's
+chat), `metrics.py` (what is counted), `server.py` (hypercorn on Trio), `tunnel.py` (the app for
+peers). The gateway is handed a `Mesh`; it never sees a protocol core, a libp2p object or a private
+key.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from typing import Protocol
 
 from meshnode.engine import Engine
 from meshnode.fence import Fence
+from meshnode.messages import Approximate
 from meshnode.transport import Stream
 
 
@@ -45,12 +47,14 @@ class Candidate:
 class Route:
     """The ranked candidates for one request; never empty.
 
-    `model` is the resolved public name, `digest` the bytes it stands for.
+    `model` is the resolved public name, `digest` the bytes it stands for. `approximate`: they are
+    not the whole model's.
     """
 
     model: str
     digest: str
     candidates: tuple[Candidate, ...]
+    approximate: Approximate | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,11 +67,18 @@ class ServedModel:
     context_tokens: int
     state: str
     served_by: tuple[str, ...]
+    approximate: Approximate | None = None
 
 
 VIA_HEADER = "x-meshnode-via"
 """The peer ids of the nodes that have passed a request on to a server behind them, with commas: the
 server may be a node, and the last one in a circle must see that it is one."""
+
+
+APPROXIMATE_HEADER = "x-meshnode-approximate"
+"""How far from the whole model the one that answered is; exact answers have none."""
+EXACT_HEADER = "x-meshnode-exact"
+"""`required`: an approximation may not answer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,6 +175,10 @@ class Mesh(Protocol):
 
     async def open_tunnel(self, peer_id: str) -> Stream:
         """A new `/http/1.1` stream to a peer. Raises `PeerUnreachableError`."""
+        ...
+
+    def metrics(self) -> bytes:
+        """What this node's engines have done, in Prometheus's text format."""
         ...
 
     def ready(self) -> tuple[bool, str]:

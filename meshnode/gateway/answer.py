@@ -30,6 +30,7 @@ import trio
 
 from meshnode.engine import Continuation, Delta, Embedded, Engine, Finish
 from meshnode.errors import (
+    ApproximateOnlyError,
     EngineBusyError,
     EngineError,
     MeshnodeError,
@@ -37,10 +38,20 @@ from meshnode.errors import (
     NoVisionError,
     PeerUnreachableError,
     RemoteProtocolError,
+    RequestError,
     UnknownModelError,
 )
 from meshnode.fence import FENCE_HEADER
-from meshnode.gateway import VIA_HEADER, Candidate, Mesh, PassedAnswer, Route, Upstream
+from meshnode.gateway import (
+    APPROXIMATE_HEADER,
+    VIA_HEADER,
+    Candidate,
+    Mesh,
+    PassedAnswer,
+    Route,
+    Upstream,
+)
+from meshnode.gateway.counting import Count, encode_count
 from meshnode.gateway.embeddings import Embed, Rerank
 from meshnode.gateway.openai import Call, Encoder, encode_error_event
 from meshnode.gateway.passing import Passed
@@ -51,7 +62,7 @@ from meshnode.gateway.resume import (
     join_continuation,
     note,
 )
-from meshnode.messages import MESSAGE_BYTES_MAX
+from meshnode.messages import MESSAGE_BYTES_MAX, Approximate
 from meshnode.transport.http import HttpResponse, TunnelPool
 
 __all__ = [
@@ -123,10 +134,11 @@ class Ask:
     """A request on its way: understood, named, and still as it came.
 
     `created` is the answer's date in Unix seconds, whoever gives it, and `continuation` how far
-    it has come. `via` are the nodes that have passed it on to servers behind them.
+    it has come. `via` are the nodes that have passed it on to servers behind them. `exact`: an
+    approximation may not answer it.
     """
 
-    call: Call | Embed | Rerank | Passed
+    call: Call | Count | Embed | Rerank | Passed
     id: str
     session: bytes
     target: str
@@ -134,11 +146,12 @@ class Ask:
     created: int = field(default_factory=lambda: int(time.time()))
     continuation: Continuation | None = None
     via: tuple[str, ...] = ()
+    exact: bool = False
 
     @property
     def prompt_bytes(self) -> int:
         """About how much of it is text."""
-        images_bytes = self.call.images_bytes if isinstance(self.call, Call) else 0
+        images_bytes = self.call.images_bytes if isinstance(self.call, Call | Count) else 0
         return max(0, len(self.body) - images_bytes)
 
 
@@ -146,7 +159,8 @@ class Ask:
 class Answer:
     """What goes back: `body` yields bytes; b"" means "send the head now".
 
-    `passed`: a server of another kind gave it, and these headers with it.
+    `passed`: a server of another kind gave it, and these headers with it. `approximate`: the model
+    that gave it is an approximation.
     """
 
     status: int
@@ -155,6 +169,7 @@ class Answer:
     route: Literal["local", "tunnel"]
     body: AsyncIterator[bytes]
     passed: Mapping[str, str] | None = None
+    approximate: Approximate | None = None
 
     @property
     def is_stream(self) -> bool:
@@ -169,6 +184,8 @@ class Answer:
             SERVED_BY_HEADER: self.served_by,
             ROUTE_HEADER: self.route,
         }
+        if self.approximate is not None:
+            headers[APPROXIMATE_HEADER] = str(self.approximate)
         if self.passed is not None:
             headers |= {**self.passed, UPSTREAM_HEADER: "1"}
         if self.is_stream:
@@ -239,6 +256,8 @@ async def answer_locally(
     """
     if isinstance(ask.call, Passed):
         raise EngineError(f"The model `{ask.call.model}` was loaded here a moment ago.")
+    if isinstance(ask.call, Count):
+        return await _count_locally(engine, ask, ask.call, peer_id)
     if not isinstance(ask.call, Call):
         return await _read_locally(engine, ask.call, ask.id, peer_id, stack)
     style = engine.stats().style
@@ -265,6 +284,12 @@ async def _read_locally(
     embedded = await stack.enter_async_context(engine.embed(call.embed_request(id)))
     body = await stack.enter_async_context(aclosing(_embedded(embedded, call, id)))
     return Answer(200, "application/json", peer_id, "local", body)
+
+
+async def _count_locally(engine: Engine, ask: Ask, count: Count, peer_id: str) -> Answer:
+    request = count.call.request(ask.id, ask.session, engine.stats().style)
+    body = encode_count(await engine.count(request))
+    return Answer(200, "application/json", peer_id, "local", _once(body))
 
 
 async def answer_upstream(
@@ -295,14 +320,14 @@ class _Search:
     def __init__(self, mesh: Mesh, pool: TunnelPool, ask: Ask, *, again: bool = False) -> None:
         """`again`: it is not the first search for this request.
 
-        Raises `UnknownModelError` or `NoReplicaError`.
+        Raises `UnknownModelError`, `NoReplicaError` or `RequestError`.
         """
         self._mesh = mesh
         self._pool = pool
         self._ask = ask
         self._again = again
-        self._route = mesh.route(ask.call.model, ask.session, ask.prompt_bytes, again=again)
-        self._candidates = deque(self._route.candidates)
+        self._route = self._find_route(again=again)
+        self._candidates = self._able()
         self._attempts: list[Attempt] = []
         self._reroutes_left = REROUTES_MAX
         self._retry_after_s = RETRY_AFTER_FAILURE_S
@@ -343,9 +368,29 @@ class _Search:
 
     def _route_again(self) -> None:
         """By what the node has learned meanwhile, without those that have failed this request."""
-        ask, tried = self._ask, {attempt.peer_id for attempt in self._attempts}
-        self._route = self._mesh.route(ask.call.model, ask.session, ask.prompt_bytes, again=True)
-        self._candidates = deque(c for c in self._route.candidates if c.peer_id not in tried)
+        tried = {attempt.peer_id for attempt in self._attempts}
+        self._route = self._find_route(again=True)
+        self._candidates = deque(c for c in self._able() if c.peer_id not in tried)
+
+    def _able(self) -> deque[Candidate]:
+        """Those of the route that know this kind of request."""
+        candidates = deque(self._route.candidates)
+        if isinstance(self._ask.call, Count):
+            candidates = deque(each for each in candidates if not each.upstream)
+        if not candidates:
+            raise RequestError(
+                "`model`: one of a server behind a node; such are not asked to count tokens.",
+                param="model",
+                code="unsupported_parameter",
+            )
+        return candidates
+
+    def _find_route(self, *, again: bool) -> Route:
+        ask = self._ask
+        route = self._mesh.route(ask.call.model, ask.session, ask.prompt_bytes, again=again)
+        if ask.exact and route.approximate is not None:
+            raise ApproximateOnlyError(route.model, str(route.approximate))
+        return route
 
     def _lose(self, candidate: Candidate, error: MeshnodeError) -> None:
         self._mesh.failed(candidate.peer_id)
@@ -385,7 +430,8 @@ async def _begin(
         body = _from_first(await _first_bytes(events), events)
     else:
         body = _once(await _whole(accepted.body))
-    return replace(accepted, body=await stack.enter_async_context(aclosing(body)))
+    body = await stack.enter_async_context(aclosing(body))
+    return replace(accepted, body=body, approximate=route.approximate)
 
 
 async def _answer_here(mesh: Mesh, ask: Ask, route: Route, stack: AsyncExitStack) -> Answer:

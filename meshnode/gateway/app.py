@@ -22,7 +22,7 @@ from quart_trio.wrappers import TrioRequest
 from werkzeug.exceptions import HTTPException
 
 from meshnode.errors import MeshnodeError, RequestError, UnknownModelError
-from meshnode.gateway import VIA_HEADER, Mesh
+from meshnode.gateway import EXACT_HEADER, VIA_HEADER, Mesh
 from meshnode.gateway.answer import (
     REQUEST_ID_BYTES,
     REQUEST_ID_HEADER,
@@ -31,6 +31,7 @@ from meshnode.gateway.answer import (
     Ask,
     answer,
 )
+from meshnode.gateway.counting import COUNT_PATH, Count, read_count
 from meshnode.gateway.dialects import Asked
 from meshnode.gateway.dialects.answer import told_as_stream, told_whole
 from meshnode.gateway.dialects.routes import error_shape, mount_dialects
@@ -47,6 +48,7 @@ from meshnode.gateway.embeddings import (
     encode_floats,
     read_vectors,
 )
+from meshnode.gateway.metrics import METRICS_TYPE
 from meshnode.gateway.openai import (
     CHAT_PATH,
     TEXT_PATH,
@@ -116,9 +118,19 @@ def create_api_app(
         whole = b"".join([part async for part in said.body])
         return told_whole(whole, writer), 200, said.headers
 
-    async def read(call: Embed | Rerank | Passed, target: str, body: bytes) -> Answer:
+    async def count(asked: Asked, told: Callable[[int], bytes]) -> Result:
+        try:
+            said = await read(Count(asked.call), COUNT_PATH, asked.body)
+        except RequestError as error:
+            raise asked.renamed(error) from None
+        whole = b"".join([part async for part in said.body])
+        if said.status != 200:
+            return asked.renamed_body(whole), said.status, said.headers
+        return told(read_count(whole)), 200, said.headers
+
+    async def read(call: Count | Embed | Rerank | Passed, target: str, body: bytes) -> Answer:
         via = decode_via(request.headers.get(VIA_HEADER))
-        ask = Ask(call, g.request_id, spread(), target, body, via=via)
+        ask = Ask(call, g.request_id, spread(), target, body, via=via, exact=_wants_exact())
         return await answer(mesh, pool, ask, _owned())
 
     async def embed(call: Embed, told: Callable[[Vectors], Body]) -> Result:
@@ -165,11 +177,15 @@ def create_api_app(
                 return _json(encode_model(served))
         raise UnknownModelError(model_id, tuple(served.id for served in known))
 
-    mount_dialects(app, mesh, complete_translated, embed)
+    mount_dialects(app, mesh, complete_translated, count, embed)
 
     @app.get("/openapi.json")
     async def described() -> Result:
         return _json(encode_openapi())
+
+    @app.get("/metrics")
+    async def metrics() -> Result:
+        return mesh.metrics(), 200, {"content-type": METRICS_TYPE}
 
     @app.get("/healthz")
     async def alive() -> Result:
@@ -209,7 +225,15 @@ def _ask(call: Call | Passed, target: str, body: bytes) -> Ask:
     """The request of this moment: `body` says `call` to the route `target` of a peer."""
     session = session_key(call, header=request.headers.get("x-session-id"), tenant=g.tenant)
     via = decode_via(request.headers.get(VIA_HEADER))
-    return Ask(call, g.request_id, session, target, body, via=via)
+    return Ask(call, g.request_id, session, target, body, via=via, exact=_wants_exact())
+
+
+def _wants_exact() -> bool:
+    """Raises `RequestError` for a demand that we do not understand."""
+    demand = request.headers.get(EXACT_HEADER)
+    if demand not in (None, "required"):
+        raise RequestError(f"`{EXACT_HEADER}` can only be `required`.", param=EXACT_HEADER)
+    return demand is not None
 
 
 def _token() -> str | None:

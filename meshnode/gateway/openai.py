@@ -47,7 +47,7 @@ from meshnode.gateway.reading import AnswerReader
 from meshnode.gateway.reasoning import NO_WISH, Wish, let_think
 from meshnode.gateway.said import Arguments, Content, Reasoning, Said
 from meshnode.gateway.said import Call as ToolCall
-from meshnode.gateway.schema import JSON_OBJECT, SchemaGrammar
+from meshnode.gateway.schema import SchemaGrammar
 from meshnode.gateway.tools import Function, Tools, in_plain_words
 
 __all__ = [
@@ -55,6 +55,7 @@ __all__ = [
     "CHAT_SHAPE",
     "TEXT_PATH",
     "TEXT_SHAPE",
+    "CacheOptions",
     "Call",
     "Encoder",
     "decode_chat",
@@ -190,6 +191,13 @@ class _StreamOptions(msgspec.Struct, forbid_unknown_fields=True):
     include_usage: bool | None = None
 
 
+class CacheOptions(msgspec.Struct, forbid_unknown_fields=True):
+    """Which prefixes are worth keeping, and for how long; every prefix is kept here anyway."""
+
+    mode: Literal["implicit", "explicit"] | None = None
+    ttl: str | None = None
+
+
 class _Body(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     """What both kinds of request share. `Any` marks fields of which only a neutral value works."""
 
@@ -310,6 +318,10 @@ class _ChatBody(_Body, forbid_unknown_fields=True, kw_only=True):
     chat_template_kwargs: _TemplateKwargs | None = None
     verbosity: Any = None
     web_search_options: Any = None
+    moderation: Any = None
+    # Harmless: they change no answer.
+    prompt_cache_options: CacheOptions | None = None
+    prompt_cache_retention: Literal["in-memory", "in_memory", "24h"] | None = None
 
 
 class _TextBody(_Body, forbid_unknown_fields=True, kw_only=True):
@@ -332,8 +344,9 @@ _NEUTRAL_CHAT: Mapping[str, tuple[Any, ...]] = {
     "modalities": (["text"],),
     "audio": (),
     "prediction": (),
-    "verbosity": (),
+    "verbosity": ("medium",),
     "web_search_options": (),
+    "moderation": (),
 }
 _NEUTRAL_TEXT: Mapping[str, tuple[Any, ...]] = {
     **_NEUTRAL_BODY,
@@ -413,12 +426,8 @@ def _tools(chat: _ChatBody) -> Tools | None:
         )
     if not chat.tools or choice == "none":
         return None
-    form = chat.response_format
-    if form is not None and form.type != "text":
-        raise _conflict("response_format", "tools")
-    for field in ("grammar", "logprobs"):
-        if getattr(chat, field):
-            raise _conflict(field, "tools")
+    if chat.grammar is not None:  # whose calls might be none that can be read
+        raise _conflict("grammar", "tools")
     functions = []
     for index, tool in enumerate(chat.tools):
         path = f"tools[{index}].function"
@@ -442,7 +451,8 @@ def _tools(chat: _ChatBody) -> Tools | None:
             )
         )
     choice = named or ("auto" if not isinstance(choice, str) else choice)
-    return Tools(tuple(functions), choice, chat.parallel_tool_calls is not False)
+    parallel = chat.parallel_tool_calls is not False
+    return Tools(tuple(functions), choice, parallel, _form(chat.response_format))
 
 
 def decode_text(body: bytes) -> Call:
@@ -457,22 +467,30 @@ def _grammar(body: _Body) -> Grammar | None:
     return None if body.grammar is None else Grammar(body.grammar)
 
 
-def _chat_grammar(chat: _ChatBody) -> Grammar | None:
-    """The promise of `response_format`, kept by a grammar; strict or not makes no difference."""
-    form = chat.response_format
+def _form(form: _ResponseFormat | None) -> tuple[Any, str] | None:
+    """The schema that is asked for, strictly or not, and where it stands; None if none is."""
     if form is not None and form.type != "json_schema" and form.json_schema is not None:
         raise _conflict("response_format.json_schema", f"type: {form.type}")
     if form is None or form.type == "text":
-        return _grammar(chat)
-    if chat.grammar is not None:
-        raise _conflict("grammar", "response_format")
+        return None
     if form.type == "json_object":
-        return Grammar(JSON_OBJECT, "response_format")
+        return {"type": "object"}, "response_format"
     param = "response_format.json_schema"
     if form.json_schema is None:
         raise RequestError(f"`{param}` is missing.", param=param, code="missing_required_parameter")
+    return form.json_schema.schema, f"{param}.schema"
+
+
+def _chat_grammar(chat: _ChatBody) -> Grammar | None:
+    """The promise of `response_format`, kept by a grammar."""
+    form = _form(chat.response_format)
+    if form is None:
+        return _grammar(chat)
+    if chat.grammar is not None:
+        raise _conflict("grammar", "response_format")
     rules = SchemaGrammar()
-    return Grammar(rules.text(rules.add(form.json_schema.schema, f"{param}.schema")), param)
+    schema, param = form
+    return Grammar(rules.text(rules.add(schema, param)), param.removesuffix(".schema"))
 
 
 def _chat_logprobs(chat: _ChatBody) -> int | None:
@@ -776,7 +794,9 @@ class Encoder:
         self._id = id
         self._readers = [call.reader(style, continuation) for _ in range(call.n)]
         self._waits = call.is_resumable
-        self._waiting: tuple[list[Said], list[TokenLogprobs]] = [], []
+        self._waiting: list[tuple[list[Said], list[TokenLogprobs]]] = [
+            ([], []) for _ in range(call.n)
+        ]
         self._head: dict[str, Any] = {
             "id": f"chatcmpl-{id}" if chat else f"cmpl-{id}",
             "object": "chat.completion" if chat else "text_completion",
@@ -828,15 +848,12 @@ class Encoder:
         reader = self._readers[delta.index]
         if reader is None:
             return self._text(delta)
-        said = reader.feed(delta)
-        if not self._waits:
-            return self._said(said, delta.logprobs, delta.index)
-        waiting, logprobs = self._waiting
-        waiting += said
+        waiting, logprobs = self._waiting[delta.index]
+        waiting += reader.feed(delta)
         logprobs += delta.logprobs
-        if not reader.is_settled:
+        if not waiting or (self._waits and not reader.is_settled):
             return b""
-        self._waiting = [], []
+        self._waiting[delta.index] = [], []
         return self._said(waiting, logprobs, delta.index)
 
     def _text(self, delta: Delta) -> bytes:
@@ -847,7 +864,10 @@ class Encoder:
         return self._before[delta.index] + text + self._between + logprobs + self._after
 
     def _said(self, said: Sequence[Said], logprobs: Sequence[TokenLogprobs], choice: int) -> bytes:
-        """Text and thoughts in one event, each beginning and each part of a call in its own."""
+        """Text and thoughts in one event, each beginning and each part of a call in its own.
+
+        `logprobs` are of all tokens so far that no event has told of, those of tags included.
+        """
         delta: dict[str, Any] = {}
         calls: list[dict[str, Any]] = []
         for each in said:
@@ -862,11 +882,12 @@ class Encoder:
                               "function": function})  # fmt: skip
             else:
                 calls.append({"index": each.index, "function": {"arguments": each.text}})
-        deltas = [delta] if delta or logprobs else []
+        deltas = [delta] if delta or (logprobs and not calls) else []
         deltas += [{"tool_calls": [call]} for call in calls]
         events = []
         for each_delta in deltas:
-            told = self._logprobs(logprobs, choice) if logprobs and each_delta is delta else None
+            first = each_delta is deltas[0]
+            told = self._logprobs(logprobs, choice) if logprobs and first else None
             body = b'"delta":' + _json.encode(each_delta) + b',"logprobs":' + _json.encode(told)
             events.append(self._choices[choice] + body + self._after)
         return b"".join(events)
@@ -880,8 +901,7 @@ class Encoder:
         self._finishes.append(finish)
         rest, reader = b"", self._readers[finish.index]
         if reader is not None:
-            waiting, logprobs = self._waiting
-            self._waiting = [], []
+            waiting, logprobs = self._waiting[finish.index]
             rest = self._said([*waiting, *reader.flush()], logprobs, finish.index)
         wire = rest + b"".join(
             (
@@ -1050,6 +1070,7 @@ def encode_models(models: Iterable[ServedModel]) -> bytes:
 
 
 def _model(model: ServedModel) -> dict[str, Any]:
+    about: dict[str, Any] = {} if model.approximate is None else {"approximate": model.approximate}
     return {
         "id": model.id,
         "object": "model",
@@ -1060,5 +1081,6 @@ def _model(model: ServedModel) -> dict[str, Any]:
             "state": model.state,
             "served_by": model.served_by,
             "context_tokens": model.context_tokens,
+            **about,
         },
     }

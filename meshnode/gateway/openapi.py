@@ -12,8 +12,9 @@ from typing import Any
 import msgspec
 
 from meshnode import __version__
+from meshnode.gateway import APPROXIMATE_HEADER, EXACT_HEADER
 from meshnode.gateway.dialects import ollama
-from meshnode.gateway.dialects.anthropic import MESSAGES_SHAPE
+from meshnode.gateway.dialects.anthropic import COUNT_SHAPE, MESSAGES_SHAPE
 from meshnode.gateway.dialects.responses import RESPONSES_SHAPE
 from meshnode.gateway.embeddings import (
     EMBED_PATH,
@@ -27,6 +28,7 @@ from meshnode.gateway.openai import CHAT_PATH, CHAT_SHAPE, TEXT_PATH, TEXT_SHAPE
 
 __all__ = ["encode_openapi"]
 
+_JSON = "application/json"
 _STREAM = "text/event-stream"
 _LINES = "application/x-ndjson"
 # Path, what is posted, and the type of a stream; None where nothing streams.
@@ -38,6 +40,7 @@ _POSTS: tuple[tuple[str, Shape, str | None], ...] = (
     (RERANK_ALIAS, RERANK_SHAPE, None),
     ("/v1/responses", RESPONSES_SHAPE, _STREAM),
     ("/v1/messages", MESSAGES_SHAPE, _STREAM),
+    ("/v1/messages/count_tokens", COUNT_SHAPE, None),
     ("/api/chat", ollama.CHAT_SHAPE, _LINES),
     ("/api/generate", ollama.GENERATE_SHAPE, _LINES),
     ("/api/embed", ollama.EMBED_SHAPE, None),
@@ -52,9 +55,17 @@ _OTHERS: tuple[tuple[str, str, str | None], ...] = (
     ("delete", "/v1/responses/{response_id}", "response_id"),
     ("get", "/api/tags", None),
     ("get", "/api/version", None),
+    ("get", "/metrics", None),
     ("get", "/healthz", None),
     ("get", "/readyz", None),
 )
+
+_EXACT = {
+    "name": EXACT_HEADER,
+    "in": "header",
+    "description": f"An approximation, whose answers have {APPROXIMATE_HEADER}, may not answer.",
+    "schema": {"enum": ["required"]},
+}
 
 
 def encode_openapi() -> bytes:
@@ -62,10 +73,14 @@ def encode_openapi() -> bytes:
     schemas, components = _schemas()
     paths: dict[str, dict[str, Any]] = {}
     for path, shape, stream in _POSTS:
-        body = {"required": True, "content": {"application/json": {"schema": schemas[shape.body]}}}
-        paths[path] = {"post": {"requestBody": body, "responses": _responses(stream)}}
+        body = {"required": True, "content": {_JSON: {"schema": schemas[shape.body]}}}
+        kinds = (_JSON,) if stream is None else (_JSON, stream)
+        paths[path] = {
+            "post": {"parameters": [_EXACT], "requestBody": body, "responses": _responses(kinds)}
+        }
     for method, path, name in _OTHERS:
-        operation: dict[str, Any] = {"responses": _responses(None)}
+        kinds = ("text/plain",) if path == "/metrics" else (_JSON,)
+        operation: dict[str, Any] = {"responses": _responses(kinds)}
         if name is not None:
             place = {"name": name, "in": "path", "required": True, "schema": {"type": "string"}}
             operation["parameters"] = [place]
@@ -103,9 +118,9 @@ def _schemas() -> tuple[Mapping[type[msgspec.Struct], Any], dict[str, Any]]:
     return schemas, components
 
 
-def _responses(stream: str | None) -> dict[str, Any]:
-    kinds = ("application/json",) if stream is None else ("application/json", stream)
-    refused = {"description": "Refused; the error says why.", "content": {"application/json": {}}}
+def _responses(kinds: tuple[str, ...]) -> dict[str, Any]:
+    """`kinds` are the content types of an answer."""
+    refused = {"description": "Refused; the error says why.", "content": {_JSON: {}}}
     return {
         "200": {"description": "The answer.", "content": {kind: {} for kind in kinds}},
         "4XX": refused,

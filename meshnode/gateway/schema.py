@@ -16,7 +16,7 @@ from typing import Any
 
 from meshnode.errors import RequestError
 
-__all__ = ["JSON_OBJECT", "SchemaGrammar"]
+__all__ = ["SchemaGrammar"]
 
 # Deeper or wider ones make grammars that llama.cpp walks for seconds per token.
 DEPTH_MAX = 32
@@ -34,8 +34,6 @@ number ::= "-"? unsigned
 unsigned ::= ("0" | [1-9] [0-9]{0,15}) ("." [0-9]{1,15})? ([eE] [-+]? [0-9]{1,2})?
 integer ::= "-"? ("0" | [1-9] [0-9]{0,15})
 """
-JSON_OBJECT = "root ::= object\n" + _VALUE
-"""Any JSON object."""
 
 _ANNOTATIONS = frozenset({
     "$comment", "$id", "$schema", "default", "deprecated", "description", "example", "examples",

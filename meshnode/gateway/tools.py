@@ -1,8 +1,8 @@
 """Tools: how a model is told of them, and the grammar of its calls. Pure.
 
 Decides the words around tools in a prompt whose template has none of its own, and when a grammar
-binds: at once if a call is asked for, else where the model begins one. Does not know the OpenAI
-shapes around them, nor engines; how calls look and are read is in `calls.py`.
+binds: at once if a call is asked for or all else has a form, else where the model begins one. Does
+not know the OpenAI shapes around them, nor engines; how calls look and are read is in `calls.py`.
 
 A template that knows tools is given them. For one that does not, the tools stand in the system
 message in the words of Hermes, which more models are trained on than on any others. All of it is
@@ -65,11 +65,15 @@ class Function:
 
 @dataclass(frozen=True, slots=True)
 class Tools:
-    """What may be called. `choice` is "auto", "required" or the one function that must be."""
+    """What may be called. `choice` is "auto", "required" or the one function that must be.
+
+    `form`: what an answer must be that is no call, as a JSON schema, and where that stands.
+    """
 
     functions: tuple[Function, ...]
     choice: str
     parallel: bool
+    form: tuple[Any, str] | None = None
 
     @property
     def names(self) -> frozenset[str]:
@@ -79,9 +83,9 @@ class Tools:
         return tuple(function.definition() for function in self.functions)
 
     def grammar(self, style: CallStyle, thinking: Thinking) -> Grammar:
-        """What makes each call valid, and forces one if it must be.
+        """What makes each call valid, and forces one if it must be, and all else into its form.
 
-        Raises `RequestError` for parameters that are strict and cannot be promised.
+        Raises `RequestError` for a form, or strict parameters, that cannot be promised.
         """
         words, rules = CALL_WORDS[style], SchemaGrammar()
         options = []
@@ -92,11 +96,13 @@ class Tools:
                 options.append(rules.rule(f'{_quoted(head)} {arguments} "}}"'))
         several = self.parallel and self.choice in ("auto", "required")
         rest = words.rules(rules.rule(" | ".join(options)), several=several)
-        if self.choice == "auto":
+        if self.choice == "auto" and self.form is None:
             after = After(words.begins, words.at_start, thinking)
             return Grammar(rules.text(rest), "tools", after)
-        forced = Grammar(rules.text(f"{_quoted(words.begins[0])} {rest}"), "tools")
-        return let_think(forced, thinking)
+        answer = f"{_quoted(words.begins[0])} {rest}"
+        if self.choice == "auto" and self.form is not None:
+            answer += f" | {rules.add(*self.form)}"
+        return let_think(Grammar(rules.text(answer), "tools"), thinking)
 
 
 def _arguments(function: Function, rules: SchemaGrammar) -> str:

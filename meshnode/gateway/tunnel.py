@@ -1,7 +1,7 @@
 """The app for peers: what they forward is answered by this very node, by an engine or a server
 behind it, or not at all.
 
-Four POST routes and nothing else; it forwards nothing, so there are no loops, and has no
+Five POST routes and nothing else; it forwards nothing, so there are no loops, and has no
 management route to reach. Plain ASGI instead of Quart: fixed routes need no framework, and a
 request through it reaches the engine about a millisecond sooner (tests/bench/hop).
 """
@@ -35,6 +35,7 @@ from meshnode.gateway.answer import (
     answer_locally,
     answer_upstream,
 )
+from meshnode.gateway.counting import COUNT_PATH, Count, decode_count
 from meshnode.gateway.embeddings import (
     EMBED_PATH,
     RERANK_PATH,
@@ -63,9 +64,10 @@ __all__ = ["TunnelApp"]
 BODY_TIMEOUT_S = 60
 """A gateway has the whole body before it forwards it; slower than this is a broken path."""
 
-_ROUTES: dict[str, Callable[[bytes], Call | Embed | Rerank]] = {
+_ROUTES: dict[str, Callable[[bytes], Call | Count | Embed | Rerank]] = {
     CHAT_PATH: decode_chat,
     TEXT_PATH: decode_text,
+    COUNT_PATH: decode_count,
     EMBED_PATH: decode_embed,
     RERANK_PATH: decode_rerank,
 }
@@ -141,7 +143,7 @@ class TunnelApp:
         if proof is not None:
             return _fenced(proof, fence)
         upstream = self._mesh.upstream(digest)
-        if upstream is not None and continuation is None:
+        if upstream is not None and continuation is None and path != COUNT_PATH:
             via = decode_via(headers.get(VIA_HEADER))
             return await answer_upstream(upstream, path, body, via, self._mesh.peer_id, owned)
         engine = self._mesh.engine(digest)

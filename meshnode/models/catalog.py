@@ -86,7 +86,7 @@ def _packaged_default() -> ModelSource | None:
 
 
 def _is_name(name: str) -> bool:
-    allowed = all(char.isascii() and (char.isalnum() or char in "._-:") for char in name)
+    allowed = all(char.isascii() and (char.isalnum() or char in "._-:~") for char in name)
     return allowed and 0 < len(name) <= NAME_CHARS_MAX and name[0].isalnum()
 
 

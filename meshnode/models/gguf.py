@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 import os
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -43,6 +43,9 @@ IMAGE_SIDE_MAX = 16_384
 HEADER_BYTES_MAX = 128 * 1024 * 1024
 # The KV cache holds keys and values as 16-bit floats.
 KV_CELL_BYTES = 2
+
+# What an expert shard says of itself, in the order of `ShardMark`'s fields.
+SHARD_KEYS = ("meshnode.shard.source", "meshnode.shard.kept", "meshnode.shard.of")
 
 _MAGIC = b"GGUF"
 _VERSIONS = (2, 3)
@@ -88,11 +91,22 @@ Value = int | float | bool | str | list[int | float | bool] | None
 
 
 @dataclass(frozen=True, slots=True)
+class ShardMark:
+    """The file is an expert shard: it has `kept` of the `of` experts that each layer has in the
+    file with the digest `source`."""
+
+    source: str
+    kept: int
+    of: int
+
+
+@dataclass(frozen=True, slots=True)
 class GgufHeader:
     """What the header of a whole, supported file says. Sizes in bytes, context in tokens.
 
     `kv_bytes_per_token` is what a token costs in the KV cache, over all layers. `embeds`: the file
     says how its vectors are pooled, so it was made for embeddings or reranking, not to generate.
+    `shard`: it is only a part of the model that it is named after.
     """
 
     architecture: str
@@ -108,6 +122,7 @@ class GgufHeader:
     weights_bytes: int
     size_bytes: int
     embeds: bool = False
+    shard: ShardMark | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -195,6 +210,19 @@ def string_bytes(text: str) -> bytes:
     """A string as a file has it: its length goes before it."""
     data = text.encode()
     return _U64.pack(len(data)) + data
+
+
+def head_bytes(values: Mapping[str, bytes], table: Sequence[bytes]) -> bytes:
+    """A file's beginning, of values as `Layout.values` has them and lines of `table_line`."""
+    head = _MAGIC + _U32.pack(_VERSIONS[-1]) + _U64.pack(len(table)) + _U64.pack(len(values))
+    head += b"".join(string_bytes(key) + value for key, value in values.items())
+    return head + b"".join(table)
+
+
+def table_line(name: str, kind: int, shape: tuple[int, ...], offset: int) -> bytes:
+    """A tensor's line in the table; `offset` counts from where the weights begin."""
+    dimensions = struct.pack(f"<I{len(shape)}Q", len(shape), *shape)
+    return string_bytes(name) + dimensions + struct.pack("<IQ", kind, offset)
 
 
 def tensor_bytes(kind: int, shape: tuple[int, ...]) -> int:
@@ -421,7 +449,17 @@ def _describe(contents: _Contents) -> GgufHeader:
         weights_bytes=contents.weights_bytes,
         size_bytes=contents.size_bytes,
         embeds=_whole(metadata, f"{architecture}.pooling_type", 0) > 0,
+        shard=_shard_mark(metadata),
     )
+
+
+def _shard_mark(metadata: dict[str, Value]) -> ShardMark | None:
+    source, kept, of = (metadata.get(key) for key in SHARD_KEYS)
+    if source is None and kept is None and of is None:
+        return None
+    if not isinstance(source, str) or type(kept) is not int or type(of) is not int:
+        raise _BadFileError("it does not say clearly which experts of which model it has")
+    return ShardMark(source, kept, of)
 
 
 def _describe_projector(contents: _Contents) -> ProjectorHeader:

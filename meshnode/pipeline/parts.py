@@ -15,7 +15,6 @@ from typing import Literal
 
 import trio
 
-from meshnode.console.snapshot import PartSnapshot
 from meshnode.engine import ModelCard
 from meshnode.engine.process import EngineOptions, EngineProcess, Part
 from meshnode.engine.stage_process import StageOptions, StageProcess
@@ -77,9 +76,14 @@ class StagePart:
         assert shape is not None
         return shape
 
-    def snapshot(self) -> PartSnapshot:
-        stats = self.process.stats()
-        return PartSnapshot(*self.layers, self.state, stats.error, stats.memory_bytes, stats.steps)
+    @property
+    def memory_bytes(self) -> int:
+        return self.process.stats().memory_bytes
+
+    @property
+    def steps(self) -> int:
+        """That it has computed since it was loaded first."""
+        return self.process.stats().steps
 
     async def run(self) -> None:
         """Load it and keep it loaded, until cancelled."""
@@ -129,7 +133,8 @@ class HeadPart:
         """The one it is in."""
         self.verdict: Verdict = ""
         """Of the self-test of that ring."""
-        self._steps = 0
+        self.steps = 0
+        """That have gone round since it was loaded first."""
         self._keep = keep
         self._tests = tests
         self._opened = trio.Event()
@@ -151,9 +156,9 @@ class HeadPart:
     def shape(self) -> Shape:
         return self.engine.shape
 
-    def snapshot(self) -> PartSnapshot:
-        stats = self.engine.stats()
-        return PartSnapshot(*self.layers, self.state, stats.error, stats.memory_bytes, self._steps)
+    @property
+    def memory_bytes(self) -> int:
+        return self.engine.stats().memory_bytes
 
     async def run(self) -> None:
         """Load it, keep it loaded and in a ring, until cancelled."""
@@ -193,7 +198,7 @@ class HeadPart:
 
     async def next_step(self) -> bytes:
         step = await self.engine.next_step()
-        self._steps += 1
+        self.steps += 1
         return step
 
     async def feed(self, frame: bytes) -> None:

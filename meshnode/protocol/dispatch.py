@@ -203,7 +203,9 @@ def resolve(model: str, offers: Mapping[str, tuple[Offer, ...]]) -> Resolved:
     """Which bytes a name means: `name`, `name@digest-prefix` or a full digest.
 
     If peers offer different bytes under one name, the bytes offered by most of them win (then
-    the smaller digest), so that every gateway resolves alike. Raises `UnknownModelError`.
+    the smaller digest), so that every gateway resolves alike. What some offer as an approximation
+    and others as whole is two models, whoever lies: a plain name never reaches the first, and a
+    digest alone prefers it, so that its answers say what they are. Raises `UnknownModelError`.
     """
     name, _, prefix = model.partition("@")
     all_offers = [(peer, offer) for peer in sorted(offers) for offer in offers[peer]]
@@ -218,10 +220,15 @@ def resolve(model: str, offers: Mapping[str, tuple[Offer, ...]]) -> Resolved:
     for peer, offer in meant:
         peers.setdefault(offer.digest, set()).add(peer)
     digest = min(peers, key=lambda found: (-len(peers[found]), found))
+    named = [offer for _, offer in meant if offer.digest == digest]
+    called = min(named, key=lambda offer: offer.approximate is None)
     # The same bytes under another name answer just as well; one offer a peer is enough.
-    chosen = {peer: offer for peer, offer in reversed(all_offers) if offer.digest == digest}
-    called = next(offer.name for _, offer in meant if offer.digest == digest)
-    return Resolved(called, digest, tuple(sorted(chosen.items())))
+    chosen = {
+        peer: offer
+        for peer, offer in reversed(all_offers)
+        if offer.digest == digest and (offer.approximate is None) is (called.approximate is None)
+    }
+    return Resolved(called.name, digest, tuple(sorted(chosen.items())))
 
 
 class Dispatcher:

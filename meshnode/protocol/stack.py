@@ -74,6 +74,9 @@ PROTOCOL_VERSION = 1
 HELLO_TIMEOUT_S = 5.0
 """A connected peer has this long to show its certificate; a handshake takes two round trips."""
 RECORD_TTL_S = 30 * 60
+FIRST_IN_DHT_S = 2.0
+"""After the first member has come, who may bring others. What was published before that went
+nowhere: without this, nobody could find us through the DHT until the first refresh."""
 RECORD_REFRESH_S = 10 * 60
 """Three chances to refresh a record before anybody forgets it."""
 PEERS_REPLY_BYTES_MAX = MESSAGE_BYTES_MAX // 2
@@ -298,6 +301,9 @@ class Stack:
         self._record: bytes | None = None
         self._recorded: tuple[tuple[str, ...], tuple[str, ...]] = ((), ())
         self._refresh_at: float | None = None
+        # When our record goes into the DHT for the first time; None before anybody is there who
+        # could take it, infinity from then on.
+        self._in_dht_at: float | None = None
         self._rng = rng
 
     # --- the contract ---------------------------------------------------------------------------
@@ -355,6 +361,9 @@ class Stack:
         self.records.tick(now)
         if self._refresh_at is not None and self._refresh_at <= now:
             effects.extend(self._publish_record(now))
+        elif self._in_dht_at is not None and self._in_dht_at <= now:
+            self._in_dht_at = math.inf
+            effects.append(PublishRecord(self._own_record(now), self._models))
         advert = self.adverts.tick(now)
         if advert is not None:
             effects.append(Publish(self._seal(_ADVERT, advert)))
@@ -371,8 +380,9 @@ class Stack:
             self.liveness.deadline(),
             self.agreement.deadline(),
             self._refresh_at,
+            self._in_dht_at,
         ):
-            if at is not None:
+            if at is not None and at < math.inf:
                 waits.append(at)
         return min(waits, default=None)
 
@@ -536,6 +546,8 @@ class Stack:
     def _on_welcome(self, peer: PeerId, link: _Link, welcome: Welcome, now: float) -> list[Effect]:
         link.stage = _Stage.MEMBER
         self._members[peer] = None
+        if self._record is not None and self._in_dht_at is None:
+            self._in_dht_at = now + FIRST_IN_DHT_S
         del self._unproven[peer]
         self.adverts.connected(peer)
         self._on_record(welcome.record, now)
@@ -653,6 +665,8 @@ class Stack:
     def _publish_record(self, now: float) -> list[Effect]:
         """Refresh our record everywhere: in the DHT, and with the members before theirs expires."""
         self._refresh_at = now + RECORD_REFRESH_S * self._rng.uniform(0.75, 1.25)
+        if self._members:
+            self._in_dht_at = math.inf
         self._record = None
         record = self._own_record(now)
         told = [Send(peer, Peers((record,))) for peer in self._members]

@@ -76,7 +76,8 @@ _BAD = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
 def read_models(body: bytes) -> tuple[Listed, ...]:
     """The answer of GET /v1/models, in its order. Raises `RemoteProtocolError`.
 
-    A name that could not stand in a request is left out, as if it were not there.
+    A name that could not stand in a request is left out, as if it were not there, and so is an
+    approximation of another mesh: whoever asks this one could not be told that it is one.
     """
     try:
         rows = _listing.decode(body).data
@@ -84,7 +85,8 @@ def read_models(body: bytes) -> tuple[Listed, ...]:
         raise RemoteProtocolError("its /v1/models is not a list of models") from None
     listed: dict[str, Listed] = {}
     for row in rows:
-        if row.id and len(row.id) <= NAME_CHARS_MAX:
+        is_exact = _of_ours(row, "approximate") is None
+        if row.id and len(row.id) <= NAME_CHARS_MAX and is_exact:
             listed.setdefault(row.id, Listed(row.id, _context_tokens(row), _served_by(row)))
     return tuple(listed.values())
 

@@ -14,6 +14,7 @@ from fake_node import DIGEST, GONE, OWN, PEER, FakeNode, an_item, group_of
 from meshnode.console.snapshot import (
     ClaimSnapshot,
     GroupSnapshot,
+    MeshModelSnapshot,
     MeshSnapshot,
     ModelSnapshot,
     OrderSnapshot,
@@ -21,6 +22,7 @@ from meshnode.console.snapshot import (
     TroubleSnapshot,
     VoterSnapshot,
 )
+from meshnode.messages import Approximate
 
 Run = Callable[..., Result]
 
@@ -169,6 +171,24 @@ def test_models_say_who_serves_them(meshnode: Run, node: FakeNode) -> None:
     owner = {"peer_id": OWN, "state": "serving", "replica": 0, "layers": ""}
     assert (told["models"][1]["owners"], told["models"][1]["standbys"]) == ([owner], [PEER])
     assert told["models"][0]["owners"] == []
+
+
+def test_an_approximation_is_shown_as_one_with_who_measured_it(
+    meshnode: Run, node: FakeNode
+) -> None:
+    approximate = Approximate(0.024, 0.89, 1.04, 24, 32, PEER)
+    shard = msgspec.structs.replace(
+        node.snapshot.models[0], name="small~24of32", approximate=approximate
+    )
+    row = MeshModelSnapshot("small~24of32", GONE, "ready", 512, (OWN,), approximate)
+    node.snapshot = msgspec.structs.replace(
+        node.snapshot, models=(shard,), mesh_models=(row,), groups=()
+    )
+    (line,) = [x for x in meshnode("status").stdout.splitlines() if x.startswith("approximate")]
+    for part in ("small~24of32: kl=0.024; agree=0.89; experts=24/32", f"by …{PEER[-8:]}"):
+        assert part in line
+    (told,) = json.loads(meshnode("models", "--json").stdout)["models"]
+    assert (told["approximate"]["kl"], told["approximate"]["measured_by"]) == (0.024, PEER)
 
 
 def test_a_model_that_only_the_register_knows_is_listed(meshnode: Run, node: FakeNode) -> None:

@@ -56,7 +56,7 @@ class Split:
         return next(node for node in self.nodes if node.peer_id == peer)
 
 
-@pytest.mark.parametrize("stages", [2, 3])
+@pytest.mark.parametrize("stages", [2, pytest.param(3, marks=pytest.mark.soak)])
 def test_stages_say_what_the_whole_model_says(mesh: Mesh, figure: Figure, stages: int) -> None:
     split = Split(mesh, stages)
     head = split.owner(-1)
@@ -73,7 +73,7 @@ def test_stages_say_what_the_whole_model_says(mesh: Mesh, figure: Figure, stages
     figure("whole model, one answer, s", alone.at[-1] - alone.asked_at)
 
 
-@pytest.mark.parametrize("place", [0, 1, -1])
+@pytest.mark.parametrize("place", [pytest.param(0, marks=pytest.mark.soak), 1, -1])
 def test_an_answer_survives_the_owner_of_any_layers(mesh: Mesh, figure: Figure, place: int) -> None:
     split = Split(mesh, stages=3, spares=1)
     undisturbed = load.ask(split.gate, STORY, STORY_TOKENS)

@@ -157,6 +157,7 @@ async def test_an_embedding_model_says_what_it_is_for(tmp_path: Path) -> None:
         made, tokens = await vectors(engine, ask("the cat sat", "a dog runs fast"))
         assert [len(vector) for vector in made] == [EMBEDDING] * 2
         assert tokens == 5 + 6
+        assert (engine.stats().purpose, engine.stats().sees) == ("embed", False)
         with pytest.raises(BadRequestError, match=f"context is {CONTEXT_TOKENS}"):
             await vectors(engine, ask("cat " * CONTEXT_TOKENS))
         with pytest.raises(BadRequestError, match="/v1/embeddings"):
@@ -172,6 +173,7 @@ async def test_a_reranker_ranks(tmp_path: Path) -> None:
     async with started(card, options(None)) as engine:
         scores, _ = await vectors(engine, ask(*documents, query="the cat"))
         assert [score.shape for score in scores] == [(1,)] * 3
+        assert engine.stats().purpose == "rank"
         assert scores[0] == pytest.approx(scores[2], rel=1e-3)
         assert scores[0] != pytest.approx(scores[1], rel=1e-3)
         other, _ = await vectors(engine, ask(documents[0], query="a small dog"))

@@ -174,6 +174,17 @@ async def test_leaving_early_frees_the_slot(engine: EngineProcess) -> None:
     assert "Paris" in (await collect(engine, ask("What is the capital of France?"))).text
 
 
+async def test_a_prompt_is_counted_as_it_will_be_computed(engine: EngineProcess) -> None:
+    turn = ask("What is the capital of France? <|im_end|>")
+    answer = await collect(engine, turn)
+    assert await engine.count(turn) == answer.finish.usage.prompt_tokens
+    # More than the context holds is a number, not an error.
+    assert await engine.count(ask("word " * 4000)) > 4000
+    with pytest.raises(BadRequestError):
+        await engine.count(replace(turn, prompt=(ChatMessage("nobody", "hi"),)))
+    assert engine.in_flight == 0
+
+
 async def test_requests_that_cannot_be_served(engine: EngineProcess) -> None:
     with pytest.raises(ContextLengthError, match="context is 2048 tokens"):
         await collect(engine, ask("word " * 3000))

@@ -24,7 +24,10 @@ from meshnode.engine import (
 )
 from meshnode.engine.process import EngineOptions, EngineProcess
 from meshnode.errors import RequestError
-from meshnode.gateway.schema import JSON_OBJECT, SchemaGrammar
+from meshnode.gateway.calls import CALL_WORDS, CallReader
+from meshnode.gateway.said import Call
+from meshnode.gateway.schema import SchemaGrammar
+from meshnode.gateway.tools import Function, Tools
 from tests.engine.serving import started
 
 OPTIONS = EngineOptions(context_tokens=1024, slots=4, waiting_max=4, threads=1)
@@ -118,7 +121,7 @@ async def test_answers_validate(engine: EngineProcess, sampling: Sampling) -> No
 
 
 async def test_any_object_and_a_grammar_of_ones_own(engine: EngineProcess) -> None:
-    text, _, finish = await run(engine, ask(JSON_OBJECT, sampling=WILD))
+    text, _, finish = await run(engine, ask(compile_schema({"type": "object"}), sampling=WILD))
     assert text.startswith("{")
     assert finish.reason == "length" or isinstance(json.loads(text), dict)
     grammar = 'root ::= ("yes" | "no") ", " [a-c]{3} "."'
@@ -189,3 +192,27 @@ async def test_a_lazy_grammar_leaves_text_free_and_then_binds(engine: EngineProc
     free, _, _ = await run(engine, replace(ask("", max_tokens=20), grammar=lazy))
     plain, _, _ = await run(engine, replace(ask("", max_tokens=20), grammar=None))
     assert free == plain
+
+
+async def test_an_answer_is_a_call_or_has_its_form(engine: EngineProcess) -> None:
+    """Many draws, so that both are among them; whichever it is, it is valid."""
+    city = {"properties": {"city": {"type": "string", "maxLength": 8}}, "required": ["city"]}
+    parameters = {"type": "object", "additionalProperties": False, **city}
+    form = {"enum": ["sunny", "rainy"]}
+    function = Function("weather", None, parameters, "tools")
+    tools = Tools((function,), "auto", parallel=False, form=(form, "response_format"))
+    grammar = tools.grammar("hermes", "none")
+    # Without a nudge the model would hardly ever begin with a tag.
+    begin = Sampling(temperature=2.0, top_k=0, top_p=1.0, min_p=0.0, logit_bias=((27, 4.0),))
+    said = {"call": 0, "text": 0}
+    for seed in range(12):
+        request = ask(grammar.gbnf, sampling=replace(begin, seed=seed))
+        text, _, finish = await run(engine, request)
+        assert finish.reason == "stop", text
+        reader = CallReader(CALL_WORDS["hermes"], tools.names)
+        pieces = [*reader.feed(text), *reader.flush()]
+        told = "".join(each.text for each in pieces if not isinstance(each, Call))
+        kind, schema = ("call", parameters) if reader.calls else ("text", form)
+        said[kind] += 1
+        jsonschema.validate(json.loads(told), schema)
+    assert all(said.values()), said

@@ -275,7 +275,7 @@ class Ring:
 def next_token(tokens: Sequence[int]) -> int:
     """A model: any change of what came before changes what comes next."""
     value = zlib.crc32(bytes(tokens))
-    return END if value % 11 == 0 else 1 + value % 5
+    return END if value % 50 == 0 else 1 + value % 5
 
 
 def guess(ask: Ask, count: int) -> list[int]:
@@ -286,7 +286,7 @@ def guess(ask: Ask, count: int) -> list[int]:
     return [*tokens, 6] if count else []
 
 
-prompts = st.tuples(st.integers(1, 3), st.integers(1, 45), st.sampled_from([None, 1, 9]))
+prompts = st.tuples(st.integers(1, 3), st.integers(1, 45), st.sampled_from([None, None, 1, 9]))
 actions = st.lists(
     st.one_of(
         prompts,
@@ -305,7 +305,7 @@ actions = st.lists(
     actions=actions,
     slots=st.integers(1, 4),
     slots_kept=st.integers(0, 4),
-    kv_tokens=st.integers(60, 120),
+    kv_tokens=st.integers(120, 240),  # some cannot run beside each other for long
     prefill_tokens=st.integers(1, 20),
     in_flight_max=st.integers(2, 5),
     guesses=st.sampled_from([0, 1, 3]),
@@ -320,7 +320,7 @@ def test_any_interleaving_gives_the_texts_of_one_batch_at_a_time(
     guesses: int,
 ) -> None:
     plain = Limits(
-        slots, 60, kv_tokens, 20, prefill_tokens, max(1, prefill_tokens // 2), slots_kept
+        slots, 120, kv_tokens, 20, prefill_tokens, max(1, prefill_tokens // 2), slots_kept
     )
     ring = Ring(replace(plain, in_flight_max=in_flight_max), guesses)
     alone = Ring(plain)

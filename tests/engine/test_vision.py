@@ -75,7 +75,9 @@ async def test_pictures_are_seen_cached_and_kept_apart(engine: EngineProcess, ce
     question = "What is this?"
     blind = await answer(engine, ask(user(question), session=b"0"))
     red = await answer(engine, ask(user(question, RED), session=b"1"))
+    assert (engine.stats().purpose, engine.stats().sees) == ("generate", True)
     assert red[2].prompt_tokens >= blind[2].prompt_tokens + cells
+    assert await engine.count(ask(user(question, RED))) == red[2].prompt_tokens
     assert red[1] != blind[1]
 
     # Another picture is another prompt, from its first cell on.

@@ -79,6 +79,12 @@ STATE: dict[str, Any] = {
     "ssm.time_step_rank": 4,
     "ssm.group_count": 2,
 }
+WIDE_STATE: dict[str, Any] = STATE | {"ssm.inner_size": 128, "ssm.time_step_rank": 8}
+UNLIKE_LAYERS: dict[str, Any] = {
+    "attention.head_count": [4, 2, 4, 2] * 2,
+    "attention.head_count_kv": [1, 2, 4, 2, 1, 2, 2, 1],
+    "feed_forward_length": [96, 64, 96, 128] * 2,
+}
 GRANITE: dict[str, Any] = {
     "embedding_scale": 3.0,
     "residual_scale": 0.5,
@@ -103,10 +109,17 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "xielu.eps": [-1e-6] * 8,
     },
     "arcee": {},
+    "arctic": FEW_EXPERTS,
+    "bailingmoe": EXPERTS | DENSE_FIRST,
     "bailingmoe2": EXPERTS | DENSE_FIRST,
+    "bitnet": {},
+    "chatglm": {},
+    "codeshell": {},
     "cohere2": WINDOW | {"logit_scale": 0.5},
+    "cohere2moe": EXPERTS | DENSE_FIRST | WINDOW | {"logit_scale": 0.5},
     "command-r": {"logit_scale": 0.5},
     "dbrx": FEW_EXPERTS | {"attention.clamp_kqv": 8.0},
+    "deci": UNLIKE_LAYERS,
     "deepseek": EXPERTS | DENSE_FIRST,
     "deepseek2": EXPERTS | DENSE_FIRST | LATENT,
     "deepseek2/lite": EXPERTS
@@ -120,6 +133,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "exaone-moe": EXPERTS | DENSE_FIRST | WINDOW,
     "exaone4": {},
     "falcon": {},
+    "falcon-h1": WIDE_STATE,
     "gemma": {},
     "gemma2": WINDOW,
     "gemma3": WINDOW,
@@ -143,28 +157,42 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "gpt2": ALL_HEADS,
     "gptneox": ALL_HEADS | {"use_parallel_residual": True},
     "granite": GRANITE,
+    "granitehybrid": GRANITE | WIDE_STATE | {"attention.head_count_kv": [0, 0, 2, 0] * 3},
     "granitemoe": FEW_EXPERTS | GRANITE,
     "grok": EXPERTS,
+    "grovemoe": EXPERTS
+    | {"expert_chunk_feed_forward_length": 32, "expert_group_scale": 0.05, "experts_per_group": 2},
     "hunyuan-dense": {},
     "hunyuan-moe": EXPERTS,
+    "hunyuan_vl": {},
     "internlm2": {},
+    "jais": {},
+    "jais2": {},
     "lfm2": CONVOLUTIONS,
     "lfm2moe": EXPERTS | DENSE_FIRST | CONVOLUTIONS,
     "llama": {},
     "llama/experts": FEW_EXPERTS,
     "llama/wide": {"embedding_length": 256},
     "llama4": EXPERTS | WINDOW | {"interleave_moe_layer_step": 2, "block_count": 12},
+    "maincoder": {},
+    "mellum": EXPERTS | WINDOW,
     "minicpm": {},
     "minimax-m2": EXPERTS,
     "mistral3": {},
+    "mistral4": EXPERTS | DENSE_FIRST | LATENT,
+    "mpt": {"attention.max_alibi_bias": 8.0},
     "nemotron": {},
     "olmo": {},
     "olmo2": {},
     "olmo2/windows": WINDOW,
     "olmoe": EXPERTS | ALL_HEADS,
+    "openelm": UNLIKE_LAYERS,
+    "orion": {},
+    "pangu-embedded": {},
     "phi2": ALL_HEADS,
     "phi3": {},
     "phimoe": EXPERTS,
+    "qwen": ALL_HEADS | {"feed_forward_length": 192},
     "qwen2": {},
     "qwen2moe": EXPERTS,
     "qwen2vl": AXES,
@@ -175,12 +203,14 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "qwen3next": EXPERTS | STATE,
     "qwen3vl": AXES | {"n_deepstack_layers": 3},
     "qwen3vlmoe": EXPERTS | AXES | {"n_deepstack_layers": 3},
+    "refact": {},
     "seed_oss": {},
     "smallthinker": EXPERTS | WINDOW | {"block_count": 24},
     "smollm3": {"block_count": 12},
     "stablelm": {},
     "starcoder": {},
     "starcoder2": {},
+    "xverse": {},
 }
 
 
@@ -220,7 +250,7 @@ def _weights(name: str, shape: tuple[int, ...], random: np.random.Generator) -> 
         values *= 0.1
     elif not name.startswith("token_embd"):
         values *= 1.5 / shape[0] ** 0.5
-    return values.astype(np.float32)
+    return np.asarray(values, np.float32)
 
 
 def _quantized(values: np.ndarray, kind: int) -> bytes:

@@ -33,9 +33,9 @@ class Link:
         self.mesh.candidates = tuple(candidates)
         self.api = create_api_app(self.mesh).test_client()
 
-    async def ask(self, path="/v1/chat/completions", **changes):
+    async def ask(self, path="/v1/chat/completions", headers=None, **changes):
         with trio.fail_after(HANG_S):
-            response = await self.api.post(path, json={**CHAT, **changes})
+            response = await self.api.post(path, json={**CHAT, **changes}, headers=headers)
             return response, await response.get_data()
 
 

@@ -28,6 +28,7 @@ LEAST = {
     "/v1/completions": {"model": MODEL, "prompt": "to be or", "max_tokens": 3},
     "/v1/responses": {"model": MODEL, "input": "to be or"},
     "/v1/messages": {"model": MODEL, "messages": [TURN], "max_tokens": 3},
+    "/v1/messages/count_tokens": {"model": MODEL, "messages": [TURN]},
     "/api/chat": {"model": MODEL, "messages": [TURN], "stream": False},
     "/api/generate": {"model": MODEL, "prompt": "to be or", "stream": False},
     "/api/show": {"model": MODEL},

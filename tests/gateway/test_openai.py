@@ -148,9 +148,7 @@ REFUSED = [
     ({"tools": [F, F]}, "tools"),
     ({"tools": [F], "tool_choice": "sometimes"}, "tool_choice"),
     ({"tools": [F], "tool_choice": named("g")}, "tool_choice"),
-    ({"tools": [F], "response_format": {"type": "json_object"}}, "response_format"),
     ({"tools": [F], "grammar": 'root ::= "a"'}, "grammar"),
-    ({"tools": [F], "logprobs": True}, "logprobs"),
     ({"tools": [function(parameters={"type": "string"})]}, "tools[0].function.parameters"),
     (
         {

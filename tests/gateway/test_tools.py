@@ -8,7 +8,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from meshnode.engine import ChatMessage, ChatStyle, Delta, Finish, FunctionCall, Image, Usage
+from meshnode.engine import (
+    ChatMessage,
+    ChatStyle,
+    Delta,
+    Finish,
+    FunctionCall,
+    Image,
+    Logprob,
+    TokenLogprobs,
+    Usage,
+)
 from meshnode.errors import RequestError
 from meshnode.gateway.calls import CALL_WORDS, CallReader
 from meshnode.gateway.openai import Encoder, decode_chat
@@ -178,6 +188,45 @@ def test_choices():
     assert "t-2" in required.gbnf
     named = grammar(tools=tools, tool_choice={"type": "function", "function": {"name": "t-2"}})
     assert "weather" not in named.gbnf
+
+
+FORM = {"type": "json_schema", "json_schema": {"name": "n", "schema": {"enum": ["yes", "no"]}}}
+
+
+def test_an_answer_is_a_call_or_has_the_form_that_is_asked_for():
+    tools = [tool("weather", WEATHER)]
+    both = grammar(tools=tools, response_format=FORM)
+    assert both.after is None, "it binds from the first character on"
+    assert both.gbnf.startswith('root ::= "<tool_call>" ')
+    assert "yes" in both.gbnf.partition("\n")[2]
+    forced = grammar(tools=tools, response_format=FORM, tool_choice="required")
+    assert "yes" not in forced.gbnf, "a call must come, so nothing else does"
+    untold = grammar(tools=tools, response_format=FORM, tool_choice="none")
+    assert untold == grammar(response_format=FORM)
+    schema = {"type": "string", "pattern": "x+"}
+    strange = {**FORM, "json_schema": {"name": "n", "schema": schema}}
+    with pytest.raises(RequestError) as refused:
+        ask(tools=tools, response_format=strange)
+    assert refused.value.param == "response_format.json_schema.schema.pattern"
+
+
+def test_probabilities_are_those_of_all_tokens_also_of_calls():
+    """As many as were drawn, in their order, streamed or whole; none comes twice."""
+    call = ask(tools=[tool("weather", WEATHER)], logprobs=True)
+    events = [
+        Delta(each, logprobs=(TokenLogprobs(Logprob(each.encode(), -0.5), ()),))
+        for each in ("Hm. ", *ONE)
+    ]
+    finish = Finish("stop", Usage(1, 0, len(events)))
+    whole = json.loads(Encoder(call, "id", "ab" * 32, 1).whole([*events, finish]))
+    told = [each["token"] for each in whole["choices"][0]["logprobs"]["content"]]
+    assert "".join(told) == f"Hm. {ONE}"
+    encoder = Encoder(call, "id", "ab" * 32, 1)
+    wire = b"".join(map(encoder.delta, events)) + encoder.closing(finish)
+    choices = [json.loads(event[6:])["choices"][0] for event in wire.decode().split("\n\n")[:-2]]
+    streamed = [choice["logprobs"]["content"] for choice in choices if choice["logprobs"]]
+    assert [each["token"] for some in streamed for each in some] == told
+    assert choices[0]["delta"] == {"content": "Hm."}
 
 
 def test_a_template_that_knows_tools_is_given_them():

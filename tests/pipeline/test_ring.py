@@ -85,7 +85,7 @@ async def test_a_step_that_must_not_be_costs_its_sender_the_connection(
 async def test_rows_with_a_wrong_size_are_refused_by_the_next_stage() -> None:
     async with world(*THREE) as (mesh, head):
         await head.wait_open()
-        mesh.stages[ANN, 0, 3].cuts_short = True
+        mesh.stages[ANN, 0, 3].spoil = lambda frame: frame[:-3]
         await head.ask(head.step(5))
         await head.wait_closed()
         assert (BEA, ANN) in mesh.dropped

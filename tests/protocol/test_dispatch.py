@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from meshnode.errors import NoReplicaError, UnknownModelError
-from meshnode.messages import Offer
+from meshnode.messages import Approximate, Offer
 from meshnode.protocol.dispatch import (
     COOLDOWN_S,
     SESSIONS_REMEMBERED,
@@ -328,6 +328,23 @@ def test_one_peer_with_many_offers_has_one_vote() -> None:
     }
     assert resolve("smol", offers).digest == B
     assert [peer for peer, _ in resolve(A, offers).offers] == ["p1"]
+
+
+def test_no_lie_takes_an_approximation_for_the_whole_nor_the_whole_for_one() -> None:
+    figures = Approximate(0.024, 0.89, 1.04, 24, 32, "12D3KooW" + "A" * 44)
+    shard = {"name": "smol~24of32", "approximate": figures}
+    honest = {"p1": (an_offer("smol", A),), "p2": (an_offer(digest=B, **shard),)}
+    for lie in (an_offer("smol", B), an_offer(digest=A, **shard)):
+        for liar in ("p0", "p9"):
+            offers = {**honest, liar: (lie,)}
+            assert [peer for peer, _ in resolve("smol@aaaa", offers).offers] == ["p1"]
+            found = resolve("smol~24of32@bbbb", offers)
+            assert [peer for peer, _ in found.offers] == ["p2"]
+            assert all(offer.approximate is not None for _, offer in found.offers)
+            assert resolve(B, offers).offers == found.offers
+    del honest["p1"]
+    with pytest.raises(UnknownModelError):
+        resolve("smol", honest)
 
 
 def test_the_same_bytes_under_another_name_answer_as_well() -> None:

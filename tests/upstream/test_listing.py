@@ -165,3 +165,12 @@ def test_a_file_of_keys_that_cannot_work_is_refused(tmp_path: Path, text: str) -
     assert "sk" not in str(refusal.value).replace(str(file), "")
     with pytest.raises(ConfigError, match="cannot read"):
         read_keys(tmp_path / "none", (URL,))
+
+
+def test_an_approximation_of_another_mesh_is_left_out() -> None:
+    """Ours could not say that it is one."""
+    rows = [
+        {"id": "big~24of32", "meshnode": {"approximate": {"kl": 0.024}}},
+        {"id": "big", "meshnode": {"state": "ready"}},
+    ]
+    assert [each.name for each in read_models(json.dumps({"data": rows}).encode())] == ["big"]

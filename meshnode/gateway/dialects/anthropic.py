@@ -1,4 +1,4 @@
-"""Anthropic's /v1/messages to and from a chat request. Pure: bytes in, values out.
+"""Anthropic's /v1/messages, and its counts, to and from a chat request. Pure: bytes in, values out.
 
 Decides which fields of a message request work, which are harmless, and which are refused by name.
 The shapes follow Anthropic's reference for the Messages API. Where engines say less than it asks: a
@@ -29,11 +29,18 @@ from meshnode.gateway.dialects import (
 )
 from meshnode.gateway.fields import Shape, decode_body, refuse_unsupported, unsupported
 from meshnode.gateway.images import bare_image
-from meshnode.gateway.openai import TOKEN_ID_MAX, encode_error
+from meshnode.gateway.openai import TOKEN_ID_MAX
 from meshnode.gateway.openai import Call as ChatCall
 from meshnode.gateway.said import Arguments, Call, Content, Reasoning, Said
 
-__all__ = ["COUNT_REFUSED", "MESSAGES_SHAPE", "decode_messages", "encode_messages_error"]
+__all__ = [
+    "COUNT_SHAPE",
+    "MESSAGES_SHAPE",
+    "decode_count",
+    "decode_messages",
+    "encode_counted",
+    "encode_messages_error",
+]
 
 
 class _CacheControl(msgspec.Struct, forbid_unknown_fields=True):
@@ -79,7 +86,7 @@ class _ToolUse(msgspec.Struct, tag_field="type", tag="tool_use", forbid_unknown_
 
 class _ToolResult(msgspec.Struct, tag_field="type", tag="tool_result", forbid_unknown_fields=True):
     tool_use_id: str
-    content: str | list[_Text] = ""
+    content: str | list[_Text | _Image] = ""
     is_error: bool | None = None
     cache_control: _CacheControl | None = None
 
@@ -132,39 +139,52 @@ class _OutputConfig(msgspec.Struct, forbid_unknown_fields=True):
     task_budget: Any = None
 
 
-class _Body(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
-    """`Any` marks fields of which only a neutral value works."""
+class _Prompt(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
+    """What says how many tokens the input has. `Any` marks fields of which only a neutral value
+    works."""
 
     model: Name
-    max_tokens: Tokens
     messages: Annotated[list[_Message], msgspec.Meta(min_length=1)]
     system: str | list[_Text] | None = None
-    stop_sequences: list[str] | None = None
-    stream: bool | None = None
-    temperature: Annotated[float, msgspec.Meta(ge=0.0, le=1.0)] | None = None
-    top_p: Annotated[float, msgspec.Meta(ge=0.0, le=1.0)] | None = None
-    top_k: Annotated[int, msgspec.Meta(ge=0, le=TOKEN_ID_MAX)] | None = None
     output_config: _OutputConfig | None = None
     output_format: _Format | None = None  # as older clients call it
     thinking: _ThinkingWish | None = None
     tool_choice: _ToolChoice | None = None
     tools: list[_Tool] | None = None
+    # Harmless: it changes no answer.
+    cache_control: _CacheControl | None = None
+    # Not supported yet.
+    context_management: Any = None
+    mcp_servers: Any = None
+    speed: Any = None
+
+
+class _Body(_Prompt, forbid_unknown_fields=True, kw_only=True):
+    max_tokens: Tokens
+    stop_sequences: list[str] | None = None
+    stream: bool | None = None
+    temperature: Annotated[float, msgspec.Meta(ge=0.0, le=1.0)] | None = None
+    top_p: Annotated[float, msgspec.Meta(ge=0.0, le=1.0)] | None = None
+    top_k: Annotated[int, msgspec.Meta(ge=0, le=TOKEN_ID_MAX)] | None = None
     # Harmless: they change no answer.
     metadata: _Metadata | None = None
-    cache_control: _CacheControl | None = None
     service_tier: Literal["auto", "standard_only"] | None = None
     # Not supported yet.
     container: Any = None
-    context_management: Any = None
+    diagnostics: Any = None
     inference_geo: Any = None
-    mcp_servers: Any = None
 
 
-_NEUTRAL: Mapping[str, tuple[Any, ...]] = {
-    "container": (),
+_NEUTRAL_PROMPT: Mapping[str, tuple[Any, ...]] = {
     "context_management": (),
-    "inference_geo": (),
     "mcp_servers": ([],),
+    "speed": ("standard",),
+}
+_NEUTRAL: Mapping[str, tuple[Any, ...]] = {
+    **_NEUTRAL_PROMPT,
+    "container": (),
+    "diagnostics": (),
+    "inference_geo": (),
 }
 _NEUTRAL_TEXT: Mapping[str, tuple[Any, ...]] = {"citations": ([],)}
 _NEUTRAL_TOOL: Mapping[str, tuple[Any, ...]] = {
@@ -175,17 +195,15 @@ _NEUTRAL_TOOL: Mapping[str, tuple[Any, ...]] = {
 _NEUTRAL_THINKING: Mapping[str, tuple[Any, ...]] = {"budget_tokens": (), "display": ("summarized",)}
 _NEUTRAL_OUTPUT: Mapping[str, tuple[Any, ...]] = {"task_budget": ()}
 _NEUTRAL_TOOL_USE: Mapping[str, tuple[Any, ...]] = {"caller": ({"type": "direct"},)}
-MESSAGES_SHAPE = Shape(
-    _Body,
-    {
-        _Body: _NEUTRAL,
-        _Text: _NEUTRAL_TEXT,
-        _Tool: _NEUTRAL_TOOL,
-        _ToolUse: _NEUTRAL_TOOL_USE,
-        _ThinkingWish: _NEUTRAL_THINKING,
-        _OutputConfig: _NEUTRAL_OUTPUT,
-    },
-)
+_WITHIN: Mapping[type[msgspec.Struct], Mapping[str, tuple[Any, ...]]] = {
+    _Text: _NEUTRAL_TEXT,
+    _Tool: _NEUTRAL_TOOL,
+    _ToolUse: _NEUTRAL_TOOL_USE,
+    _ThinkingWish: _NEUTRAL_THINKING,
+    _OutputConfig: _NEUTRAL_OUTPUT,
+}
+MESSAGES_SHAPE = Shape(_Body, {**_WITHIN, _Body: _NEUTRAL})
+COUNT_SHAPE = Shape(_Prompt, {**_WITHIN, _Prompt: _NEUTRAL_PROMPT})
 # What fields of the chat request are called here.
 _NAMES = (
     (r"tools\[(\d+)\]\.function\.parameters", r"tools[\1].input_schema"),
@@ -196,29 +214,43 @@ _NAMES = (
     (r"chat_template_kwargs\.enable_thinking", "thinking.type"),
 )
 _decoder = msgspec.json.Decoder(_Body)
+_prompt_decoder = msgspec.json.Decoder(_Prompt)
 
 
 def decode_messages(body: bytes) -> Asked:
     """Understand the body of /v1/messages. Raises `RequestError` naming the field."""
     asked: _Body = decode_body(_decoder, body)
     refuse_unsupported(asked, _NEUTRAL)
+    return _ask(
+        asked,
+        max_tokens=asked.max_tokens,
+        stop=stop_of(asked.stop_sequences, "stop_sequences"),
+        stream=asked.stream,
+        temperature=asked.temperature,
+        top_p=asked.top_p,
+        top_k=asked.top_k,
+    )
+
+
+def decode_count(body: bytes) -> Asked:
+    """Understand the body of /v1/messages/count_tokens. Raises `RequestError` naming the field."""
+    asked: _Prompt = decode_body(_prompt_decoder, body)
+    refuse_unsupported(asked, _NEUTRAL_PROMPT)
+    return _ask(asked)
+
+
+def _ask(asked: _Prompt, **fields: Any) -> Asked:
     _refuse_within(asked)
-    fields = {
+    prompt = {
         "model": asked.model,
         "messages": _turns(asked),
-        "max_tokens": asked.max_tokens,
-        "stop": stop_of(asked.stop_sequences, "stop_sequences"),
-        "stream": asked.stream,
-        "temperature": asked.temperature,
-        "top_p": asked.top_p,
-        "top_k": asked.top_k,
         **_tools(asked),
         **_thinking_and_format(asked),
     }
-    return ask(fields, lambda call: partial(_Writer, call), _NAMES)
+    return ask({**prompt, **fields}, lambda call: partial(_Writer, call), _NAMES)
 
 
-def _refuse_within(asked: _Body) -> None:
+def _refuse_within(asked: _Prompt) -> None:
     for index, tool in enumerate(asked.tools or ()):
         refuse_unsupported(tool, _NEUTRAL_TOOL, f"tools[{index}].")
     if asked.thinking is not None:
@@ -227,7 +259,7 @@ def _refuse_within(asked: _Body) -> None:
         refuse_unsupported(asked.output_config, _NEUTRAL_OUTPUT, "output_config.")
 
 
-def _tools(asked: _Body) -> dict[str, Any]:
+def _tools(asked: _Prompt) -> dict[str, Any]:
     if not asked.tools and asked.tool_choice is None:
         return {}
     tools = [
@@ -255,7 +287,7 @@ def _tools(asked: _Body) -> dict[str, Any]:
     return {"tools": tools, "tool_choice": words[choice.type], "parallel_tool_calls": parallel}
 
 
-def _thinking_and_format(asked: _Body) -> dict[str, Any]:
+def _thinking_and_format(asked: _Prompt) -> dict[str, Any]:
     fields: dict[str, Any] = {}
     if asked.thinking is not None and asked.thinking.type != "adaptive":
         enabled = asked.thinking.type == "enabled"
@@ -274,13 +306,15 @@ def _thinking_and_format(asked: _Body) -> dict[str, Any]:
     return {**fields, "reasoning_effort": config.effort}
 
 
-def _turns(asked: _Body) -> list[dict[str, Any]]:
+def _turns(asked: _Prompt) -> list[dict[str, Any]]:
     """The messages of a chat request; neighbours of one role are one turn, as Anthropic has it."""
     turns: list[dict[str, Any]] = []
     if asked.system:
         turns.append({"role": "system", "content": _parts(asked.system, "system")})
     for index, message in enumerate(asked.messages):
         _add_turn(turns, message, f"messages[{index}].content")
+    if not turns or turns[-1]["role"] == "system":
+        raise RequestError("`messages` say nothing.", param="messages", code="invalid_value")
     if turns[-1]["role"] == "assistant":
         last = f"messages[{len(asked.messages) - 1}].role"
         raise RequestError(
@@ -292,18 +326,25 @@ def _turns(asked: _Body) -> list[dict[str, Any]]:
 
 
 def _add_turn(turns: list[dict[str, Any]], message: _Message, path: str) -> None:
-    """A message's blocks: results are turns of their own, all else is one of the message's role."""
+    """A message's blocks: results are turns of their own, all else is one of the message's role.
+
+    A chat's results are text. What a result shows follows all of them, in the user's turn.
+    """
     blocks = message.content
+    shown: list[dict[str, Any]] = []
     for at, block in enumerate([_Text(blocks)] if isinstance(blocks, str) else blocks):
         here = f"{path}[{at}]"
         is_users = isinstance(block, (_Image, _ToolResult))
         if not isinstance(block, _Text) and is_users != (message.role == "user"):
             raise unsupported(f"{here}.type")
         if isinstance(block, _ToolResult):
-            turns.append(_result(block, here))
+            text, images = _result(block, here)
+            turns.append(text)
+            shown += images
             continue
         if not turns or turns[-1]["role"] != message.role:
-            turns.append({"role": message.role, "content": []})
+            turns.append({"role": message.role, "content": shown})
+            shown = []
         turn = turns[-1]
         if isinstance(block, (_Text, _Image)):
             turn["content"] += _parts([block], path, at)
@@ -315,14 +356,18 @@ def _add_turn(turns: list[dict[str, Any]], message: _Message, path: str) -> None
             function = {"name": block.name, "arguments": arguments}
             call = {"id": block.id, "type": "function", "function": function}
             turn.setdefault("tool_calls", []).append(call)
+    if shown:
+        turns.append({"role": "user", "content": shown})
 
 
-def _result(block: _ToolResult, path: str) -> dict[str, Any]:
+def _result(block: _ToolResult, path: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """The turn, and the images that go after it."""
     parts = _parts(block.content, f"{path}.content")
-    text = "\n".join(part["text"] for part in parts)
+    text = "\n".join(part["text"] for part in parts if part["type"] == "text")
     # A chat has no field for it; in words, every model understands.
     content = f"Error: {text}" if block.is_error else text
-    return {"role": "tool", "tool_call_id": block.tool_use_id, "content": content}
+    images = [part for part in parts if part["type"] != "text"]
+    return {"role": "tool", "tool_call_id": block.tool_use_id, "content": content}, images
 
 
 def _parts(
@@ -465,13 +510,10 @@ _ERROR_TYPES = {
     503: "overloaded_error",
 }
 
-COUNT_REFUSED = encode_error(
-    "Tokens are not counted in advance here; the `usage` of an answer has its counts.",
-    "invalid_request_error",
-    code="not_implemented",
-)
-"""The answer of /v1/messages/count_tokens, in OpenAI's shape: only an engine can count, and engines
-count what they answer."""
+
+def encode_counted(prompt_tokens: int) -> bytes:
+    """The answer of /v1/messages/count_tokens."""
+    return _json.encode({"input_tokens": prompt_tokens})
 
 
 def encode_messages_error(status: int, body: bytes) -> bytes:

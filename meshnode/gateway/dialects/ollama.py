@@ -15,13 +15,14 @@ from typing import Annotated, Any, Literal
 
 import msgspec
 
-from meshnode.engine import PENALTY_TOKENS_MAX, ModelCard
+from meshnode.engine import PENALTY_TOKENS_MAX, EngineStats, ModelCard
 from meshnode.errors import RequestError
 from meshnode.gateway import ServedModel
 from meshnode.gateway.dialects import (
     Asked,
     End,
     Name,
+    Tokens,
     Told,
     arguments_object,
     ask,
@@ -43,6 +44,7 @@ __all__ = [
     "GENERATE_SHAPE",
     "OLD_EMBED_SHAPE",
     "SHOW_SHAPE",
+    "capabilities_of",
     "decode_chat",
     "decode_embed_body",
     "decode_generate",
@@ -80,7 +82,22 @@ class _Options(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     repeat_penalty: Annotated[float, msgspec.Meta(gt=0.0, le=10.0)] | None = None
     repeat_last_n: Annotated[int, msgspec.Meta(ge=-1, le=PENALTY_TOKENS_MAX)] | None = None
     typical_p: _Share | None = None
-    num_ctx: Any = None
+    # How much room there must be at least. No prompt is cut, however much there is.
+    num_ctx: Tokens | None = None
+    # Harmless: how Ollama uses its machine. A node's operator says how this one is used.
+    low_vram: bool | None = None
+    main_gpu: int | None = None
+    num_batch: int | None = None
+    num_gpu: int | None = None
+    num_thread: int | None = None
+    numa: bool | None = None
+    use_mlock: bool | None = None
+    use_mmap: bool | None = None
+    # Harmless: what stays of a prompt that is cut. None is cut here.
+    num_keep: int | None = None
+    # Not supported yet.
+    penalize_newline: Any = None
+    tfs_z: Any = None
 
 
 class _Body(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
@@ -167,7 +184,8 @@ class _ShowBody(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
 
 
 _NEUTRAL_OPTIONS: Mapping[str, tuple[Any, ...]] = {
-    "num_ctx": (),
+    "penalize_newline": (True,),
+    "tfs_z": (1.0,),
 }
 _NEUTRAL_BODY: Mapping[str, tuple[Any, ...]] = {
     "logprobs": (False,),
@@ -210,7 +228,12 @@ _old_embed_decoder = msgspec.json.Decoder(_OldEmbedBody)
 _show_decoder = msgspec.json.Decoder(_ShowBody)
 
 
-def decode_chat(body: bytes) -> Asked:
+Room = Callable[[str], int | None]
+"""The context of a model by its name, in tokens: 0 if nobody knows it, None if there is no such
+model, which others will say."""
+
+
+def decode_chat(body: bytes, room: Room) -> Asked:
     """Understand the body of /api/chat. Raises `RequestError` naming the field."""
     chat: _ChatBody = decode_body(_chat_decoder, body)
     refuse_unsupported(chat, _NEUTRAL_BODY)
@@ -226,7 +249,7 @@ def decode_chat(body: bytes) -> Asked:
         }
         for tool in chat.tools or ()
     ]  # fmt: skip
-    return _ask(chat, _turns(chat.messages), _chat_told, tools)
+    return _ask(chat, room, _turns(chat.messages), _chat_told, tools)
 
 
 def _turns(messages: Sequence[_Message]) -> list[dict[str, Any]]:
@@ -272,7 +295,7 @@ def _answered(message: _Message, unanswered: list[tuple[str, str]]) -> str:
     return f"call_{message.tool_name or ''}"
 
 
-def decode_generate(body: bytes) -> Asked:
+def decode_generate(body: bytes, room: Room) -> Asked:
     """Understand the body of /api/generate: a chat of one turn, as Ollama's own templates have it.
 
     Raises `RequestError` naming the field.
@@ -284,7 +307,7 @@ def decode_generate(body: bytes) -> Asked:
     ]
     if asked.system:
         messages.insert(0, {"role": "system", "content": asked.system})
-    return _ask(asked, messages, _generate_told)
+    return _ask(asked, room, messages, _generate_told)
 
 
 def decode_embed_body(body: bytes) -> Embed:
@@ -326,6 +349,7 @@ def _content(text: str, images: list[str] | None, path: str) -> str | list[dict[
 
 def _ask(
     body: _Body,
+    room: Room,
     messages: Sequence[Mapping[str, Any]],
     shown: Callable[[Told], dict[str, Any]],
     tools: Sequence[Mapping[str, Any]] = (),
@@ -333,6 +357,13 @@ def _ask(
     options = body.options or _Options()
     refuse_unsupported(options, _NEUTRAL_OPTIONS, "options.")
     stop = [options.stop] if isinstance(options.stop, str) else options.stop
+    there_is = room(body.model)
+    if options.num_ctx is not None and there_is is not None and options.num_ctx > there_is:
+        raise RequestError(
+            f"`options.num_ctx`: the model's context is {there_is or 'not known; it may be less'}.",
+            param="options.num_ctx",
+            code="unsupported_parameter",
+        )
     limit = options.num_predict
     if limit == 0:  # releases of Ollama disagree on what it means
         raise unsupported("options.num_predict")
@@ -419,11 +450,13 @@ class _Writer:
         self._calls: list[tuple[str, str]] = []
         self._clock = clock
         self._began = clock()
+        self._first: int | None = None
 
     def opening(self) -> bytes:
         return b""
 
     def say(self, said: Said) -> bytes:
+        self._first = self._first or self._clock()
         match said:
             case Reasoning(text=text):
                 return self._line(Told(text, ""))
@@ -459,11 +492,21 @@ class _Writer:
                 **self._shown(told),
                 "done": True,
                 "done_reason": "length" if end.reason == "length" else "stop",
-                "total_duration": self._clock() - self._began,  # nanoseconds
+                **self._durations(),
                 "prompt_eval_count": end.usage.prompt_tokens,
                 "eval_count": end.usage.completion_tokens,
             }
         )
+
+    def _durations(self) -> dict[str, int]:
+        """In nanoseconds. Of a stream, up to its first text and after it, too: its clients tell
+        people its speed by them. Of a whole answer nobody here knows when its text began."""
+        now = self._clock()
+        durations = {"total_duration": now - self._began}
+        if self._first is not None:
+            durations["prompt_eval_duration"] = self._first - self._began
+            durations["eval_duration"] = now - self._first
+        return durations
 
 
 def encode_embeddings(embed: Embed, answer: Vectors, took_ns: int) -> bytes:
@@ -507,7 +550,20 @@ def _tag(model: ServedModel, card: ModelCard | None) -> dict[str, Any]:
     }
 
 
-def encode_show(model: ServedModel, card: ModelCard | None, *, thinks: bool) -> bytes:
+def capabilities_of(engine: EngineStats | None) -> list[str]:
+    """What a model can do, in Ollama's words; it has none for ranking. None: of a peer's."""
+    if engine is not None and engine.purpose != "generate":
+        return ["embedding"] if engine.purpose == "embed" else []
+    # Any model can be told of tools; whether it is good at them is another matter.
+    capabilities = ["completion", "tools"]
+    if engine is not None and engine.style.thinking != "none":
+        capabilities.append("thinking")
+    if engine is not None and engine.sees:
+        capabilities.append("vision")
+    return capabilities
+
+
+def encode_show(model: ServedModel, card: ModelCard | None, capabilities: Sequence[str]) -> bytes:
     """The answer of /api/show."""
     architecture = card.architecture if card else "unknown"
     return _json.encode(
@@ -518,8 +574,7 @@ def encode_show(model: ServedModel, card: ModelCard | None, *, thinks: bool) -> 
                 "general.parameter_count": card.parameters if card else 0,
                 f"{architecture}.context_length": model.context_tokens,
             },
-            # Any model can be told of tools; whether it is good at them is another matter.
-            "capabilities": ["completion", "tools", *(["thinking"] if thinks else [])],
+            "capabilities": capabilities,
             "modified_at": _date(model.created),
         }
     )

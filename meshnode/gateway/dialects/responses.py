@@ -20,8 +20,8 @@ from meshnode.gateway.dialects import Asked, End, Name, Tokens, Told, arguments_
 from meshnode.gateway.dialects.kept import Kept
 from meshnode.gateway.fields import Shape, decode_body, refuse_unsupported, unsupported
 from meshnode.gateway.images import linked_image
+from meshnode.gateway.openai import CacheOptions, message_json
 from meshnode.gateway.openai import Call as ChatCall
-from meshnode.gateway.openai import message_json
 from meshnode.gateway.said import Arguments, Call, Content, Reasoning, Said
 
 __all__ = ["RESPONSES_SHAPE", "decode_response", "encode_deleted"]
@@ -67,7 +67,7 @@ class _Item(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     call_id: str | None = None
     name: str | None = None
     arguments: str | None = None
-    output: str | list[_InputText] | None = None
+    output: str | list[_InputText | _InputImage] | None = None
     # Of our own items; they say nothing more.
     id: str | None = None
     status: Literal["in_progress", "completed", "incomplete"] | None = None
@@ -155,13 +155,17 @@ class _Body(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     # Harmless: they change no answer.
     metadata: _Metadata | None = None
     safety_identifier: str | None = None
+    prompt_cache_options: CacheOptions | None = None
     prompt_cache_retention: Literal["in-memory", "in_memory", "24h"] | None = None
     max_tool_calls: Tokens | None = None  # of tools that we would run ourselves; there are none
     moderation: Any = None
     # Not supported yet.
+    access_programs: Any = None
     background: Any = None
+    background_options: Any = None
     context_management: Any = None
     conversation: Any = None
+    image: Any = None
     include: Any = None
     prompt: Any = None
     service_tier: Any = None
@@ -170,9 +174,12 @@ class _Body(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
 
 
 _NEUTRAL: Mapping[str, tuple[Any, ...]] = {
+    "access_programs": (),
     "background": (False,),
+    "background_options": (),
     "context_management": ([],),
     "conversation": (),
+    "image": (),
     "include": ([],),
     "prompt": (),
     "moderation": (),
@@ -285,23 +292,36 @@ def _response_format(asked: _Body) -> dict[str, Any] | None:
 
 
 def _messages(items: str | list[_Item]) -> list[dict[str, Any]]:
-    """The items as turns of a chat: thoughts and calls belong to the message around them."""
+    """The items as turns of a chat: thoughts and calls belong to the message around them.
+
+    A chat's results are text. What results show follows the last of them, in the user's turn.
+    """
     if isinstance(items, str):
         return [{"role": "user", "content": items}]
     messages: list[dict[str, Any]] = []
+    shown: list[dict[str, Any]] = []
     ours: dict[str, Any] | None = None  # the assistant's turn that goes on
     for index, item in enumerate(items):
         path = f"input[{index}]."
         _check_item(item, path)
         if item.type == "function_call_output":
-            content = (
-                item.output
-                if isinstance(item.output, str)
-                else _parts(item.output, f"{path}output")
-            )
-            messages.append({"role": "tool", "tool_call_id": item.call_id, "content": content})
+            output = [_InputText(item.output)] if isinstance(item.output, str) else item.output
+            parts = _parts(output, f"{path}output")
+            texts = [part for part in parts if part["type"] == "text"]
+            messages.append({"role": "tool", "tool_call_id": item.call_id, "content": texts})
+            shown += [part for part in parts if part["type"] != "text"]
             ours = None
-        elif item.type == "message":
+            continue
+        if shown:
+            messages.append({"role": "user", "content": shown})
+            shown = []
+            if item.role == "user":  # one turn: some templates refuse two in a row
+                said = _content(item, path)
+                more = [{"type": "text", "text": said}] if isinstance(said, str) else said
+                messages[-1]["content"] += more
+                ours = None
+                continue
+        if item.type == "message":
             if item.role == "assistant" and ours is not None and not ours["content"]:
                 ours["content"] = _content(item, path)  # of the thoughts before it
                 continue
@@ -312,6 +332,8 @@ def _messages(items: str | list[_Item]) -> list[dict[str, Any]]:
                 ours = {"role": "assistant", "content": ""}
                 messages.append(ours)
             _add_to(ours, item)
+    if shown:
+        messages.append({"role": "user", "content": shown})
     return messages
 
 
@@ -351,8 +373,6 @@ def _check_item(item: _Item, path: str) -> None:
             raise unsupported(f"{path}content[{index}].type")
         if isinstance(part, _OutputText):
             refuse_unsupported(part, _NEUTRAL_OUTPUT, f"{path}content[{index}].")
-        elif isinstance(part, _InputImage):
-            refuse_unsupported(part, _NEUTRAL_IMAGE, f"{path}content[{index}].")
 
 
 _THOUGHTS = ("reasoning", "content")
@@ -366,11 +386,16 @@ def _parts(
     parts: Sequence[_InputText | _InputImage | _OutputText | _ReasoningText] | None, path: str
 ) -> list[dict[str, Any]]:
     return [
-        linked_image(part.image_url or "", part.detail, f"{path}[{index}].image_url")
+        _image(part, f"{path}[{index}]")
         if isinstance(part, _InputImage)
         else {"type": "text", "text": part.text}
         for index, part in enumerate(parts or ())
     ]
+
+
+def _image(part: _InputImage, path: str) -> dict[str, Any]:
+    refuse_unsupported(part, _NEUTRAL_IMAGE, f"{path}.")
+    return linked_image(part.image_url or "", part.detail, f"{path}.image_url")
 
 
 # ---------------------------------------------------------------------------------------------

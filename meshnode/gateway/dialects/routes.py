@@ -16,12 +16,14 @@ import trio
 from quart import g, request
 from quart_trio import QuartTrio
 
+from meshnode.engine import EngineStats
 from meshnode.errors import RequestError, UnknownModelError
 from meshnode.gateway import Mesh, ServedModel
 from meshnode.gateway.dialects import Asked, ollama
 from meshnode.gateway.dialects.anthropic import (
-    COUNT_REFUSED,
+    decode_count,
     decode_messages,
+    encode_counted,
     encode_messages_error,
 )
 from meshnode.gateway.dialects.kept import Kept, KeptResponses
@@ -61,10 +63,11 @@ def mount_dialects(
     app: QuartTrio,
     mesh: Mesh,
     complete: Callable[[Asked], Awaitable[Result]],
+    count: Callable[[Asked, Callable[[int], bytes]], Awaitable[Result]],
     embed: Callable[[Embed, Callable[[Vectors], bytes]], Awaitable[Result]],
 ) -> None:
-    """Add the routes to the API app; `complete` answers what was asked, in its writer's words, and
-    `embed` in those that it is given."""
+    """Add the routes to the API app; `complete` answers what was asked, in its writer's words,
+    `count` (its tokens) and `embed` in those that they are given."""
     kept = KeptResponses()
 
     @app.post(MESSAGES_PATH)
@@ -73,8 +76,7 @@ def mount_dialects(
 
     @app.post(COUNT_PATH)
     async def count_tokens() -> Result:
-        # The official clients would ask again, as after every 5xx.
-        return _json(COUNT_REFUSED, 501, {"x-should-retry": "false"})
+        return await count(decode_count(await _body()), encode_counted)
 
     @app.post(RESPONSES_PATH)
     async def responses() -> Result:
@@ -104,21 +106,24 @@ def mount_dialects(
         kept.forget(g.tenant, id, trio.current_time())
         return _json(encode_deleted(id))
 
-    def known(model: ServedModel) -> ollama.Known:
+    def stats(model: ServedModel) -> EngineStats | None:
         engine = mesh.engine(model.digest)
-        return model, None if engine is None else engine.stats().card
+        return None if engine is None else engine.stats()
 
-    def thinks(model: ServedModel) -> bool:
-        engine = mesh.engine(model.digest)
-        return engine is not None and engine.stats().style.thinking != "none"
+    def known(model: ServedModel) -> ollama.Known:
+        here = stats(model)
+        return model, None if here is None else here.card
+
+    def room(name: str) -> int | None:
+        return next((each.context_tokens for each in mesh.models() if each.id == name), None)
 
     @app.post("/api/chat")
     async def ollama_chat() -> Result:
-        return await complete(ollama.decode_chat(await _body()))
+        return await complete(ollama.decode_chat(await _body(), room))
 
     @app.post("/api/generate")
     async def ollama_generate() -> Result:
-        return await complete(ollama.decode_generate(await _body()))
+        return await complete(ollama.decode_generate(await _body(), room))
 
     @app.post("/api/embed")
     async def ollama_embed() -> Result:
@@ -146,7 +151,7 @@ def mount_dialects(
         if name not in models:
             raise UnknownModelError(name, tuple(models))
         found = models[name]
-        return _json(ollama.encode_show(*known(found), thinks=thinks(found)))
+        return _json(ollama.encode_show(*known(found), ollama.capabilities_of(stats(found))))
 
     @app.get("/api/version")
     async def ollama_version() -> Result:

@@ -1,17 +1,17 @@
 """Models too large for one machine are cut by layers: what a stage is, and how it becomes a file.
 
 `rules` says what keeps layers from being computed alone, `architectures` which model has which
-rules, `cut` which bytes a stage needs, `file` puts them together. `lookup` is for the first stage;
-it needs llama_cpp, so whoever wants it names it. The engine's side is `meshnode.engine`.
+rules, `allowed` which may be cut and where, `cut` which bytes a stage needs; `file` puts them
+together. `lookup` is for the first stage; it needs llama_cpp, so whoever wants it names it.
 """
 
-from meshnode.models.stages.cut import Cuts, Piece, Rows, Stage, cut, cut_points, why_not
+from meshnode.models.stages.allowed import Cuts, cut_points, why_not
+from meshnode.models.stages.cut import cut
 from meshnode.models.stages.file import StageFile, open_stage
+from meshnode.models.stages.stage import Stage
 
 __all__ = [
     "Cuts",
-    "Piece",
-    "Rows",
     "Stage",
     "StageFile",
     "cut",

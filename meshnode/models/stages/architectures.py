@@ -29,17 +29,26 @@ from meshnode.models.stages.rules import (
     Windows,
 )
 
-_EXPERTS_EVERY_FEW = EveryFewBySetting("interleave_moe_layer_step")
+_EXPERTS_EVERY_FEW = EveryFewBySetting(
+    "interleave_moe_layer_step", "one layer of each group has experts"
+)
 _NO_ROPE = "one layer in four does not rotate keys (NoPE)"
 
 RULES: dict[str, tuple[Rule, ...]] = {
     "afmoe": (ScalesAllInput(), DenseFirst(), Windows(4), EveryFew(4, _NO_ROPE)),
     "apertus": (),
     "arcee": (),
+    "arctic": (),
+    "bailingmoe": (DenseFirst(),),
     "bailingmoe2": (DenseFirst(),),
+    "bitnet": (),
+    "chatglm": (),
+    "codeshell": (),
     "cohere2": (Windows(4, built_in=True),),
+    "cohere2moe": (DenseFirst(), Windows(4, full_first=True, built_in=True)),
     "command-r": (FromCountOn(64, "Command R+, which normalises queries and keys,"),),
     "dbrx": (),
+    "deci": (),
     "deepseek": (DenseFirst(),),
     "deepseek2": (DenseFirst(), QueryRank(), Gating()),
     "dots1": (DenseFirst(),),
@@ -49,6 +58,7 @@ RULES: dict[str, tuple[Rule, ...]] = {
     "exaone-moe": (DenseFirst(), Windows(4, built_in=True)),
     "exaone4": (CountMeans((64,), "the 32B variant, which has windows,"),),
     "falcon": (),
+    "falcon-h1": (),
     "gemma": (ScalesAllInput(),),
     "gemma2": (
         ScalesAllInput(),
@@ -84,11 +94,16 @@ RULES: dict[str, tuple[Rule, ...]] = {
             lambda model: model.get("deepstack_mapping") is not None,
         ),
     ),
+    "granitehybrid": (ScalesInputBySetting(), RecurrentWithoutHeads()),
     "granitemoe": (ScalesInputBySetting(),),
     "grok": (ScalesInputBySetting(),),
+    "grovemoe": (),
     "hunyuan-dense": (),
     "hunyuan-moe": (),
+    "hunyuan_vl": (),
     "internlm2": (),
+    "jais": (),
+    "jais2": (),
     "lfm2": (RecurrentWithoutHeads(),),
     "lfm2moe": (DenseFirst(), RecurrentWithoutHeads()),
     "llama": (),
@@ -101,16 +116,24 @@ RULES: dict[str, tuple[Rule, ...]] = {
             lambda model: model.get("attention.sliding_window") == 0,
         ),
     ),
+    "maincoder": (),
+    "mellum": (Windows(4),),
     "minicpm": (ScalesInputBySetting(), ScalesResidual(1.4)),
     "minimax-m2": (),
     "mistral3": (),
+    "mistral4": (DenseFirst(), QueryRank(), Gating()),
+    "mpt": (),
     "nemotron": (),
     "olmo": (),
     "olmo2": (Windows(4),),
     "olmoe": (),
+    "openelm": (),
+    "orion": (),
+    "pangu-embedded": (),
     "phi2": (),
     "phi3": (),
     "phimoe": (),
+    "qwen": (),
     "qwen2": (),
     "qwen2moe": (),
     "qwen2vl": (),
@@ -121,6 +144,7 @@ RULES: dict[str, tuple[Rule, ...]] = {
     "qwen3next": (Recurrent(4),),
     "qwen3vl": (NoPictures(),),
     "qwen3vlmoe": (NoPictures(),),
+    "refact": (),
     "seed_oss": (),
     "smallthinker": (
         Windows(4, full_first=True),
@@ -131,14 +155,13 @@ RULES: dict[str, tuple[Rule, ...]] = {
     "stablelm": (),
     "starcoder": (),
     "starcoder2": (),
+    "xverse": (),
 }
-
-# What the norm behind the last layer is called, if not "output_norm.weight".
-LAST_NORMS = dict.fromkeys(("lfm2", "lfm2moe"), "token_embd_norm.weight")
 
 _ENCODER = "it is an encoder, which has no stages to generate with"
 _NORM = "it normalises what comes in"
 _STREAMS = "several streams run between its layers, not one"
+_UNNAMED = "llama.cpp has no name for what its last layer gives"
 _RECURRENT = "its layers have state that was never tried with stages"
 
 REFUSED: dict[str, str] = {
@@ -146,16 +169,16 @@ REFUSED: dict[str, str] = {
     "bert": _ENCODER,
     "bloom": _NORM,
     "deepseek4": _STREAMS,
-    "falcon-h1": _RECURRENT,
     "gemma3n": "its layers look tokens up for themselves, and several streams run between them",
     "glm4": "llama.cpp takes no activations for it",
-    "granitehybrid": _RECURRENT,
     "jamba": _RECURRENT,
     "kimi-linear": _RECURRENT,
     "mamba": _RECURRENT,
     "mamba2": _RECURRENT,
     "minicpm3": "how much a layer adds depends on how many layers it has",
     "modern-bert": _ENCODER,
+    "nemotron_h": _UNNAMED,
+    "nemotron_h_moe": _UNNAMED,
     "nomic-bert": _ENCODER,
     "qwen4exp": _STREAMS,
     "rwkv6": _NORM,

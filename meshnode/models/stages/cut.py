@@ -10,135 +10,44 @@ Decides what is in a stage, from headers alone. Does not read weights, nor know 
 
 from __future__ import annotations
 
-import math
 import struct
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
-from meshnode.errors import StageError
 from meshnode.models.gguf import (
     Layout,
     Tensor,
     aligned,
     array_length,
     array_slice,
-    read_layout,
-    string_bytes,
+    head_bytes,
+    table_line,
     tensor_bytes,
     value_bytes,
 )
-from meshnode.models.stages.architectures import LAST_NORMS, REFUSED, RULES
-from meshnode.models.stages.rules import ROWS_OF_TOKENS, Changes, Model
+from meshnode.models.stages.allowed import stage_of
+from meshnode.models.stages.architectures import RULES
+from meshnode.models.stages.names import (
+    HEAD,
+    HEAD_BIAS,
+    LAYER,
+    NORM_BIAS,
+    POSITIONS,
+    ROTATION_FACTORS,
+    ROWS_OF_TOKENS,
+    last_norm,
+    layer_of,
+)
+from meshnode.models.stages.rules import Changes, Model
+from meshnode.models.stages.stage import Piece, Rows, Stage
 
 # Two ranges of the source with less between them are one: a request costs more than such a gap,
 # which is the padding between two tensors.
 GAP_BYTES_MAX = 64
-# More makes no sense: llama.cpp takes 512 layers, and a step's rows are no wider (`steps.py`).
-LAYERS_MAX = 512
-WIDTH_MAX = 65_536
-# What every stage needs, whichever its layers: how positions are rotated.
-_FACTORS = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
-_POSITIONS = "position_embd.weight"
-_NORM_BIAS = "output_norm.bias"
-_HEAD, _HEAD_BIAS = "output.weight", "output.bias"
-_KNOWN = frozenset((*_FACTORS, _POSITIONS, ROWS_OF_TOKENS, _NORM_BIAS, _HEAD, _HEAD_BIAS))
 # Arrays that are not about layers, however many items they have.
 _NOT_PER_LAYER = ("rope.dimension_sections",)
 _F32 = 0
 _Q1_0, _Q1_0_BLOCK = 41, 128
-_LAYER = "blk"
-
-
-@dataclass(frozen=True, slots=True)
-class Piece:
-    """So many bytes of the source, and where they go in the stage's file."""
-
-    source_offset: int
-    offset: int
-    size_bytes: int
-
-
-@dataclass(frozen=True, slots=True)
-class Rows:
-    """Where the rows of tokens are in the source: `count` of `row_bytes`, of a ggml type."""
-
-    offset: int
-    kind: int
-    count: int
-    row_bytes: int
-
-
-@dataclass(frozen=True, slots=True)
-class Stage:
-    """Layers `first` to `end - 1` of a model with `layers` in all, as a file of `bytes_total`.
-
-    The file begins with `header`; then come `pieces`; whatever neither covers is zeros that nobody
-    reads. `ranges` are what is needed of the source, first byte and end, ascending, and
-    `source_bytes` how much that is; `edge_bytes` of it are in no layer. Activations have `width`
-    numbers: whoever computes multiplies those of the stage before by `input_scale`, and looked-up
-    rows by `lookup_scale`.
-    """
-
-    architecture: str
-    first: int
-    end: int
-    layers: int
-    width: int
-    vocabulary: int
-    is_first: bool
-    is_last: bool
-    header: bytes
-    pieces: tuple[Piece, ...]
-    ranges: tuple[tuple[int, int], ...]
-    bytes_total: int
-    source_bytes: int
-    edge_bytes: int
-    input_scale: float
-    lookup_scale: float
-    lookup: Rows
-
-
-@dataclass(frozen=True, slots=True)
-class Cuts:
-    """What a planner must mind: stages begin at multiples of `step`, have at least `shortest`
-    layers, and not as many as one of `not_so_many`."""
-
-    layers: int
-    step: int
-    shortest: int
-    not_so_many: tuple[int, ...] = ()
-
-    def allows(self, first: int, end: int) -> bool:
-        """Whether layers `first` to `end - 1` may be a stage."""
-        begins = first % self.step == 0 and (end % self.step == 0 or end == self.layers)
-        count = end - first
-        fits = 0 <= first < end <= self.layers and count >= self.shortest
-        return begins and fits and count not in self.not_so_many
-
-
-def why_not(path: str | Path) -> str | None:
-    """Why the model in this file cannot be cut; None if it can. Raises `ModelLoadError`."""
-    return _refusal(Model(read_layout(path)))
-
-
-def cut_points(path: str | Path) -> Cuts:
-    """Where it may be cut. Raises `StageError` if nowhere, and `ModelLoadError`."""
-    model = _cuttable(path)
-    step, layers = _step(model), model.layers
-    starts = range(0, layers, step)
-    refused = [
-        end - first
-        for first in starts
-        for end in (*starts[first // step + 1 :], layers)
-        if (first, end) != (0, layers) and _stage_refusal(model, first, end)
-    ]
-    # Mostly it is stages that are too short; a count that is refused beyond those stands alone.
-    shortest = 1
-    while shortest in refused:
-        shortest += 1
-    beyond = tuple(sorted({count for count in refused if count > shortest}))
-    return Cuts(layers, step, shortest, beyond)
 
 
 def cut(path: str | Path, first: int, end: int) -> Stage:
@@ -146,75 +55,7 @@ def cut(path: str | Path, first: int, end: int) -> Stage:
 
     Raises `StageError` if these layers cannot be one, and `ModelLoadError` if the file is bad.
     """
-    model = _cuttable(path)
-    if not 0 <= first < end <= model.layers:
-        raise StageError(f"{path} has layers 0 to {model.layers - 1}, not {first} to {end - 1}.")
-    reason = _stage_refusal(model, first, end)
-    if reason is not None:
-        raise StageError(f"Layers {first} to {end - 1} of {path} cannot be a stage: {reason}.")
-    return _Cutter(model, first, end).stage()
-
-
-def _cuttable(path: str | Path) -> Model:
-    model = Model(read_layout(path))
-    reason = _refusal(model)
-    if reason is not None:
-        raise StageError(f"{path} cannot be cut into stages: {reason}.")
-    return model
-
-
-def _refusal(model: Model) -> str | None:
-    architecture, layout = model.architecture, model.layout
-    if architecture in REFUSED:
-        return f"{architecture}: {REFUSED[architecture]}"
-    if architecture not in RULES:
-        return f"{architecture}: this architecture was never tried"
-    if not 1 <= model.layers <= LAYERS_MAX or not 1 <= model.width <= WIDTH_MAX:
-        return f"{architecture}: {model.layers} layers of width {model.width} make no sense"
-    if sum(tensor.size_bytes for tensor in layout.tensors.values()) > layout.size_bytes:
-        return f"{architecture}: its tensors overlap"
-    norm = _last_norm(architecture)
-    strange = next((name for name in layout.tensors if name != norm and not _is_known(name)), None)
-    if strange is not None:
-        return f"{architecture}: what to do with its tensor {strange!r} is not known"
-    tokens = layout.tensors.get(ROWS_OF_TOKENS)
-    if tokens is None or len(tokens.shape) != 2 or tokens.shape[0] != model.width:
-        return f"{architecture}: it has no rows of tokens of its width"
-    for rule in RULES[architecture]:
-        reason = rule.why_not(model)
-        if reason is not None:
-            return f"{architecture}: {reason}"
-    return None
-
-
-def _stage_refusal(model: Model, first: int, end: int) -> str | None:
-    step = _step(model)
-    if first % step or (end % step and end != model.layers):
-        return f"stages of {model.architecture} begin at multiples of {step}"
-    for rule in RULES[model.architecture]:
-        reason = rule.why_not_stage(model, first, end)
-        if reason is not None:
-            return reason
-    return None
-
-
-def _step(model: Model) -> int:
-    return math.lcm(*(rule.step(model) for rule in RULES[model.architecture]))
-
-
-def _is_known(name: str) -> bool:
-    return name in _KNOWN or _layer_of(name) is not None
-
-
-def _last_norm(architecture: str) -> str:
-    return LAST_NORMS.get(architecture, "output_norm.weight")
-
-
-def _layer_of(name: str) -> int | None:
-    """The layer that a tensor belongs to, if its name says one."""
-    kind, _, rest = name.partition(".")
-    number, _, part = rest.partition(".")
-    return int(number) if kind == _LAYER and number.isdecimal() and part else None
+    return _Cutter(stage_of(path, first, end), first, end).stage()
 
 
 class _Cutter:
@@ -248,7 +89,7 @@ class _Cutter:
             bytes_total=bytes_total,
             source_bytes=sum(end - start for start, end in ranges),
             edge_bytes=sum(
-                tensor.size_bytes for name, tensor in self._tensors() if _layer_of(name) is None
+                tensor.size_bytes for name, tensor in self._tensors() if layer_of(name) is None
             ),
             input_scale=self._changes.input_scale,
             lookup_scale=self._changes.lookup_scale,
@@ -294,15 +135,15 @@ class _Cutter:
     def _tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Those that are copied, by the names they get."""
         for name, tensor in self._layout.tensors.items():
-            layer = _layer_of(name)
+            layer = layer_of(name)
             if layer is not None:
                 if self._first <= layer < self._end:
                     part = name.split(".", 2)[2]
-                    yield f"{_LAYER}.{layer - self._first}.{part}", tensor
-            elif name in _FACTORS:
+                    yield f"{LAYER}.{layer - self._first}.{part}", tensor
+            elif name in ROTATION_FACTORS:
                 if self._changes.rotation_factors:
                     yield name, tensor
-            elif name == _POSITIONS:
+            elif name == POSITIONS:
                 if self._first == 0:
                     yield name, tensor
             elif self._is_last and (name != ROWS_OF_TOKENS or self._is_tied):
@@ -311,29 +152,29 @@ class _Cutter:
     @property
     def _is_tied(self) -> bool:
         """The rows of tokens are also the head."""
-        return _HEAD not in self._layout.tensors
+        return HEAD not in self._layout.tensors
 
     def _stand_ins(self) -> Iterator[tuple[str, int, tuple[int, ...], bytes]]:
         """What llama.cpp demands, but a stage never reads: name, type, shape, bytes (or zeros)."""
         tensors, width = self._layout.tensors, self._model.width
         if not self._is_last:
             # Norm and head come after the layers, where a stage stops computing.
-            norm = _last_norm(self._model.architecture)
+            norm = last_norm(self._model.architecture)
             if norm in tensors:
                 yield norm, _F32, (width,), struct.pack("<f", 1.0) * width
-            if _NORM_BIAS in tensors:
-                yield _NORM_BIAS, _F32, (width,), b""
+            if NORM_BIAS in tensors:
+                yield NORM_BIAS, _F32, (width,), b""
             yield ROWS_OF_TOKENS, _F32, (width, 1), b""
-            if _HEAD in tensors:
-                yield _HEAD, _F32, (width, 1), b""
-            if _HEAD_BIAS in tensors:
-                yield _HEAD_BIAS, _F32, (1,), b""
+            if HEAD in tensors:
+                yield HEAD, _F32, (width, 1), b""
+            if HEAD_BIAS in tensors:
+                yield HEAD_BIAS, _F32, (1,), b""
         elif not self._is_tied:
             words = tensors[ROWS_OF_TOKENS]
             yield ROWS_OF_TOKENS, _smallest(words.kind, words.shape), words.shape, b""
-        if self._first > 0 and _POSITIONS in tensors:
+        if self._first > 0 and POSITIONS in tensors:
             # Positions were added before the first layer; here nothing is.
-            yield _POSITIONS, tensors[_POSITIONS].kind, tensors[_POSITIONS].shape, b""
+            yield POSITIONS, tensors[POSITIONS].kind, tensors[POSITIONS].shape, b""
 
     # -- the file ------------------------------------------------------------------------------
 
@@ -345,20 +186,20 @@ class _Cutter:
         alignment = self._layout.alignment
         stand_ins, copied = list(self._stand_ins()), list(self._tensors())
         settings = self._settings()
-        table, written = bytearray(), bytearray()
+        table: list[bytes] = []
+        written = bytearray()
         position = 0
         for name, kind, shape, data in stand_ins:
-            table += _table_line(name, kind, shape, position)
+            table.append(table_line(name, kind, shape, position))
             if data:
                 written += bytes(position - len(written)) + data
             position = aligned(position + tensor_bytes(kind, shape), alignment)
         places = []
         for name, tensor in copied:
-            table += _table_line(name, tensor.kind, tensor.shape, position)
+            table.append(table_line(name, tensor.kind, tensor.shape, position))
             places.append(position)
             position = aligned(position + tensor.size_bytes, alignment)
-        head = b"GGUF" + struct.pack("<IQQ", 3, len(stand_ins) + len(copied), len(settings))
-        head += b"".join(string_bytes(key) + value for key, value in settings.items()) + table
+        head = head_bytes(settings, table)
         start = aligned(len(head), alignment)
         pieces = tuple(
             Piece(tensor.offset, start + place, tensor.size_bytes)
@@ -370,11 +211,6 @@ class _Cutter:
 def _smallest(kind: int, shape: tuple[int, ...]) -> int:
     """The type of numbers that takes least, if such rows can be of it; else `kind`."""
     return _Q1_0 if shape[0] % _Q1_0_BLOCK == 0 else kind
-
-
-def _table_line(name: str, kind: int, shape: tuple[int, ...], offset: int) -> bytes:
-    dimensions = struct.pack(f"<I{len(shape)}Q", len(shape), *shape)
-    return string_bytes(name) + dimensions + struct.pack("<IQ", kind, offset)
 
 
 def _coalesced(pieces: tuple[Piece, ...]) -> tuple[tuple[int, int], ...]:

@@ -17,9 +17,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from meshnode.errors import ModelLoadError
-from meshnode.models.stages.cut import Stage
+from meshnode.models.stages.stage import Stage
 
-_LIBC = ctypes.CDLL(None, use_errno=True)
+_LIBC = ctypes.CDLL(None)
 _KEEP_SIZE, _PUNCH_HOLE = 1, 2  # linux/falloc.h
 # Of one call; the kernel takes no more than 2 GiB at once.
 _COPY_BYTES_MAX = 1 << 30
@@ -71,7 +71,7 @@ def _fill(target: int, stage: Stage, source: str | Path) -> int:
     with open(source, "rb", buffering=0) as file:
         for piece in stage.pieces:
             os.lseek(target, piece.offset, os.SEEK_SET)
-            copied_bytes += _copy(target, file.fileno(), piece.source_offset, piece.size_bytes)
+            copied_bytes += copy_range(target, file.fileno(), piece.source_offset, piece.size_bytes)
     return copied_bytes
 
 
@@ -85,13 +85,17 @@ def _punch_holes(target: int, stage: Stage) -> None:
 
 
 def _free(target: int, offset: int, size_bytes: int) -> None:
-    """Only whole pages within are freed; all read as zeros."""
+    """Only whole pages within are freed; all read as zeros. A kernel that cannot do it keeps
+    them, which costs memory and nothing else: so what it returns is not looked at."""
     mode = _PUNCH_HOLE | _KEEP_SIZE
-    if _LIBC.fallocate(target, mode, ctypes.c_int64(offset), ctypes.c_int64(size_bytes)):
-        raise OSError(ctypes.get_errno(), "fallocate")
+    _LIBC.fallocate(target, mode, ctypes.c_int64(offset), ctypes.c_int64(size_bytes))
 
 
-def _copy(target: int, source: int, offset: int, size_bytes: int) -> int:
+def copy_range(target: int, source: int, offset: int, size_bytes: int) -> int:
+    """Bytes of one open file to where another stands; returns how many: all.
+
+    Raises `OSError`, and `ModelLoadError` if the source ends before.
+    """
     end = offset + size_bytes
     while offset < end:
         count = os.sendfile(target, source, offset, min(end - offset, _COPY_BYTES_MAX))

@@ -14,7 +14,7 @@ import llama_cpp
 import numpy as np
 
 from meshnode.errors import LocalProtocolError, ModelLoadError
-from meshnode.models.stages.cut import Stage
+from meshnode.models.stages.stage import Stage
 
 _F32 = 0
 

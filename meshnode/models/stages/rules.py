@@ -15,8 +15,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from meshnode.models.gguf import Layout, Value
+from meshnode.models.stages.names import ROWS_OF_TOKENS
 
-ROWS_OF_TOKENS = "token_embd.weight"
 _NUMBER_MAX = 2**31 - 1
 _SOFTMAX, _SIGMOID = 1, 2  # enum llama_expert_gating_func_type
 
@@ -83,6 +83,10 @@ class Rule:
         """Stages begin at multiples of this."""
         return 1
 
+    def is_exact(self, model: Model) -> bool:
+        """Whether stages compute the same to the last bit."""
+        return True
+
     def change(self, model: Model, first: int, end: int, changes: Changes) -> None:
         """Add what makes these layers compute as they do in the whole."""
 
@@ -96,6 +100,9 @@ class ScalesAllInput(Rule):
 
     Both are exact if √width is a power of two; else the last bit of a number may differ.
     """
+
+    def is_exact(self, model: Model) -> bool:
+        return math.frexp(math.sqrt(model.width))[0] == 0.5
 
     def change(self, model: Model, first: int, end: int, changes: Changes) -> None:
         if first > 0:
@@ -189,15 +196,28 @@ class EveryFew(Rule):
     def step(self, model: Model) -> int:
         return self.layers if self.when(model) else 1
 
+    def why_not_stage(self, model: Model, first: int, end: int) -> str | None:
+        return _why_not_there(self.step(model), self.what, model, first, end)
+
 
 @dataclass(frozen=True)
 class EveryFewBySetting(Rule):
     """As `EveryFew`; how many is a setting."""
 
     key: str
+    what: str
 
     def step(self, model: Model) -> int:
         return max(1, model.whole(self.key, 1))
+
+    def why_not_stage(self, model: Model, first: int, end: int) -> str | None:
+        return _why_not_there(self.step(model), self.what, model, first, end)
+
+
+def _why_not_there(step: int, what: str, model: Model, first: int, end: int) -> str | None:
+    if first % step or (end % step and end != model.layers):
+        return f"{what}, so stages begin at multiples of {step}"
+    return None
 
 
 @dataclass(frozen=True)

@@ -8,19 +8,21 @@ from __future__ import annotations
 import contextlib
 import json
 from contextlib import aclosing
+from dataclasses import replace
 
 import httpx
 import pytest
 import trio
-from anthropic.types import Message, RawMessageStreamEvent
+from anthropic.types import Message, MessageTokensCount, RawMessageStreamEvent
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from ollama import ChatResponse, GenerateResponse
+from ollama import ChatResponse, GenerateResponse, ShowResponse
 from openai.types.responses import Response, ResponseStreamEvent
 from pydantic import TypeAdapter
 
 from meshnode.engine import ChatStyle, Delta, Finish, Usage
 from meshnode.errors import EngineError
+from meshnode.gateway import Candidate
 from meshnode.gateway.app import create_api_app
 from meshnode.gateway.dialects import End, ollama
 from meshnode.gateway.dialects.answer import EventReader, told_as_stream, told_whole
@@ -28,7 +30,7 @@ from meshnode.gateway.door import Door
 from meshnode.gateway.keys import ApiKey, generate_token, hash_token, with_key
 from meshnode.gateway.said import Content
 from meshnode.gateway.server import serve_api
-from tests.fakes import MODEL, FakeMesh, WordEngine, local_mesh
+from tests.fakes import DIGEST, MODEL, FakeMesh, WordEngine, local_mesh
 from tests.gateway.link import HANG_S, Link
 
 TURN = {"role": "user", "content": "to be or"}
@@ -427,12 +429,95 @@ async def test_a_peers_refusal_has_the_shape_of_the_dialect(nursery):
     assert json.loads(body)["error"]["type"] == "overloaded_error"
 
 
-async def test_tokens_are_not_counted():
-    api = create_api_app(local_mesh(WordEngine())).test_client()
-    response = await api.post("/v1/messages/count_tokens", json=BODIES["/v1/messages"])
-    assert response.status_code == 501
-    assert response.headers["x-should-retry"] == "false"
-    assert json.loads(await response.get_data())["type"] == "error"
+async def count(api, **fields):
+    path = "/v1/messages/count_tokens"
+    with trio.fail_after(HANG_S):
+        response = await api.post(path, json={"model": MODEL, "messages": [TURN], **fields})
+        return response, json.loads(await response.get_data())
+
+
+async def test_tokens_are_counted_where_the_model_is(api):
+    response, body = await count(api)
+    assert response.status_code == 200
+    assert MessageTokensCount.model_validate(body, strict=True).input_tokens == 3
+    _, body = await count(api, system="that is the question")
+    assert body == {"input_tokens": 7}
+
+
+@pytest.mark.parametrize(
+    ("fields", "named"),
+    [
+        ({"max_tokens": 5}, "`max_tokens`"),
+        ({"tools": [{"name": "f", "input_schema": {"type": "array"}}]}, "`tools[0].input_schema`"),
+        ({"thinking": {"type": "enabled"}}, "`thinking.type`"),  # the model says so, not the edge
+        ({"messages": [{"role": "user", "content": []}]}, "`messages`"),
+    ],
+)
+async def test_what_is_not_counted_is_named(api, fields, named):
+    response, body = await count(api, **fields)
+    assert response.status_code == 400
+    assert body["error"]["type"] == "invalid_request_error"
+    assert named in body["error"]["message"]
+
+
+async def test_servers_of_other_kinds_are_not_asked_to_count():
+    mesh = FakeMesh(candidates=(Candidate("peer-a", True, "only", upstream=True),))
+    response, body = await count(create_api_app(mesh).test_client())
+    assert response.status_code == 400
+    assert "`model`" in body["error"]["message"]
+    # But an engine with the same bytes is, wherever it stands in the ranking.
+    mesh.engines[DIGEST] = WordEngine()
+    behind = Candidate("peer-b", False, "first", upstream=True)
+    mesh.candidates = (behind, Candidate("peer-a", True, "second"))
+    response, body = await count(create_api_app(mesh).test_client())
+    assert body == {"input_tokens": 3}
+
+
+async def test_a_count_that_is_none_is_an_error(nursery):
+    class Liar(WordEngine):
+        async def count(self, request):
+            return "many"
+
+    response, body = await count(Link(nursery, b=Liar()).api)
+    assert response.status_code == 503
+    assert "count" in body["error"]["message"]
+
+
+async def test_streams_tell_ollamas_clients_their_speed(api):
+    _, body = await post(api, "/api/chat", stream=True)
+    last = ChatResponse.model_validate(lines(body)[-1])
+    assert last.prompt_eval_duration > 0
+    assert last.eval_duration > 0
+    assert last.prompt_eval_duration + last.eval_duration == last.total_duration
+
+
+@pytest.mark.parametrize(
+    ("name", "tokens", "status"), [(MODEL, 512, 200), (MODEL, 513, 400), ("nobody", 513, 404)]
+)
+async def test_ollama_may_ask_for_as_much_room_as_there_is(api, name, tokens, status):
+    response, body = await post(api, "/api/chat", model=name, options={"num_ctx": tokens})
+    assert response.status_code == status
+    assert (b"`options.num_ctx`: the model's context is 512." in body) == (status == 400)
+
+
+@pytest.mark.parametrize(
+    ("changes", "capabilities"),
+    [
+        ({}, ["completion", "tools"]),
+        ({"sees": True}, ["completion", "tools", "vision"]),
+        ({"style": ChatStyle("may")}, ["completion", "tools", "thinking"]),
+        ({"purpose": "embed"}, ["embedding"]),
+        ({"purpose": "rank", "sees": True}, []),
+    ],
+)
+async def test_ollama_is_told_what_a_model_can_do(changes, capabilities):
+    class Able(WordEngine):
+        def stats(self):
+            return replace(super().stats(), **changes)
+
+    api = create_api_app(local_mesh(Able())).test_client()
+    body = await (await api.post("/api/show", json={"model": MODEL})).get_data()
+    assert ShowResponse.model_validate_json(body).capabilities == capabilities
 
 
 async def test_a_stored_response_takes_no_options():
@@ -463,7 +548,7 @@ async def test_a_key_is_asked_for(tmp_path, method, path):
         response = await api.open(
             path, method=method, json=BODIES.get(path, {"model": MODEL}), headers=headers
         )
-        assert response.status_code in (200, 404, 501)
+        assert response.status_code in (200, 400, 404)
 
 
 async def test_a_key_does_not_see_anothers_responses(tmp_path):
@@ -496,7 +581,8 @@ DONE = b"data: [DONE]\n\n"
 
 
 def a_writer():
-    return ollama.decode_chat(json.dumps(BODIES["/api/chat"]).encode()).writer("id", 0)
+    asked = ollama.decode_chat(json.dumps(BODIES["/api/chat"]).encode(), lambda name: 0)
+    return asked.writer("id", 0)
 
 
 async def test_text_goes_on_before_the_next_comes():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from typing import Any
 
 import pytest
@@ -33,8 +34,14 @@ def respond(body: bytes) -> Asked:
 DECODERS = {
     "responses": (respond, {"model": "m", "input": "hi"}),
     "messages": (decode_messages, {"model": "m", "max_tokens": 5, "messages": [TURN]}),
-    "chat": (ollama.decode_chat, {"model": "m", "messages": [TURN]}),
-    "generate": (ollama.decode_generate, {"model": "m", "prompt": "hi"}),
+    "chat": (
+        partial(ollama.decode_chat, room=lambda name: 4096),
+        {"model": "m", "messages": [TURN]},
+    ),
+    "generate": (
+        partial(ollama.decode_generate, room=lambda name: 4096),
+        {"model": "m", "prompt": "hi"},
+    ),
 }
 
 
@@ -111,6 +118,33 @@ WORKS = [
         "prompt",
         (ChatMessage("user", "hi", (Image(b"hi", 2, True),)),),
     ),
+    (  # what results show comes after all of them
+        "responses",
+        {
+            "input": [
+                TURN,
+                {"type": "function_call", "call_id": "c", "name": "f", "arguments": "{}"},
+                {
+                    "type": "function_call_output",
+                    "call_id": "c",
+                    "output": [
+                        {"type": "input_image", "image_url": PNG_URL},
+                        {"type": "input_text", "text": "42"},
+                    ],
+                },
+                {"type": "function_call_output", "call_id": "d", "output": "43"},
+                {"role": "user", "content": "and?"},
+            ]
+        },
+        "prompt",
+        (
+            ChatMessage("user", "hi"),
+            ChatMessage("assistant", "", calls=(FunctionCall("c", "f", "{}"),)),
+            ChatMessage("tool", "42", call_id="c"),
+            ChatMessage("tool", "43", call_id="d"),
+            ChatMessage("user", "and?", (Image(b"hi", 0),)),
+        ),
+    ),
     ("responses", {"reasoning": {"effort": "low"}}, "wish.effort", "low"),
     (
         "responses",
@@ -179,6 +213,7 @@ WORKS = [
     ("chat", {"format": "json"}, "grammar.param", "response_format"),
     ("chat", {"format": {"type": "null"}}, "grammar.param", "response_format.json_schema"),
     ("chat", {"options": {"repeat_penalty": 1.1}}, "sampling.repeat_penalty", 1.1),
+    ("chat", {"options": {"num_ctx": 4096}}, "max_tokens", None),
     ("chat", {"options": {"mirostat": 2}}, "sampling.mirostat", 2),
     ("messages", {}, "max_tokens", 5),
     (
@@ -213,6 +248,50 @@ WORKS = [
             ChatMessage("assistant", "", calls=(FunctionCall("c", "f", "{}"),)),
             ChatMessage("tool", "42", call_id="c"),
             *SEEN,
+        ),
+    ),
+    (  # what results show comes after all of them
+        "messages",
+        {
+            "messages": [
+                TURN,
+                {
+                    "role": "assistant",
+                    "content": [
+                        {"type": "tool_use", "id": id, "name": "f", "input": {}} for id in "cd"
+                    ],
+                },
+                {
+                    "role": "user",
+                    "content": [
+                        {
+                            "type": "tool_result",
+                            "tool_use_id": "c",
+                            "content": [
+                                said(text="42"),
+                                anthropic_image(),
+                            ],
+                        },
+                        {
+                            "type": "tool_result",
+                            "tool_use_id": "d",
+                            "content": [
+                                anthropic_image("aG8="),
+                            ],
+                        },
+                    ],
+                },
+            ]
+        },
+        "prompt",
+        (
+            ChatMessage("user", "hi"),
+            ChatMessage(
+                "assistant", "", calls=(FunctionCall("c", "f", "{}"), FunctionCall("d", "f", "{}"))
+            ),
+            ChatMessage("tool", "42", call_id="c"),
+            ChatMessage("tool", "", call_id="d"),
+            ChatMessage("user", "", (Image(b"hi", 0), Image(b"ho", 0))),
         ),
     ),
     ("generate", {"images": ["aGk="]}, "prompt", SEEN),
@@ -400,11 +479,11 @@ REFUSED = [
         "output_config.format.schema.not",
     ),
     ("messages", {"n": 2}, "n"),
-    ("chat", {"options": {"num_ctx": 4096}}, "options.num_ctx"),
+    ("chat", {"options": {"num_ctx": 4097}}, "options.num_ctx"),
     ("chat", {"options": {"num_predict": 0}}, "options.num_predict"),
     ("chat", {"options": {"repeat_penalty": 0}}, "options.repeat_penalty"),
     ("chat", {"options": {"mirostat": 1, "top_k": 3}}, "options.top_k"),
-    ("chat", {"options": {"num_gpu": 1}}, "options.num_gpu"),
+    ("chat", {"options": {"vocab_only": True}}, "options.vocab_only"),
     ("chat", {"options": {"stop": ["a"] * 5}}, "options.stop"),
     ("chat", {"format": "yaml"}, "format"),
     ("chat", {"format": {"not": {}}}, "format.not"),
