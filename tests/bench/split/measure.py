@@ -74,7 +74,8 @@ class Point:
 
 @dataclass(frozen=True)
 class Run:
-    """One point on one system, once. `token_s`: from one token of a session to its next.
+    """One point on one system, once. `token_s`: from one token of a session to its next. CPU
+    is per token, of what computes and of the nodes besides.
     `foreign_cores` is what everybody else used meanwhile, clients and links included."""
 
     point: Point
@@ -82,7 +83,8 @@ class Run:
     tokens_per_s: float
     token_s: float
     first_s: float
-    cpu_per_token_s: float
+    nodes_cpu_s: float
+    engines_cpu_s: float
     foreign_cores: float
 
 
@@ -112,7 +114,8 @@ class Row:
     tokens_per_s: float
     token_s: float
     first_s: float
-    cpu_per_token_s: float
+    nodes_cpu_s: float
+    engines_cpu_s: float
     foreign_cores: float
     speed_by: dict[str, Ratio]
     first_by: dict[str, Ratio]
@@ -124,6 +127,7 @@ class Report:
     what delays cost."""
 
     model: str
+    speculate: str
     machine: dict[str, Any]
     link_ms: dict[float, float] = field(default_factory=dict)
     loads: dict[str, Load] = field(default_factory=dict)
@@ -135,12 +139,14 @@ class Report:
 
 @dataclass(frozen=True)
 class Plan:
-    """What to measure; `model` None is the packaged one, as a node requantises it."""
+    """What to measure; `model` None is the packaged one, as a node requantises it. Stages guess
+    ahead as `speculate` says (`meshnode serve --speculate`), the others do not."""
 
     pairs: int = PAIRS_DEFAULT
     delays_ms: tuple[float, ...] = DELAYS_MS
     sessions: tuple[int, ...] = SESSIONS
     stages: tuple[int, ...] = STAGES
+    speculate: str = "off"
     model: Path | None = None
 
 
@@ -148,7 +154,8 @@ def measure(plan: Plan, say: Callable[[str], None] = print) -> Report:
     """Start all, run all rounds, end everything; `say` hears how far it is."""
     model = plan.model or packaged_model()
     never = {str(token): NEVER for token in end_tokens(model)}
-    report = Report(model.name, machine(PACKAGES) | {"load_before": os.getloadavg()[0]})
+    report = Report(model.name, plan.speculate, machine(PACKAGES))
+    report.machine["load_before"] = os.getloadavg()[0]
     seeds = itertools.count(1)
 
     def ask(system: System, sessions: int, tokens: int, seed: int) -> Seen:
@@ -187,11 +194,12 @@ def measure(plan: Plan, say: Callable[[str], None] = print) -> Report:
                 seed = next(seeds)
                 first = pair % len(systems)
                 for system in (*systems[first:], *systems[:first]):
-                    cpu_s, others_s = system.cpu_s(), busy_s()
+                    before, busy_before_s = system.cpu_s(), busy_s()
                     seen = ask(system, sessions, ANSWER_TOKENS, seed)
-                    cpu_s, others_s = system.cpu_s() - cpu_s, busy_s() - others_s
+                    cpu_s = tuple(b - a for a, b in zip(before, system.cpu_s(), strict=True))
+                    others_s = busy_s() - busy_before_s - sum(cpu_s)
                     point = Point(delay_ms, sessions)
-                    report.runs.append(_run(point, system.name, seen, cpu_s, others_s - cpu_s))
+                    report.runs.append(_run(point, system.name, seen, cpu_s, others_s))
     report.rows = rows(report.runs)
     report.round_trips = round_trips(report.runs)
     return report
@@ -206,7 +214,7 @@ def _starting(plan: Plan, model: Path, links: Links, folder: Path) -> Iterator[A
 
     yield whole(model, place("whole"))
     for stages in plan.stages:
-        yield split(stages, model, links, place(str(stages)))
+        yield split(stages, model, links, place(str(stages)), plan.speculate)
     for servers in RPC:
         yield rpc(servers, model, links, place(f"rpc-{servers}"))
 
@@ -230,7 +238,8 @@ def _measured(links: Links, delay_s: float) -> float:
     return round_trip_s(links)
 
 
-def _run(point: Point, system: str, seen: Seen, cpu_s: float, others_s: float) -> Run:
+def _run(point: Point, system: str, seen: Seen, cpu_s: tuple[float, ...], others_s: float) -> Run:
+    nodes_s, engines_s = (each / seen.tokens for each in cpu_s)
     firsts_s = [told.first_s for told in seen.told]
     return Run(
         point,
@@ -238,7 +247,8 @@ def _run(point: Point, system: str, seen: Seen, cpu_s: float, others_s: float) -
         seen.tokens / seen.took_s,
         (seen.took_s - statistics.median(firsts_s)) / (ANSWER_TOKENS - 1),
         statistics.median(firsts_s),
-        cpu_s / seen.tokens,
+        nodes_s,
+        engines_s,
         max(0.0, others_s / seen.took_s),
     )
 
@@ -296,7 +306,8 @@ def _row(point: Point, system: str, of: dict[str, list[Run]]) -> Row:
         tokens_per_s=median(lambda run: run.tokens_per_s),
         token_s=median(lambda run: run.token_s),
         first_s=median(lambda run: run.first_s),
-        cpu_per_token_s=median(lambda run: run.cpu_per_token_s),
+        nodes_cpu_s=median(lambda run: run.nodes_cpu_s),
+        engines_cpu_s=median(lambda run: run.engines_cpu_s),
         foreign_cores=median(lambda run: run.foreign_cores),
         speed_by=by(lambda run: run.tokens_per_s),
         first_by=by(lambda run: run.first_s),
@@ -331,8 +342,8 @@ def as_text(report: Report) -> str:
             *machine_lines(report.machine),
             f"{report.model}, {SLOTS} slots, {CONTEXT_TOKENS} tokens of context, prompts of about "
             f"{PROMPT_WORDS} tokens, {ANSWER_TOKENS} tokens per answer",
-            f"one thread per stage, and per half with RPC; load {report.machine['load_before']:.1f} "
-            "before",
+            f"one thread per stage, and per half with RPC; stages' --speculate {report.speculate}; "
+            f"load {report.machine['load_before']:.1f} before",
             f"delays one way, and measured round trips of the links, ms: {trips}",
             "",
             "loading: s until it answers, s of these with layers being loaded, MB that crossed",
@@ -346,6 +357,8 @@ def as_text(report: Report) -> str:
             "round trips per token at one session, by what delays cost:",
             "  " + ", ".join(f"{name} {trips:.2f}" for name, trips in report.round_trips.items()),
             "",
+            "ratios of tokens/s and of seconds to the first token: median (quartiles); CPU of the",
+            "nodes and of what computes; others used so many cores meanwhile: last column",
             _HEADER,
             *(_line(row) for row in report.rows),
         ]
@@ -371,7 +384,7 @@ def _wire_line(wire: Wire) -> str:
 _HEADER = (
     f"{'ms':>4} {'N':>2} {'system':9} {'rounds':>6} {'tokens/s':>8} "
     + " ".join(f"{'by ' + other:>17}" for other in OTHERS)
-    + f"  {'ms/token':>8}  {'first s':>7} {'by RPC':>17}  {'CPU ms/token':>12}  others"
+    + f"  {'ms/token':>8}  {'first s':>7} {'by RPC':>17}  {'CPU ms/token':12}  others"
 )
 
 
@@ -381,5 +394,5 @@ def _line(row: Row) -> str:
         f"{row.point.delay_ms:4g} {row.point.sessions:2} {row.system:9} {row.rounds:6} "
         f"{row.tokens_per_s:8.1f} {speeds}  {1e3 * row.token_s:8.1f}  "
         f"{row.first_s:7.2f} {row.first_by.get(RPC[1], '')!s:>17}  "
-        f"{1e3 * row.cpu_per_token_s:12.1f}  {row.foreign_cores:6.2f}"
+        f"{1e3 * row.nodes_cpu_s:5.1f} {1e3 * row.engines_cpu_s:6.1f}  {row.foreign_cores:6.2f}"
     )

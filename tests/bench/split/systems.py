@@ -63,19 +63,20 @@ class Load:
 
 @dataclass(frozen=True)
 class System:
-    """One of them, answering. `crossings` counts how often the work of a step has crossed a link
-    so far; None where only the link itself can tell."""
+    """One of them, answering. `engines` compute, and `nodes` do all else. `crossings` counts how
+    often the work of a step has crossed a link so far; None where only the link itself can tell."""
 
     name: str
     url: str
-    pids: tuple[int, ...]
+    nodes: tuple[int, ...]
+    engines: tuple[int, ...]
     links: tuple[Link, ...]
     load: Load
     crossings: Callable[[], int] | None = None
 
-    def cpu_s(self) -> float:
-        """CPU seconds that its processes have used so far."""
-        return sum(map(cpu_used_s, self.pids))
+    def cpu_s(self) -> tuple[float, float]:
+        """CPU seconds that its nodes and its engines have used so far."""
+        return sum(map(cpu_used_s, self.nodes)), sum(map(cpu_used_s, self.engines))
 
 
 # --- our nodes ----------------------------------------------------------------------------------
@@ -96,11 +97,11 @@ def whole(model: Path, folder: Path) -> Iterator[System]:
         now = time.monotonic()
         part = Part("all", file.stat().st_size, bytes_read(file))
         load = Load(now - began_at, now - loading_at, (part,))
-        yield System(WHOLE, node.url, _pids([node]), (), load)
+        yield System(WHOLE, node.url, *_pids([node]), (), load)
 
 
 @contextmanager
-def split(stages: int, model: Path, links: Links, folder: Path) -> Iterator[System]:
+def split(stages: int, model: Path, links: Links, folder: Path, speculate: str) -> Iterator[System]:
     """So many nodes, none of which can hold all of it, and who reach each other by links alone."""
     with Mesh(folder, Models(model, model)) as mesh:
         files = [_own_file(model, folder, f"{stages}-{place}") for place in range(stages)]
@@ -112,7 +113,8 @@ def split(stages: int, model: Path, links: Links, folder: Path) -> Iterator[Syst
             address = f"/ip4/127.0.0.1/udp/{link.port}/quic-v1"
             listen = f"/ip4/127.0.0.1/udp/{port}/quic-v1"
             command = ["-m", "tests.bench.split.serve", "1", address, "serve", *SIZES]
-            command += ["--memory", MEMORY[stages], *_serve_flags("--standby", file, listen)]
+            command += ["--memory", MEMORY[stages], "--speculate", speculate]
+            command += _serve_flags("--standby", file, listen)
             if nodes:
                 command += ["--join", nodes[0].invite()]
             nodes.append(mesh.run(file.stem, command).wait_started())
@@ -127,7 +129,7 @@ def split(stages: int, model: Path, links: Links, folder: Path) -> Iterator[Syst
         def crossings() -> int:
             return stages * int(_head_part(head)["steps"])
 
-        yield System(f"{stages} stages", head.url, _pids(nodes), opened, load, crossings)
+        yield System(f"{stages} stages", head.url, *_pids(nodes), opened, load, crossings)
 
 
 def _serve_flags(option: str, file: Path, listen: str) -> tuple[str, ...]:
@@ -177,10 +179,10 @@ def _own_file(model: Path, folder: Path, name: str) -> Path:
     return file
 
 
-def _pids(nodes: Sequence[NodeProcess]) -> tuple[int, ...]:
-    return tuple(
-        pid for node in nodes for pid in (node.process.pid, *(c.pid for c in node.children()))
-    )
+def _pids(nodes: Sequence[NodeProcess]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Of the nodes, and of what they have started."""
+    started = [child.pid for node in nodes for child in node.children()]
+    return tuple(node.process.pid for node in nodes), tuple(started)
 
 
 def _free_udp_port() -> int:
@@ -225,7 +227,7 @@ def rpc(servers: int, model: Path, links: Links, folder: Path) -> Iterator[Syste
         crossed_bytes = links.crossed(*opened).bytes
         load = Load(now - began_at, now - loading_at, (part,), crossed_bytes)
         pids = (*(pid for _, pid in running), *head.pids.values())
-        yield System(RPC[servers], head.url, pids, opened, load)
+        yield System(RPC[servers], head.url, (), pids, opened, load)
 
 
 @contextmanager
