@@ -186,6 +186,8 @@ def measure(plan: Plan, say: Callable[[str], None] = print) -> Report:
                     spent.append((crossed(system, links) - before, time.monotonic() - began_at))
                 counted.append(wire(system.name, sessions, spent, idle[system.name]))
             report.wires.append(sorted(counted, key=lambda each: each.bytes)[WIRES // 2])
+            if report.wires[-1].bytes < system.token_bytes:
+                raise SystemExit(f"{system.name} found a way around its links: {counted}")
         report.link_ms = {delay: 1e3 * _measured(links, delay / 1e3) for delay in plan.delays_ms}
         for pair in range(plan.pairs):
             for delay_ms, sessions in itertools.product(plan.delays_ms, plan.sessions):

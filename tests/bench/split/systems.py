@@ -19,6 +19,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from meshnode.hosted import ACTIVATION_BYTES
 from meshnode.models.digest import digest_blocking
 from meshnode.models.gguf import read_header
 from meshnode.models.stages import cut
@@ -64,7 +65,8 @@ class Load:
 @dataclass(frozen=True)
 class System:
     """One of them, answering. `engines` compute, and `nodes` do all else. `crossings` counts how
-    often the work of a step has crossed a link so far; None where only the link itself can tell."""
+    often the work of a step has crossed a link so far; None where only the link itself can tell.
+    Activations take `token_bytes` on their way over all links."""
 
     name: str
     url: str
@@ -73,6 +75,7 @@ class System:
     links: tuple[Link, ...]
     load: Load
     crossings: Callable[[], int] | None = None
+    token_bytes: int = 0
 
     def cpu_s(self) -> tuple[float, float]:
         """CPU seconds that its nodes and its engines have used so far."""
@@ -129,7 +132,10 @@ def split(stages: int, model: Path, links: Links, folder: Path, speculate: str) 
         def crossings() -> int:
             return stages * int(_head_part(head)["steps"])
 
-        yield System(f"{stages} stages", head.url, *_pids(nodes), opened, load, crossings)
+        width = read_header(model).embedding_length
+        token_bytes = (stages - 1) * ACTIVATION_BYTES * width
+        name = f"{stages} stages"
+        yield System(name, head.url, *_pids(nodes), opened, load, crossings, token_bytes)
 
 
 def _serve_flags(option: str, file: Path, listen: str) -> tuple[str, ...]:
