@@ -53,7 +53,8 @@ class StagePart:
                 first=first,
                 end=end,
                 context_tokens=context_tokens,
-                slots=STEP_SLOTS_MAX,  # whatever its head has; they share one cache
+                # Whatever its head has: they share one cache. llama.cpp wants a token for each.
+                slots=min(STEP_SLOTS_MAX, context_tokens),
                 kv_type=options.kv_type,
                 threads=options.threads,
             ),

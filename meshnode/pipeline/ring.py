@@ -9,6 +9,7 @@ Does not know what the frames say, beyond whose they are and that a stage can co
 from __future__ import annotations
 
 import logging
+import math
 import os
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
@@ -246,8 +247,10 @@ class Rings:
             reason = await self._run(head, assigned, items)
             logger.warning("model %s: its pipeline ended: %s", items[0].name, reason)
             retry_s = RETRY_S if trio.current_time() > began_at + HEALTHY_S else retry_s
-            await trio.sleep(retry_s)
-            retry_s = min(2 * retry_s, RETRY_MAX_S)
+            if await self._is_decided_otherwise(head, items, retry_s):
+                retry_s = RETRY_S
+            else:
+                retry_s = min(2 * retry_s, RETRY_MAX_S)
 
     def _complete(self, head: Head) -> tuple[Assigned | None, tuple[Item, ...]]:
         assigned = self._assigned(head.model)
@@ -275,7 +278,7 @@ class Rings:
                 start(_send_all, head.next_step, stream)
                 start(_until_closed, stream)
                 start(_relay, awaited.stream, head.shape, opening, head.feed)
-                start(self._until_decided_otherwise, head, opening)
+                start(self._until_decided_otherwise, head, items)
             if ran.fault is not None:
                 await self._drop(PeerId(opening.owners[-2]))
         except _NotOpenedError as error:
@@ -292,12 +295,22 @@ class Rings:
                 await _end(stream)
         return ran.reason
 
-    async def _until_decided_otherwise(self, head: Head, opening: Opening) -> None:
-        while True:
-            await trio.sleep(LOOK_S)
-            assigned, items = self._complete(head)
-            if assigned is None or tuple(item.owner for item in items) != opening.owners:
-                raise _EndedError("the mesh has decided otherwise")
+    async def _until_decided_otherwise(self, head: Head, items: tuple[Item, ...]) -> None:
+        await self._is_decided_otherwise(head, items, math.inf)
+        raise _EndedError("the mesh has decided otherwise")
+
+    async def _is_decided_otherwise(
+        self, head: Head, items: tuple[Item, ...], within_s: float
+    ) -> bool:
+        """Whether the register names other owners than those of `items`, or parts that are not
+        loaded, before so much time is over."""
+        until = trio.current_time() + within_s
+        owners = [item.owner for item in items]
+        while trio.current_time() < until:
+            await trio.sleep(min(LOOK_S, within_s))
+            if [item.owner for item in self._complete(head)[1]] != owners:
+                return True
+        return False
 
 
 # --- one ring, while it runs ---------------------------------------------------------------------

@@ -6,11 +6,13 @@ in Kademlia and therefore only hints whose records are fetched and verified.
 
 py-libp2p's KadDHT is used as it is, through `MeshHost` (its protocol id is hard-coded), with its
 traps avoided: keys are hashed (peers refuse keys over 50 bytes), look-ups ask for one answer
-(with more it returns duplicates), silent peers cost 10 s so every operation has a bound here.
+(with more it returns duplicates), silent peers cost 10 s so every operation has a bound here, and
+who provides something itself is asked past (`_asking_others`).
 """
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import logging
 from collections.abc import AsyncIterator, Callable
@@ -94,14 +96,27 @@ class Dht:
         return bool(await self._bounded(self._kad.provide, self._provider_key(subject)))
 
     async def find_providers(self, subject: str) -> dict[PeerId, tuple[str, ...]]:
-        """Who claims to have `subject`, and where; unsigned, so hints only."""
+        """Who claims to have `subject`, and where, ourselves left out; unsigned, so hints only."""
         key = self._provider_key(subject)
-        found = await self._bounded(self._kad.find_providers, key, PROVIDERS_MAX)
+        found = await self._bounded(self._asking_others().find_providers, key, PROVIDERS_MAX)
+        own = self._kad.host.get_id()
         providers: dict[PeerId, tuple[str, ...]] = {}
         for info in found if isinstance(found, list) else []:
+            if info.peer_id == own:
+                continue
             peer = PeerId(str(info.peer_id))
             providers[peer] = tuple(str(address).partition("/p2p/")[0] for address in info.addrs)
         return providers
+
+    def _asking_others(self) -> KadDHT:
+        """The DHT, but for what it has stored itself: py-libp2p asks nobody else if that is
+        anything at all, even if it is only what this node has announced of itself
+        (https://github.com/libp2p/py-libp2p/blob/main/libp2p/kad_dht/provider_store.py)."""
+        store = copy.copy(self._kad.provider_store)
+        store.get_providers = lambda key: []  # type: ignore[method-assign]
+        kad = copy.copy(self._kad)
+        kad.provider_store = store
+        return kad
 
     async def _bounded(self, operation: Callable[..., object], *args: object) -> object:
         """Run one DHT operation within its bound. Failures are normal: hence None."""

@@ -344,11 +344,7 @@ class Kademlia:
         subject: int,
         then: Callable[[list[_Provider]], None],
     ) -> None:
-        """Up to `PROVIDERS_MAX`, first those that this machine has stored itself."""
-        own = node.providers.get(subject, {})
-        if own:
-            then(list(own.items())[:PROVIDERS_MAX])
-            return
+        """Up to `PROVIDERS_MAX` of others, as others have them stored."""
         found: dict[int, tuple[str, ...]] = {}
 
         def ask(nearest: list[int]) -> None:
@@ -365,7 +361,8 @@ class Kademlia:
                 )
                 return
             node.providers.setdefault(subject, {}).update(found)
-            told = partial(then, list(found.items())[:PROVIDERS_MAX])
+            others = [each for each in found.items() if each[0] != machine.index]
+            told = partial(then, others[:PROVIDERS_MAX])
             self._world.loop.after(slowest_ns, self._when_there, machine, node, told)
 
         self._search(machine, node, subject, ask)

@@ -73,6 +73,18 @@ async def test_what_one_publishes_another_finds_through_the_third() -> None:
                 assert set(a.host.addrs()) <= set(found[a.key.peer_id])
 
 
+async def test_who_provides_something_finds_the_others_that_do() -> None:
+    with trio.fail_after(120):
+        async with row_of_three() as (a, _, c):
+            assert await a.dht.provide("")
+            assert await c.dht.provide("")
+            # The library answers from its own store, where it is itself: when it does not any
+            # more, the door is simpler.
+            own = await c.dht._kad.find_providers(c.dht._provider_key(""))
+            assert c.key.peer_id in [str(info.peer_id) for info in own]
+            assert set(await c.dht.find_providers("")) == {a.key.peer_id}
+
+
 async def test_nobody_publishes_under_anothers_name() -> None:
     with trio.fail_after(120):
         async with row_of_three() as (a, b, c):

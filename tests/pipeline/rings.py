@@ -104,7 +104,8 @@ class Adder:
         await self._done[0].send(steps.encode(replace(step, tokens=b"", rows=done.tobytes())))
 
     async def receive(self) -> bytes:
-        return self.spoil(await self._done[1].receive())
+        frame = await self._done[1].receive()
+        return self.spoil(frame)
 
 
 @dataclass
@@ -190,7 +191,7 @@ class World:
     """Peers by name, what each has loaded, what is decided, and who was dropped by whom."""
 
     def __init__(self, nursery: trio.Nursery, *cuts: tuple[str, int, int]) -> None:
-        self._nursery = nursery
+        self.nursery = nursery
         self.rings: dict[str, Rings] = {}
         self.stages: dict[tuple[str, int, int], Stage] = {}
         self.assigned: dict[str, Assigned | None] = {}
@@ -234,7 +235,7 @@ class World:
             near, far = memory_stream_pair()
             ours, theirs = Wire(near, other, protocol), Wire(far, own, protocol)
             self.streams.append((own, other, ours, theirs))
-            self._nursery.start_soon(self.rings[other].serve, theirs)
+            self.nursery.start_soon(self.rings[other].serve, theirs)
             return ours
 
         return open_stream
