@@ -10,6 +10,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from meshnode import __version__
 
 
@@ -17,6 +19,12 @@ def cpu_used_s(pid: int) -> float:
     """CPU seconds a process has used, user and system, to the nanosecond: its clock
     (clock_getcpuclockid(3))."""
     return time.clock_gettime((~pid << 3) | 2)
+
+
+def busy_s() -> float:
+    """CPU seconds that this machine has worked, on all cores."""
+    times = psutil.cpu_times()
+    return float(sum(times) - times.idle - times.iowait - times.guest - times.guest_nice)
 
 
 def machine(packages: Sequence[str]) -> dict[str, Any]:

@@ -78,9 +78,10 @@ async def test_who_provides_something_finds_the_others_that_do() -> None:
         async with row_of_three() as (a, _, c):
             assert await a.dht.provide("")
             assert await c.dht.provide("")
-            # The library itself finds nobody but whoever asks: when it does, the door is simpler.
+            # The library answers from its own store, where it is itself: when it does not any
+            # more, the door is simpler.
             own = await c.dht._kad.find_providers(c.dht._provider_key(""))
-            assert [str(info.peer_id) for info in own] == [c.key.peer_id]
+            assert c.key.peer_id in [str(info.peer_id) for info in own]
             assert set(await c.dht.find_providers("")) == {a.key.peer_id}
 
 

@@ -47,10 +47,16 @@ class Weather:
 
 @dataclass
 class Tally:
-    """What crossed, for tests that must know that traffic took this way."""
+    """What crossed, for tests that must know that traffic took this way.
+
+    `turns`: how often a proxy's traffic changed its direction, which tells round trips of whoever
+    says nothing while it waits.
+    """
 
     passed: int = 0
     lost: int = 0
+    bytes: int = 0
+    turns: int = 0
 
 
 class _Link(threading.Thread):
@@ -61,9 +67,11 @@ class _Link(threading.Thread):
         self.weather = weather
         self.tally = Tally()
         self._random = random.Random(seed)
-        self._selector = selectors.DefaultSelector()
+        # select(2) waits to the microsecond, epoll(7) to the millisecond.
+        self._selector = selectors.SelectSelector()
         self._held: list[tuple[float, int, Callable[[], None]]] = []
         self._count = 0
+        self._outward = False
         self._over = threading.Event()
 
     def __enter__(self) -> Self:
@@ -92,6 +100,11 @@ class _Link(threading.Thread):
         self.tally.passed += not lost
         return lost
 
+    def _seen(self, data: bytes, outward: bool) -> None:
+        self.tally.bytes += len(data)
+        self.tally.turns += outward is not self._outward
+        self._outward = outward
+
     def _later(self, deliver: Callable[[], None], at: float | None = None) -> None:
         self._count += 1
         due = time.monotonic() + self.weather.delay_s if at is None else at
@@ -115,6 +128,7 @@ class UdpProxy(_Link):
     def _from_senders(self) -> None:
         for data, sender in _datagrams(self._front):
             back = self._backs.get(sender) or self._open(sender)
+            self._seen(data, outward=True)
             if not self._is_lost():
                 self._later(lambda data=data, back=back: _try_send(back, data, self._target))
 
@@ -123,6 +137,7 @@ class UdpProxy(_Link):
 
         def from_target() -> None:
             for data, _ in _datagrams(back):
+                self._seen(data, outward=False)
                 if not self._is_lost():
                     self._later(lambda data=data: _try_send(self._front, data, sender))
 
@@ -135,10 +150,20 @@ class UdpProxy(_Link):
 
 
 class TcpProxy(_Link):
-    """Connections to `port` reach `target`. TCP hides loss; what is left of it is a wait."""
+    """Connections to `port` reach `target`. TCP hides loss; what is left of it is a wait.
 
-    def __init__(self, target: tuple[str, int], weather: Weather, seed: int = 1) -> None:
+    `segment_bytes` are lost and passed on at once; on a link without loss, large ones cost less.
+    """
+
+    def __init__(
+        self,
+        target: tuple[str, int],
+        weather: Weather,
+        seed: int = 1,
+        segment_bytes: int = TCP_SEGMENT_BYTES,
+    ) -> None:
         super().__init__(weather, seed)
+        self._segment_bytes = segment_bytes
         self._target = target
         self._listening = socket.create_server(("127.0.0.1", 0))
         self._listening.setblocking(False)
@@ -155,21 +180,32 @@ class TcpProxy(_Link):
     def _accept(self) -> None:
         near, _ = self._listening.accept()
         far = socket.create_connection(self._target)
+        for each in (near, far):  # what is to be late is late already
+            each.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         for source, sink in ((near, far), (far, near)):
             self._open[source] = sink
             due = [0.0]
-            self._selector.register(
-                source,
-                selectors.EVENT_READ,
-                lambda source=source, sink=sink, due=due: self._carry(source, sink, due),
-            )
 
-    def _carry(self, source: socket.socket, sink: socket.socket, due: list[float]) -> None:
+            def carry(
+                source: socket.socket = source,
+                sink: socket.socket = sink,
+                due: list[float] = due,
+                outward: bool = source is near,
+            ) -> None:
+                self._carry(source, sink, due, outward)
+
+            self._selector.register(source, selectors.EVENT_READ, carry)
+
+    def _carry(
+        self, source: socket.socket, sink: socket.socket, due: list[float], outward: bool
+    ) -> None:
         """Segments keep their order: one that is late holds up those behind it."""
         try:
-            data = source.recv(TCP_SEGMENT_BYTES)
+            data = source.recv(self._segment_bytes)
         except OSError:
             data = b""
+        if data:
+            self._seen(data, outward)
         late_s = TCP_RETRANSMIT_S if self._is_lost() else 0.0
         if self.weather.silent:
             return

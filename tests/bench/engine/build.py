@@ -1,8 +1,9 @@
-"""llama-server for the comparison, compiled once per version and kept in `.cache/bench`.
+"""What llama.cpp has for the comparisons, compiled once per version and kept in `.cache/bench`.
 
 Its source is the llama.cpp tree inside the llama-cpp-python source package of the version that is
 installed, and it runs on the libraries that are installed: the compiler, the flags and the code
-that computes are the same on both sides. See `llama_server/CMakeLists.txt`.
+that computes are the same on both sides. See `llama_server/CMakeLists.txt`, and that of any other
+project that is to be `compiled`.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import subprocess
 import sys
 import tarfile
 import tempfile
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 
@@ -24,7 +26,6 @@ from tests.e2e.mesh import ROOT
 PACKAGE = "llama-cpp-python"
 PROJECT = Path(__file__).parent / "llama_server"
 CACHE = ROOT / ".cache" / "bench"
-LOG = CACHE / "llama-server-build.log"
 # As at the build of the wheel: the default of llama.cpp's own top.
 FLAGS = ("-DCMAKE_BUILD_TYPE=Release",)
 NICE = ("nice", "-n", "19")
@@ -40,15 +41,29 @@ def libraries() -> Path:
 
 def llama_server() -> Path:
     """The program; compiled now if it is not there, which takes minutes and says so."""
+    (program,) = compiled(PROJECT, ("llama-server",), "5 to 10 minutes")
+    return program
+
+
+def compiled(project: Path, products: Sequence[str], takes: str) -> tuple[Path, ...]:
+    """The `products` of a CMake project, which it puts into `bin`; compiled if one is not there.
+
+    The project is told LLAMA_SOURCE and LLAMA_LIBRARIES; `takes` is how long, on 2 cores.
+    """
     installed = version(PACKAGE)
-    recipe = (PROJECT / "CMakeLists.txt").read_text() + " ".join(FLAGS)
+    recipe = (project / "CMakeLists.txt").read_text() + " ".join(FLAGS)
     digest = hashlib.sha256(recipe.encode()).hexdigest()
-    program = CACHE / f"llama-server-{installed}-{digest[:12]}"
-    if not program.exists():
+    kept = tuple(CACHE / f"{product}-{installed}-{digest[:12]}" for product in products)
+    if not all(each.exists() for each in kept):
         CACHE.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix="building-", dir=CACHE) as scratch:
-            _build(_source(installed, Path(scratch)), Path(scratch) / "build", program)
-    return program
+            source, build = _source(installed, Path(scratch)), Path(scratch) / "build"
+            print(f"Compiling {' and '.join(products)}, once: {takes}", file=sys.stderr)
+            made = [f"bin/{product}" for product in products]
+            _build(project, source, build, made)
+            for product, place in zip(made, kept, strict=True):
+                (build / product).replace(place)
+    return kept
 
 
 def _source(installed: str, scratch: Path) -> Path:
@@ -63,14 +78,13 @@ def _source(installed: str, scratch: Path) -> Path:
     return scratch / archive.name.removesuffix(".tar.gz") / "vendor" / "llama.cpp"
 
 
-def _build(source: Path, build: Path, program: Path) -> None:
+def _build(project: Path, source: Path, build: Path, products: Sequence[str]) -> None:
     missing = [tool for tool in ("cmake", "ninja") if shutil.which(tool) is None]
     if missing:
-        raise SystemExit(f"compiling llama-server needs {' and '.join(missing)} in PATH")
-    print("Compiling llama-server, once: 5 to 10 minutes on 2 cores", file=sys.stderr)
+        raise SystemExit(f"compiling parts of llama.cpp needs {' and '.join(missing)} in PATH")
     where = (f"-DLLAMA_SOURCE={source}", f"-DLLAMA_LIBRARIES={libraries()}")
-    configure = ["cmake", "-G", "Ninja", "-S", str(PROJECT), "-B", str(build), *FLAGS, *where]
-    for command in (configure, [*NICE, "ninja", "-C", str(build), "llama-server"]):
-        if status := run_with_progress(command, dict(os.environ), LOG):
-            raise SystemExit(f"building llama-server failed (exit {status}); see {LOG}")
-    (build / "bin" / "llama-server").replace(program)
+    configure = ["cmake", "-G", "Ninja", "-S", str(project), "-B", str(build), *FLAGS, *where]
+    log = CACHE / f"{project.name}-build.log"
+    for command in (configure, [*NICE, "ninja", "-C", str(build), *products]):
+        if status := run_with_progress(command, dict(os.environ), log):
+            raise SystemExit(f"building {project.name} failed (exit {status}); see {log}")

@@ -23,7 +23,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import psutil
 import trio
 
 from meshnode.models.catalog import resolve
@@ -41,7 +40,7 @@ from tests.bench.engine.servers import (
     our_node,
 )
 from tests.bench.engine.servers import llama_server as running_llama_server
-from tests.bench.machine import machine, machine_lines
+from tests.bench.machine import busy_s, machine, machine_lines
 from tests.e2e.mesh import MODEL_NAME
 
 PAIRS_DEFAULT = 5
@@ -154,7 +153,7 @@ class Plan:
 def measure(plan: Plan, say: Callable[[str], None] = print) -> Report:
     """Start both servers, run all pairs, end everything; `say` hears how far it is."""
     program = llama_server()
-    model = plan.model or _packaged_model()
+    model = plan.model or packaged_model()
     never = {str(token): NEVER for token in end_tokens(model)}
     report = Report(str(plan.setting), model.name, machine(PACKAGES))
     report.machine["load_before"] = os.getloadavg()[0]
@@ -208,18 +207,12 @@ def _ask_both_turns(
 def _take(
     server: Server, sets: Sequence[Sequence[Conversation]], never: dict[str, float]
 ) -> _Taken:
-    cpu_before, busy_before, begun_at = server.cpu_s(), _busy_s(), time.perf_counter()
+    cpu_before, busy_before, begun_at = server.cpu_s(), busy_s(), time.perf_counter()
     seen = tuple(ask_all(server.url, MODEL_NAME, each, ANSWER_TOKENS, never) for each in sets)
     took_s = time.perf_counter() - begun_at
     cpu_s = {part: used - cpu_before[part] for part, used in server.cpu_s().items()}
-    foreign_s = _busy_s() - busy_before - sum(cpu_s.values())
+    foreign_s = busy_s() - busy_before - sum(cpu_s.values())
     return _Taken(seen, cpu_s, max(0.0, foreign_s / took_s))
-
-
-def _busy_s() -> float:
-    """CPU seconds that this machine has worked, on all cores."""
-    times = psutil.cpu_times()
-    return float(sum(times) - times.idle - times.iowait - times.guest - times.guest_nice)
 
 
 def _run(point: Point, server: Server, taken: _Taken) -> Run:
@@ -236,7 +229,7 @@ def _run(point: Point, server: Server, taken: _Taken) -> Run:
     )
 
 
-def _packaged_model() -> Path:
+def packaged_model() -> Path:
     """The file that a node of the default configuration serves."""
     shipped = resolve("default", CACHE).path
 

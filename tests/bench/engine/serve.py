@@ -10,7 +10,13 @@ import meshnode.hosted
 from meshnode.cli import main
 from meshnode.engine.process import EngineOptions
 
-if __name__ == "__main__":
+
+def fix_threads() -> None:
+    """To the first argument, which is taken away."""
     threads = int(sys.argv.pop(1))
     meshnode.hosted.EngineOptions = partial(EngineOptions, threads=threads)
+
+
+if __name__ == "__main__":
+    fix_threads()
     main()

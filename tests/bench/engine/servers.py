@@ -10,7 +10,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from http.client import HTTPConnection, HTTPException
@@ -85,22 +85,28 @@ def _engine_of(node: NodeProcess) -> int:
 
 
 @contextmanager
-def llama_server(program: Path, model: Path, setting: Setting, folder: Path) -> Iterator[Server]:
-    """llama-server as it comes, but for what is to be equal."""
-    port = _free_port()
+def llama_server(
+    program: Path,
+    model: Path,
+    setting: Setting,
+    folder: Path,
+    flags: Sequence[str] = (),
+    environment: Mapping[str, str] | None = None,
+) -> Iterator[Server]:
+    """llama-server as it comes, but for what is to be equal, and for more `flags`."""
+    port = free_port()
     command = [program, "--model", model, "--alias", MODEL_NAME, "--port", str(port)]
     command += ["--parallel", str(SLOTS), "--ctx-size", str(CONTEXT_TOKENS), "--kv-unified"]
-    environment = {**os.environ, "LD_LIBRARY_PATH": str(libraries())}
-    environment.pop("GOMP_SPINCOUNT", None)
+    place = native_environment(spins=setting.threads is None) | dict(environment or {})
     if setting.threads is not None:
         threads = str(setting.threads)
         command += ["--threads", threads, "--threads-batch", threads]
-        environment["GOMP_SPINCOUNT"] = CHILD_ENVIRONMENT["GOMP_SPINCOUNT"]
+    command += flags
     log_path = folder / "llama-server.log"
     with (
         log_path.open("wb") as log,
         subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment
+            command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=place
         ) as process,
     ):
         try:
@@ -111,7 +117,16 @@ def llama_server(program: Path, model: Path, setting: Setting, folder: Path) -> 
             process.kill()
 
 
-def _free_port() -> int:
+def native_environment(spins: bool) -> dict[str, str]:
+    """Of a program that runs on the installed libraries."""
+    environment = {**os.environ, "LD_LIBRARY_PATH": str(libraries())}
+    environment.pop("GOMP_SPINCOUNT", None)
+    if not spins:
+        environment["GOMP_SPINCOUNT"] = CHILD_ENVIRONMENT["GOMP_SPINCOUNT"]
+    return environment
+
+
+def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
