@@ -436,9 +436,11 @@ class Liveness:
         return max(state.heard_at, self._excused_at) + SUPPORT_S * self.health
 
     def _is_silent(self, peer: str, state: _Peer, now: float) -> bool:
+        if peer not in self._expected:
+            return False
         # If we have just woken, what happened meanwhile is still unread: judge as of before.
         seen_at = now if self._lateness_s(now) < LATE_S else self._attended_at
-        return peer in self._expected and self._silent_at(state) <= seen_at
+        return self._silent_at(state) <= seen_at
 
     def _verdict_at(self, state: _Peer) -> float:
         if state.doubted_at is None:

@@ -593,7 +593,8 @@ class Stack:
         known = self.records.get(PeerId(peer))
         certified = link.membership.roles
         told = certified if known is None else known.record.roles
-        return any(role in certified and role in told for role in _STAYING)
+        shared = certified if told == certified else {*certified} & {*told}
+        return not _STAYING.isdisjoint(shared)
 
     def _may_vote(self, peer: str) -> bool:
         """In an open mesh identities are free: whoever decides there is named by its root."""
