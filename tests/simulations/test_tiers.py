@@ -105,6 +105,9 @@ def test_what_a_tier_cannot_do_is_an_error_that_says_so() -> None:
     models = (Model(name="a"), Model(name="b"))
     with pytest.raises(ConfigError, match="models"):
         t3.check(Scenario(a_join().scenario, mesh=a_join().mesh, models=models))
+    for model in (Model(name="a", activation_bytes=8192), Model(name="a", fetched=1)):
+        with pytest.raises(ConfigError, match="fits on every node"):
+            t3.check(Scenario(a_join().scenario, mesh=a_join().mesh, models=(model,)))
     with pytest.raises(ConfigError, match="t4"):
         compare(a_join(), (1,), ("t1", "t4"))
 
