@@ -325,6 +325,32 @@ async def test_few_streams_at_once(world: World) -> None:
     assert isinstance(await ask(world.stream_to(ANN), world.model, 0, 1), LeavesFollow)
 
 
+async def test_who_does_not_take_what_it_asked_for_is_let_go(
+    world: World, autojump_clock: MockClock
+) -> None:
+    """And no leaf is read before there is room for it."""
+    autojump_clock.autojump_threshold = THREADS_S
+    waiting: list[int] = []
+
+    async def full(data: bytes) -> None:
+        waiting.append(len(data))
+        if len(data) > LEAF_BYTES:
+            await trio.sleep_forever()
+
+    async def serve(stream: Stream) -> None:
+        stream.send_all = full  # type: ignore[method-assign,assignment]
+        await world.shelf().serve(stream)
+
+    world.add(ANN, serve)
+    stream = world.stream_to(ANN)
+    begun = trio.current_time()
+    await send_frame(stream, encode(WantLeaves(world.model, 0, 8)))
+    assert await stream.receive_some() == b""
+    assert IDLE_S <= trio.current_time() - begun < 2 * IDLE_S
+    assert [length for length in waiting if length > LEAF_BYTES] == [LEAF_BYTES + 4]
+    assert not world.dropped
+
+
 async def test_who_asks_nothing_more_is_let_go(world: World, autojump_clock: MockClock) -> None:
     world.add(ANN)
     stream = world.stream_to(ANN)
