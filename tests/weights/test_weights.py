@@ -270,6 +270,36 @@ async def test_the_next_goes_on_where_one_has_died(world: World) -> None:
     assert {leaf for peer, leaf in world.asked if peer == BEA} == set(range(LEAVES)) - proven
 
 
+async def test_whoever_brings_something_is_asked_again(
+    world: World, autojump_clock: MockClock
+) -> None:
+    """A line that breaks after each leaf or two: more often than one tries in vain."""
+    autojump_clock.autojump_threshold = THREADS_S
+    streams = 0
+
+    async def breaks(stream: Stream) -> None:
+        nonlocal streams
+        streams += 1
+        left = 6 if streams == 1 else 2
+
+        async def send_some(data: bytes) -> None:
+            nonlocal left
+            left -= 1
+            if left < 0:
+                raise trio.BrokenResourceError
+            await honest(data)
+
+        honest, stream.send_all = stream.send_all, send_some  # type: ignore[method-assign,assignment]
+        await world.shelf().serve(stream)
+
+    world.add(ANN, breaks)
+    file = await a_fetch(world).bring(
+        [(n * LEAF_BYTES, n * LEAF_BYTES + 1) for n in range(1, LEAVES, 2)]
+    )
+    assert streams > PASSES_MAX
+    assert set(is_there(file, world.path)) == {1, 3, 5, 7, 9, *corners(LEAVES)}
+
+
 # --- the shelf --------------------------------------------------------------------------------
 
 
