@@ -44,7 +44,6 @@ class RemoteFile:
         """Likewise."""
         self.progress: Callable[[float], None] = lambda fraction: None
         """Is told 0..1 while something is brought."""
-        self.held_bytes = 0
         self.is_whole = False
         self._cache_dir = cache_dir
         self._fetch: Fetch | None = None
@@ -110,11 +109,11 @@ class RemoteFile:
         assert self._fetch is not None
         try:
             file = await self._fetch.bring(
-                ranges, lambda done_bytes, wanted_bytes: self.progress(done_bytes / wanted_bytes)
+                ranges,
+                lambda done_bytes, wanted_bytes: self.progress(done_bytes / max(wanted_bytes, 1)),
             )
         except FetchError as error:
             raise ModelLoadError(str(error)) from error
-        self.held_bytes = file.held_bytes
         self.is_whole = file.held_bytes == file.size_bytes
 
 

@@ -72,6 +72,12 @@ async def test_a_part_is_loaded_from_no_more_than_its_own_bytes(
             assert model.state != "failed", model.snapshot()
             await trio.sleep(0.01)
     stage = cut(world.path, *layers)
+    (part,) = (tmp_path / "data").glob("cache/parts/*.gguf")
+    rows = slice(
+        stage.lookup.offset, stage.lookup.offset + stage.lookup.count * stage.lookup.row_bytes
+    )
+    read = part.read_bytes()[rows] == world.path.read_bytes()[rows]
+    assert read is stage.is_first, "only the first layers look tokens up"
     own = leaves_of(needed(stage))
     assert {leaf for _, leaf in world.asked} == header | own
     assert len(own) * LEAF_BYTES <= sum(end - start for start, end in needed(stage)) + (

@@ -270,6 +270,36 @@ async def test_the_next_goes_on_where_one_has_died(world: World) -> None:
     assert {leaf for peer, leaf in world.asked if peer == BEA} == set(range(LEAVES)) - proven
 
 
+async def test_whoever_brings_something_is_asked_again(
+    world: World, autojump_clock: MockClock
+) -> None:
+    """A line that breaks after each leaf or two: more often than one tries in vain."""
+    autojump_clock.autojump_threshold = THREADS_S
+    streams = 0
+
+    async def breaks(stream: Stream) -> None:
+        nonlocal streams
+        streams += 1
+        left = 6 if streams == 1 else 2
+
+        async def send_some(data: bytes) -> None:
+            nonlocal left
+            left -= 1
+            if left < 0:
+                raise trio.BrokenResourceError
+            await honest(data)
+
+        honest, stream.send_all = stream.send_all, send_some  # type: ignore[method-assign,assignment]
+        await world.shelf().serve(stream)
+
+    world.add(ANN, breaks)
+    file = await a_fetch(world).bring(
+        [(n * LEAF_BYTES, n * LEAF_BYTES + 1) for n in range(1, LEAVES, 2)]
+    )
+    assert streams > PASSES_MAX
+    assert set(is_there(file, world.path)) == {1, 3, 5, 7, 9, *corners(LEAVES)}
+
+
 # --- the shelf --------------------------------------------------------------------------------
 
 
@@ -323,6 +353,32 @@ async def test_few_streams_at_once(world: World) -> None:
     await streams[0].aclose()
     await trio.testing.wait_all_tasks_blocked()
     assert isinstance(await ask(world.stream_to(ANN), world.model, 0, 1), LeavesFollow)
+
+
+async def test_who_does_not_take_what_it_asked_for_is_let_go(
+    world: World, autojump_clock: MockClock
+) -> None:
+    """And no leaf is read before there is room for it."""
+    autojump_clock.autojump_threshold = THREADS_S
+    waiting: list[int] = []
+
+    async def full(data: bytes) -> None:
+        waiting.append(len(data))
+        if len(data) > LEAF_BYTES:
+            await trio.sleep_forever()
+
+    async def serve(stream: Stream) -> None:
+        stream.send_all = full  # type: ignore[method-assign,assignment]
+        await world.shelf().serve(stream)
+
+    world.add(ANN, serve)
+    stream = world.stream_to(ANN)
+    begun = trio.current_time()
+    await send_frame(stream, encode(WantLeaves(world.model, 0, 8)))
+    assert await stream.receive_some() == b""
+    assert IDLE_S <= trio.current_time() - begun < 2 * IDLE_S
+    assert [length for length in waiting if length > LEAF_BYTES] == [LEAF_BYTES + 4]
+    assert not world.dropped
 
 
 async def test_who_asks_nothing_more_is_let_go(world: World, autojump_clock: MockClock) -> None:
