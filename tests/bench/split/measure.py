@@ -28,6 +28,7 @@ from tests.bench.engine.measure import NEVER, Ratio, packaged_model
 from tests.bench.engine.servers import SLOTS, end_tokens
 from tests.bench.machine import busy_s, machine, machine_lines
 from tests.bench.split.links import Crossed, Links, round_trip_s
+from tests.bench.split.reading import read_ahead_bytes
 from tests.bench.split.systems import (
     CONTEXT_TOKENS,
     RPC,
@@ -56,6 +57,8 @@ IDLE_S = 3.0
 IDLE_BYTES_MAX = 50_000
 """In this time. New members try their links first, with more."""
 SETTLE_S = 90.0
+NUMBER_BYTES = {"f32": 4, "f16": 2, "i8": 1}
+"""At least, in an activation on its way."""
 WIRES = 3
 """How often it is counted; shown is the median."""
 OTHERS = (WHOLE, *RPC.values())
@@ -127,7 +130,7 @@ class Report:
     what delays cost."""
 
     model: str
-    speculate: str
+    flags: str
     machine: dict[str, Any]
     link_ms: dict[float, float] = field(default_factory=dict)
     loads: dict[str, Load] = field(default_factory=dict)
@@ -139,22 +142,28 @@ class Report:
 
 @dataclass(frozen=True)
 class Plan:
-    """What to measure; `model` None is the packaged one, as a node requantises it. Stages guess
-    ahead as `speculate` says (`meshnode serve --speculate`), the others do not."""
+    """What to measure; `model` None is the packaged one, as a node requantises it. `speculate`
+    and `activations` are flags of the nodes that are stages."""
 
     pairs: int = PAIRS_DEFAULT
     delays_ms: tuple[float, ...] = DELAYS_MS
     sessions: tuple[int, ...] = SESSIONS
     stages: tuple[int, ...] = STAGES
     speculate: str = "off"
+    activations: str = "f32"
     model: Path | None = None
+
+    @property
+    def flags(self) -> tuple[str, ...]:
+        """Of the stages."""
+        return ("--speculate", self.speculate, "--activations", self.activations)
 
 
 def measure(plan: Plan, say: Callable[[str], None] = print) -> Report:
     """Start all, run all rounds, end everything; `say` hears how far it is."""
     model = plan.model or packaged_model()
     never = {str(token): NEVER for token in end_tokens(model)}
-    report = Report(model.name, plan.speculate, machine(PACKAGES))
+    report = Report(model.name, " ".join(plan.flags), machine(PACKAGES))
     report.machine["load_before"] = os.getloadavg()[0]
     seeds = itertools.count(1)
 
@@ -164,6 +173,7 @@ def measure(plan: Plan, say: Callable[[str], None] = print) -> Report:
 
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="split-")))
+        report.machine["read_ahead_bytes"] = read_ahead_bytes(folder)
         links = stack.enter_context(Links())
         systems: list[System] = []
         for starting in _starting(plan, model, links, folder):
@@ -186,7 +196,7 @@ def measure(plan: Plan, say: Callable[[str], None] = print) -> Report:
                     spent.append((crossed(system, links) - before, time.monotonic() - began_at))
                 counted.append(wire(system.name, sessions, spent, idle[system.name]))
             report.wires.append(sorted(counted, key=lambda each: each.bytes)[WIRES // 2])
-            if report.wires[-1].bytes < system.token_bytes:
+            if report.wires[-1].bytes < system.token_numbers * NUMBER_BYTES[plan.activations]:
                 raise SystemExit(f"{system.name} found a way around its links: {counted}")
         report.link_ms = {delay: 1e3 * _measured(links, delay / 1e3) for delay in plan.delays_ms}
         for pair in range(plan.pairs):
@@ -216,7 +226,7 @@ def _starting(plan: Plan, model: Path, links: Links, folder: Path) -> Iterator[A
 
     yield whole(model, place("whole"))
     for stages in plan.stages:
-        yield split(stages, model, links, place(str(stages)), plan.speculate)
+        yield split(stages, model, links, place(str(stages)), plan.flags)
     for servers in RPC:
         yield rpc(servers, model, links, place(f"rpc-{servers}"))
 
@@ -344,13 +354,13 @@ def as_text(report: Report) -> str:
             *machine_lines(report.machine),
             f"{report.model}, {SLOTS} slots, {CONTEXT_TOKENS} tokens of context, prompts of about "
             f"{PROMPT_WORDS} tokens, {ANSWER_TOKENS} tokens per answer",
-            f"one thread per stage, and per half with RPC; stages' --speculate {report.speculate}; "
+            f"one thread per stage, and per half with RPC; stages with {report.flags}; "
             f"load {report.machine['load_before']:.1f} before",
             f"delays one way, and measured round trips of the links, ms: {trips}",
             "",
             "loading: s until it answers, s of these with layers being loaded, MB that crossed",
             "links until then; per process its layers' MB of the file, and MB read of the file",
-            "(the kernel reads ahead)",
+            f"(the kernel reads {report.machine['read_ahead_bytes'] / MB:.1f} ahead, and headers)",
             *(_load_line(name, load) for name, load in report.loads.items()),
             "",
             "per generated token: bytes, crossings of a link, round trips; bytes a second if idle",
@@ -369,7 +379,7 @@ def as_text(report: Report) -> str:
 
 def _load_line(name: str, load: Load) -> str:
     parts = ", ".join(
-        f"{part.layers}: {part.own_bytes / MB:.1f} {part.read_bytes / MB:.1f}"
+        f"{part.first}-{part.end - 1}: {part.own_bytes / MB:.1f} {part.read_bytes / MB:.1f}"
         for part in load.parts
     )
     crossed_mb = load.crossed_bytes / MB
