@@ -65,7 +65,8 @@ class Load:
 @dataclass(frozen=True)
 class System:
     """One of them, answering. `engines` compute, and `nodes` do all else. `crossings` counts how
-    often the work of a step has crossed a link so far; None where only the link itself can tell.
+    often the work of a step has crossed a link so far, and raises `RuntimeError` if none can any
+    more; it is None where only the link itself can tell.
     Of activations, `token_numbers` cross all links together for a token."""
 
     name: str
@@ -170,7 +171,7 @@ def _wait_ring(nodes: Sequence[NodeProcess]) -> tuple[NodeProcess, float]:
 def _head_part(head: NodeProcess) -> Json:
     model = head.status()["models"][0]
     if not model["ring"]:
-        raise SystemExit(f"the ring broke while it was measured:\n{head.log_tail()}")
+        raise RuntimeError(f"the ring broke while it was measured:\n{head.log_tail()}")
     return dict(model["parts"][-1])
 
 
@@ -252,7 +253,7 @@ def _rpc_server(
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=log,
-            env=native_environment(spins=False) | environment,
+            env={**native_environment(spins=False), **environment},
         ) as process,
     ):
         try:
