@@ -31,6 +31,7 @@ def main() -> None:
     add("--stages", type=int, nargs="+", default=STAGES, choices=STAGES, help="how many nodes")
     add("--pairs", type=int, default=PAIRS_DEFAULT, metavar="N", help="rounds over all points")
     add("--speculate", choices=("off", "lookup", "auto"), default="off", help="of the stages")
+    add("--activations", choices=("f32", "f16", "i8"), default="f32", help="between the stages")
     add("--model", type=Path, metavar="GGUF", help="instead of the small default model")
     add("--json", type=Path, metavar="FILE", help="where all runs go as well")
     options = parser.parse_args()
@@ -44,6 +45,7 @@ def main() -> None:
         tuple(options.sessions),
         tuple(options.stages),
         options.speculate,
+        options.activations,
         options.model,
     )
     report = measure(plan, lambda text: print(text, file=sys.stderr))

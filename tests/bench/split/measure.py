@@ -28,6 +28,7 @@ from tests.bench.engine.measure import NEVER, Ratio, packaged_model
 from tests.bench.engine.servers import SLOTS, end_tokens
 from tests.bench.machine import busy_s, machine, machine_lines
 from tests.bench.split.links import Crossed, Links, round_trip_s
+from tests.bench.split.reading import read_ahead_bytes
 from tests.bench.split.systems import (
     CONTEXT_TOKENS,
     RPC,
@@ -56,6 +57,8 @@ IDLE_S = 3.0
 IDLE_BYTES_MAX = 50_000
 """In this time. New members try their links first, with more."""
 SETTLE_S = 90.0
+NUMBER_BYTES = {"f32": 4, "f16": 2, "i8": 1}
+"""At least, in an activation on its way."""
 WIRES = 3
 """How often it is counted; shown is the median."""
 OTHERS = (WHOLE, *RPC.values())
@@ -124,10 +127,10 @@ class Row:
 @dataclass
 class Report:
     """`link_ms`: round trips of the links as measured, by delay. `round_trips`: of a token, by
-    what delays cost."""
+    what delays cost. `ended`: why it was measured no further, if something failed."""
 
     model: str
-    speculate: str
+    flags: str
     machine: dict[str, Any]
     link_ms: dict[float, float] = field(default_factory=dict)
     loads: dict[str, Load] = field(default_factory=dict)
@@ -135,35 +138,46 @@ class Report:
     rows: list[Row] = field(default_factory=list)
     round_trips: dict[str, float] = field(default_factory=dict)
     runs: list[Run] = field(default_factory=list)
+    ended: str = ""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What to measure; `model` None is the packaged one, as a node requantises it. Stages guess
-    ahead as `speculate` says (`meshnode serve --speculate`), the others do not."""
+    """What to measure; `model` None is the packaged one, as a node requantises it. `speculate`
+    and `activations` are flags of the nodes that are stages."""
 
     pairs: int = PAIRS_DEFAULT
     delays_ms: tuple[float, ...] = DELAYS_MS
     sessions: tuple[int, ...] = SESSIONS
     stages: tuple[int, ...] = STAGES
     speculate: str = "off"
+    activations: str = "f32"
     model: Path | None = None
+
+    @property
+    def flags(self) -> tuple[str, ...]:
+        """Of the stages."""
+        return ("--speculate", self.speculate, "--activations", self.activations)
 
 
 def measure(plan: Plan, say: Callable[[str], None] = print) -> Report:
     """Start all, run all rounds, end everything; `say` hears how far it is."""
     model = plan.model or packaged_model()
     never = {str(token): NEVER for token in end_tokens(model)}
-    report = Report(model.name, plan.speculate, machine(PACKAGES))
+    report = Report(model.name, " ".join(plan.flags), machine(PACKAGES))
     report.machine["load_before"] = os.getloadavg()[0]
     seeds = itertools.count(1)
 
-    def ask(system: System, sessions: int, tokens: int, seed: int) -> Seen:
-        chats = [Conversation.of(PROMPT_WORDS, seed * max(SESSIONS) + i) for i in range(sessions)]
+    def ask(system: System, sessions: int, tokens: int, seed: int | None = None) -> Seen:
+        seed = next(seeds) if seed is None else seed
+        chats = [
+            Conversation.of(PROMPT_WORDS, seed * max(plan.sessions) + i) for i in range(sessions)
+        ]
         return ask_all(system.url, MODEL_NAME, chats, tokens, never)
 
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="split-")))
+        report.machine["read_ahead_bytes"] = read_ahead_bytes(folder)
         links = stack.enter_context(Links())
         systems: list[System] = []
         for starting in _starting(plan, model, links, folder):
@@ -172,36 +186,32 @@ def measure(plan: Plan, say: Callable[[str], None] = print) -> Report:
             report.loads[system.name] = system.load
             systems.append(system)
         for system in systems:
-            ask(system, 1, WARM_TOKENS, next(seeds))
+            ask(system, 1, WARM_TOKENS)
         stack.enter_context(suppress(KeyboardInterrupt))  # there is something to report by now
         idle = _idle(systems, links)
         for system, sessions in itertools.product(systems[1:], plan.sessions):
             say(f"what crosses the links of {system.name} at {sessions} sessions")
-            counted = []
-            for _ in range(WIRES):
-                spent = []
-                for tokens in (SHORT_TOKENS, LONG_TOKENS):
-                    before, began_at = crossed(system, links), time.monotonic()
-                    ask(system, sessions, tokens, next(seeds))
-                    spent.append((crossed(system, links) - before, time.monotonic() - began_at))
-                counted.append(wire(system.name, sessions, spent, idle[system.name]))
+            idle_bytes = idle[system.name]
+            counted = [_wire(system, sessions, links, ask, idle_bytes) for _ in range(WIRES)]
             report.wires.append(sorted(counted, key=lambda each: each.bytes)[WIRES // 2])
-            if report.wires[-1].bytes < system.token_bytes:
+            if report.wires[-1].bytes < system.token_numbers * NUMBER_BYTES[plan.activations]:
                 raise SystemExit(f"{system.name} found a way around its links: {counted}")
         report.link_ms = {delay: 1e3 * _measured(links, delay / 1e3) for delay in plan.delays_ms}
-        for pair in range(plan.pairs):
-            for delay_ms, sessions in itertools.product(plan.delays_ms, plan.sessions):
-                say(f"round {pair + 1} of {plan.pairs}: {delay_ms:g} ms, {sessions} sessions")
-                links.delay(delay_ms / 1e3)
-                seed = next(seeds)
+        try:
+            for pair in range(plan.pairs):
                 first = pair % len(systems)
-                for system in (*systems[first:], *systems[:first]):
-                    before, busy_before_s = system.cpu_s(), busy_s()
-                    seen = ask(system, sessions, ANSWER_TOKENS, seed)
-                    cpu_s = tuple(b - a for a, b in zip(before, system.cpu_s(), strict=True))
-                    others_s = busy_s() - busy_before_s - sum(cpu_s)
-                    point = Point(delay_ms, sessions)
-                    report.runs.append(_run(point, system.name, seen, cpu_s, others_s))
+                in_turn = (*systems[first:], *systems[:first])
+                for delay_ms, sessions in itertools.product(plan.delays_ms, plan.sessions):
+                    say(f"round {pair + 1} of {plan.pairs}: {delay_ms:g} ms, {sessions} sessions")
+                    links.delay(delay_ms / 1e3)
+                    point, seed = Point(delay_ms, sessions), next(seeds)
+                    for system in in_turn:
+                        at = _Meter(system)
+                        seen = ask(system, sessions, ANSWER_TOKENS, seed)
+                        report.runs.append(at.run(point, seen))
+                        crossed(system, links)  # it is still whole
+        except RuntimeError as error:  # an answer that is none, after an hour: tell the others
+            report.ended = str(error)
     report.rows = rows(report.runs)
     report.round_trips = round_trips(report.runs)
     return report
@@ -216,7 +226,7 @@ def _starting(plan: Plan, model: Path, links: Links, folder: Path) -> Iterator[A
 
     yield whole(model, place("whole"))
     for stages in plan.stages:
-        yield split(stages, model, links, place(str(stages)), plan.speculate)
+        yield split(stages, model, links, place(str(stages)), plan.flags)
     for servers in RPC:
         yield rpc(servers, model, links, place(f"rpc-{servers}"))
 
@@ -240,19 +250,44 @@ def _measured(links: Links, delay_s: float) -> float:
     return round_trip_s(links)
 
 
-def _run(point: Point, system: str, seen: Seen, cpu_s: tuple[float, ...], others_s: float) -> Run:
-    nodes_s, engines_s = (each / seen.tokens for each in cpu_s)
-    firsts_s = [told.first_s for told in seen.told]
-    return Run(
-        point,
-        system,
-        seen.tokens / seen.took_s,
-        (seen.took_s - statistics.median(firsts_s)) / (ANSWER_TOKENS - 1),
-        statistics.median(firsts_s),
-        nodes_s,
-        engines_s,
-        max(0.0, others_s / seen.took_s),
-    )
+def _wire(
+    system: System,
+    sessions: int,
+    links: Links,
+    ask: Callable[[System, int, int], Seen],
+    idle_bytes_per_s: float,
+) -> Wire:
+    spent = []
+    for tokens in (SHORT_TOKENS, LONG_TOKENS):
+        before, began_at = crossed(system, links), time.monotonic()
+        ask(system, sessions, tokens)
+        spent.append((crossed(system, links) - before, time.monotonic() - began_at))
+    return wire(system.name, sessions, spent, idle_bytes_per_s)
+
+
+class _Meter:
+    """Of one load on one system, from its making on."""
+
+    def __init__(self, system: System) -> None:
+        self._system = system
+        self._cpu_s = system.cpu_s()
+        self._busy_s = busy_s()
+
+    def run(self, point: Point, seen: Seen) -> Run:
+        used_s = self._system.cpu_s()
+        nodes_s, engines_s = (b - a for a, b in zip(self._cpu_s, used_s, strict=True))
+        others_s = busy_s() - self._busy_s - nodes_s - engines_s
+        first_s = statistics.median(told.first_s for told in seen.told)
+        return Run(
+            point,
+            self._system.name,
+            seen.tokens / seen.took_s,
+            (seen.took_s - first_s) / (ANSWER_TOKENS - 1),
+            first_s,
+            nodes_s / seen.tokens,
+            engines_s / seen.tokens,
+            max(0.0, others_s / seen.took_s),
+        )
 
 
 # --- figures ------------------------------------------------------------------------------------
@@ -344,13 +379,13 @@ def as_text(report: Report) -> str:
             *machine_lines(report.machine),
             f"{report.model}, {SLOTS} slots, {CONTEXT_TOKENS} tokens of context, prompts of about "
             f"{PROMPT_WORDS} tokens, {ANSWER_TOKENS} tokens per answer",
-            f"one thread per stage, and per half with RPC; stages' --speculate {report.speculate}; "
+            f"one thread per stage, and per half with RPC; stages with {report.flags}; "
             f"load {report.machine['load_before']:.1f} before",
             f"delays one way, and measured round trips of the links, ms: {trips}",
             "",
             "loading: s until it answers, s of these with layers being loaded, MB that crossed",
             "links until then; per process its layers' MB of the file, and MB read of the file",
-            "(the kernel reads ahead)",
+            f"(the kernel reads {report.machine['read_ahead_bytes'] / MB:.1f} ahead, and headers)",
             *(_load_line(name, load) for name, load in report.loads.items()),
             "",
             "per generated token: bytes, crossings of a link, round trips; bytes a second if idle",
@@ -363,13 +398,14 @@ def as_text(report: Report) -> str:
             "nodes and of what computes; others used so many cores meanwhile: last column",
             _HEADER,
             *(_line(row) for row in report.rows),
+            *([f"ended early: {report.ended}"] if report.ended else []),
         ]
     )
 
 
 def _load_line(name: str, load: Load) -> str:
     parts = ", ".join(
-        f"{part.layers}: {part.own_bytes / MB:.1f} {part.read_bytes / MB:.1f}"
+        f"{part.first}-{part.end - 1}: {part.own_bytes / MB:.1f} {part.read_bytes / MB:.1f}"
         for part in load.parts
     )
     crossed_mb = load.crossed_bytes / MB

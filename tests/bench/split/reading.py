@@ -1,6 +1,7 @@
 """Which bytes of a file have been read: those that the kernel has in its cache after it had none.
 
-That counts whoever reads, and however: by read(2), through a mapping, or from file to file.
+That counts whoever reads, and however: by read(2), through a mapping, or from file to file. What
+the kernel reads ahead of whoever reads is counted too.
 """
 
 from __future__ import annotations
@@ -39,3 +40,10 @@ def bytes_read(path: Path) -> int:
     if failed:
         raise OSError(ctypes.get_errno(), "mincore")
     return sum(page & 1 for page in pages) * mmap.PAGESIZE
+
+
+def read_ahead_bytes(folder: Path) -> int:
+    """How much the kernel may read ahead of a reader of files there; 0 if it does not say."""
+    device = folder.stat().st_dev
+    told = Path(f"/sys/class/bdi/{os.major(device)}:{os.minor(device)}/read_ahead_kb")
+    return 1024 * int(told.read_text()) if told.exists() else 0

@@ -19,7 +19,6 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from meshnode.hosted import ACTIVATION_BYTES
 from meshnode.models.digest import digest_blocking
 from meshnode.models.gguf import read_header
 from meshnode.models.stages import cut
@@ -46,7 +45,8 @@ RPC_PROJECT = Path(__file__).parent / "rpc"
 class Part:
     """What one process had to load: bytes of its layers in the file, and bytes read of the file."""
 
-    layers: str
+    first: int
+    end: int
     own_bytes: int
     read_bytes: int
 
@@ -65,8 +65,9 @@ class Load:
 @dataclass(frozen=True)
 class System:
     """One of them, answering. `engines` compute, and `nodes` do all else. `crossings` counts how
-    often the work of a step has crossed a link so far; None where only the link itself can tell.
-    Activations take `token_bytes` on their way over all links."""
+    often the work of a step has crossed a link so far, and raises `RuntimeError` if none can any
+    more; it is None where only the link itself can tell.
+    Of activations, `token_numbers` cross all links together for a token."""
 
     name: str
     url: str
@@ -75,7 +76,7 @@ class System:
     links: tuple[Link, ...]
     load: Load
     crossings: Callable[[], int] | None = None
-    token_bytes: int = 0
+    token_numbers: int = 0
 
     def cpu_s(self) -> tuple[float, float]:
         """CPU seconds that its nodes and its engines have used so far."""
@@ -98,14 +99,17 @@ def whole(model: Path, folder: Path) -> Iterator[System]:
         loading_at = time.monotonic()
         node.wait_ready()
         now = time.monotonic()
-        part = Part("all", file.stat().st_size, bytes_read(file))
+        part = Part(0, read_header(model).layers, file.stat().st_size, bytes_read(file))
         load = Load(now - began_at, now - loading_at, (part,))
         yield System(WHOLE, node.url, *_pids([node]), (), load)
 
 
 @contextmanager
-def split(stages: int, model: Path, links: Links, folder: Path, speculate: str) -> Iterator[System]:
-    """So many nodes, none of which can hold all of it, and who reach each other by links alone."""
+def split(
+    stages: int, model: Path, links: Links, folder: Path, flags: Sequence[str]
+) -> Iterator[System]:
+    """So many nodes with these `flags`, none of which can hold all of it, and who reach each other
+    by links alone."""
     with Mesh(folder, Models(model, model)) as mesh:
         files = [_own_file(model, folder, f"{stages}-{place}") for place in range(stages)]
         ports = [_free_udp_port() for _ in range(stages)]
@@ -116,7 +120,7 @@ def split(stages: int, model: Path, links: Links, folder: Path, speculate: str) 
             address = f"/ip4/127.0.0.1/udp/{link.port}/quic-v1"
             listen = f"/ip4/127.0.0.1/udp/{port}/quic-v1"
             command = ["-m", "tests.bench.split.serve", "1", address, "serve", *SIZES]
-            command += ["--memory", MEMORY[stages], "--speculate", speculate]
+            command += ["--memory", MEMORY[stages], *flags]
             command += _serve_flags("--standby", file, listen)
             if nodes:
                 command += ["--join", nodes[0].invite()]
@@ -127,15 +131,15 @@ def split(stages: int, model: Path, links: Links, folder: Path, speculate: str) 
             _part(file, node.status()["models"][0]["parts"][0])
             for file, node in zip(files, nodes, strict=True)
         ]
+        parts.sort(key=lambda part: part.first)
         load = Load(start_s, load_s, tuple(parts), links.crossed(*opened).bytes)
 
         def crossings() -> int:
             return stages * int(_head_part(head)["steps"])
 
-        width = read_header(model).embedding_length
-        token_bytes = (stages - 1) * ACTIVATION_BYTES * width
+        numbers = (stages - 1) * read_header(model).embedding_length
         name = f"{stages} stages"
-        yield System(name, head.url, *_pids(nodes), opened, load, crossings, token_bytes)
+        yield System(name, head.url, *_pids(nodes), opened, load, crossings, numbers)
 
 
 def _serve_flags(option: str, file: Path, listen: str) -> tuple[str, ...]:
@@ -167,13 +171,13 @@ def _wait_ring(nodes: Sequence[NodeProcess]) -> tuple[NodeProcess, float]:
 def _head_part(head: NodeProcess) -> Json:
     model = head.status()["models"][0]
     if not model["ring"]:
-        raise SystemExit(f"the ring broke while it was measured:\n{head.log_tail()}")
+        raise RuntimeError(f"the ring broke while it was measured:\n{head.log_tail()}")
     return dict(model["parts"][-1])
 
 
 def _part(file: Path, part: Json) -> Part:
     first, end = int(part["first"]), int(part["end"])
-    return Part(f"{first}-{end - 1}", cut(file, first, end).source_bytes, bytes_read(file))
+    return Part(first, end, cut(file, first, end).source_bytes, bytes_read(file))
 
 
 def _own_file(model: Path, folder: Path, name: str) -> Path:
@@ -229,7 +233,7 @@ def rpc(servers: int, model: Path, links: Links, folder: Path) -> Iterator[Syste
             running_llama_server(program, file, Setting(threads=1), folder, flags, environment)
         )
         now = time.monotonic()
-        part = Part("all", file.stat().st_size, bytes_read(file))
+        part = Part(0, layers, file.stat().st_size, bytes_read(file))
         crossed_bytes = links.crossed(*opened).bytes
         load = Load(now - began_at, now - loading_at, (part,), crossed_bytes)
         pids = (*(pid for _, pid in running), *head.pids.values())
@@ -249,7 +253,7 @@ def _rpc_server(
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=log,
-            env=native_environment(spins=False) | environment,
+            env={**native_environment(spins=False), **environment},
         ) as process,
     ):
         try:

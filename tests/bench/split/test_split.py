@@ -83,10 +83,11 @@ def test_round_trips_are_what_a_delay_costs_one_session() -> None:
 
 def test_the_report_has_a_line_per_point_and_system() -> None:
     machine = {"platform": "", "cpus": 2, "cpu": "", "python": "", "packages": {}}
+    machine |= {"load_before": 0.0, "read_ahead_bytes": 0}
     report = Report(
         "model.gguf", "off", machine | {"load_before": 0.0}, {0.0: 0.1}, rows=rows(RUNS)
     )
-    report.loads["2 stages"] = Load(5.0, 1.0, (Part("0-14", 30_000_000, 31_000_000),))
+    report.loads["2 stages"] = Load(5.0, 1.0, (Part(0, 15, 30_000_000, 31_000_000),))
     lines = as_text(report).splitlines()
     assert [line.split()[:2] for line in lines[-3:]] == [["10", "8"]] * 3
     assert "  2 stages     5.0    1.0     0.0   0-14: 30.0 31.0" in lines
