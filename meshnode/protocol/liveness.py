@@ -354,10 +354,10 @@ class Liveness:
 
     def deadline(self) -> float | None:
         due = math.inf if self._answer_at is None else self._answer_at
-        if self._letters or self._newly_alive:
-            due = min(due, self._attended_at)
-        if self._expected:
-            due = min(due, self._tick_at)
+        if (self._letters or self._newly_alive) and self._attended_at < due:
+            due = self._attended_at
+        if self._expected and self._tick_at < due:
+            due = self._tick_at
         for name in self._expected:
             state = self._peers.get(PeerId(name))
             if state is not None and state.since is not None:

@@ -376,11 +376,15 @@ class Stack:
         for link in self._unproven.values():
             soonest = min(soonest, link.hello_by)
         # Asked after every input, so that no list is made of it.
-        for core in (self.records, self.adverts, self.discovery, self.liveness, self.agreement):
-            at = core.deadline()
-            if at is not None and at < soonest:
-                soonest = at
-        for at in (self._refresh_at, self._in_dht_at):
+        for at in (
+            self.records.deadline(),
+            self.adverts.deadline(),
+            self.discovery.deadline(),
+            self.liveness.deadline(),
+            self.agreement.deadline(),
+            self._refresh_at,
+            self._in_dht_at,
+        ):
             if at is not None and at < soonest:
                 soonest = at
         return None if soonest == math.inf else soonest
