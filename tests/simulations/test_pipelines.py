@@ -6,7 +6,7 @@ from __future__ import annotations
 import pytest
 from msgspec.structs import replace
 
-from meshnode.engine import head
+from meshnode.engine.stages import head
 from meshnode_simulations.kernel.loop import NS_PER_S, Loop
 from meshnode_simulations.models import pipelines
 from meshnode_simulations.models.engine import Engine, Job
