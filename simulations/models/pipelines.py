@@ -36,8 +36,8 @@ from meshnode_simulations.record import quantile
 from meshnode_simulations.run import Run
 from meshnode_simulations.scenario import Model
 
-# As in `meshnode.engine.stages.head` and `meshnode.pipeline.ring`, which are not imported, as engines
-# and Trio would be with them.
+# As in `meshnode.engine.stages.head` and `meshnode.pipeline.ring`, which are not imported, as
+# engines and Trio would be with them.
 PIPELINE_WAIT_S = 120.0
 LOOK_S = 0.25
 
