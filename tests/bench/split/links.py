@@ -55,7 +55,7 @@ class Links:
             stdout=subprocess.PIPE,
             text=True,
             cwd=ROOT,
-            start_new_session=True,  # whoever interrupts the measurement still needs links to end it
+            start_new_session=True,  # an interrupted measurement still asks its links
         )
         return self
 
