@@ -87,6 +87,7 @@ class Config:
     activations: Activations = "f32"  # between the owners of a cut model; only f32 loses nothing
     kv_spill_bytes: int = 0  # on disk, for each model; not without being asked for
     memory_bytes: int | None = None
+    share_weights: bool = True  # with the members of a mesh by invitation; never in an open one
     # Who guesses tokens ahead; `draft` is a PATH_OR_NAME, like a model.
     speculate: Speculate = "off"
     draft: str | None = None
@@ -274,6 +275,7 @@ SETTINGS: Mapping[str, _Setting] = {
     ),
     "kv-type": _Setting(str, " or ".join(get_args(KvType)), lambda text: text in get_args(KvType)),
     "kv-spill": _Setting(str, "0 for none, or a size from 128MiB, with its unit: 2GiB", _is_size),
+    "no-share-weights": _Setting(bool, "true or false", lambda text: True),
     "memory": _Setting(str, "a size from 128MiB, with its unit: 8GiB, 512MiB, 16GB", _is_memory),
     "speculate": _Setting(
         str, ", ".join(get_args(Speculate)), lambda text: text in get_args(Speculate)
@@ -344,6 +346,7 @@ def _config(role: Role, values: Mapping[str, object]) -> Config:
         if key in values:
             fields[name] = values[key]
     fields["listen_is_default"] = "listen" not in values
+    fields["share_weights"] = not values.get("no-share-weights", False)
     fields["mdns"] = not values.get("no-mdns", False)
     # One file may serve all three commands: what a role has no use for is left aside.
     if role != "node":

@@ -54,6 +54,10 @@ class ModelLoadError(EngineError):
     """A model file is missing, corrupt, unsupported or too large for this machine."""
 
 
+class FetchError(MeshnodeError):
+    """A model's file, or the part that is needed, does not come from any peer."""
+
+
 class StageError(EngineError):
     """A model, or a stage of it, cannot be cut out by layers; the message says why."""
 

@@ -27,7 +27,7 @@ from meshnode.engine.card import load_card
 from meshnode.engine.memory import MemoryNeed, available_bytes, context_for, memory_need
 from meshnode.engine.process import EngineOptions, EngineProcess, read_draft_header, read_eyes
 from meshnode.errors import ConfigError, ModelLoadError, StageError
-from meshnode.messages import APPROXIMATE_MARK, SESSIONS_MAX, Approximate, Offer
+from meshnode.messages import APPROXIMATE_MARK, SESSIONS_MAX, Approximate, Offer, is_model_name
 from meshnode.models.catalog import ModelSource, resolve
 from meshnode.models.digest import digest
 from meshnode.models.gguf import GgufHeader, read_header
@@ -37,6 +37,7 @@ from meshnode.models.stages import Cuts, cut, cut_points
 from meshnode.pipeline.parts import HeadPart, Keep, StagePart, part_of
 from meshnode.pipeline.selftest import SelfTests
 from meshnode.protocol.dispatch import session_hash
+from meshnode.weights import REMOTE_PREFIX, File, RemoteFile
 
 logger = logging.getLogger(__name__)
 
@@ -48,6 +49,8 @@ Whoever is still reading then holds memory that the mesh has given to others."""
 LOAD_RETRY_AFTER_S = 120.0
 """Memory may have come free or the file been mended; each try may cost three loads."""
 
+FETCH_RETRY_AFTER_S = 10.0
+"""Layers that nobody gives now: who has them may be starting, and the mesh waits for us."""
 REMEMBER_AFTER_S = 30.0
 """What a model says is asked for when the first requests have been served."""
 ACTIVATION_BYTES = 4
@@ -109,12 +112,20 @@ class HostedModel:
     """
 
     def __init__(
-        self, source: ModelSource, data_dir: Path, options: EngineOptions, *, pinned: bool = True
+        self,
+        source: ModelSource,
+        data_dir: Path,
+        options: EngineOptions,
+        *,
+        pinned: bool = True,
+        remote: RemoteFile | None = None,
     ) -> None:
+        """`remote` brings the file from peers, as far as it is needed, instead of `source`."""
         self.keep_ring: Keep | None = None
         """How a part that is a head gets into a ring (`Rings.keep`); without it, parts are not
         offered to the mesh. To be set before `run`."""
         self.name = source.name
+        self.remote = remote
         self.pinned = pinned
         self.created = int(time.time())
         self.engine: EngineProcess | None = None
@@ -230,7 +241,7 @@ class HostedModel:
     async def _run_part(self, layers: Layers, part: StagePart | HeadPart) -> None:
         """One part, until it is not assigned any more and nothing is in flight in it."""
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(part.run)
+            nursery.start_soon(self._run_loaded, part)
             while layers in self._assigned_parts:
                 await self._assignment_changed.wait()
             if isinstance(part, HeadPart):
@@ -241,7 +252,19 @@ class HostedModel:
         logger.info("layers %d-%d of model %s: unloaded", *layers, self.name)
         self._tell_assignment()  # it may have been assigned again meanwhile
 
+    async def _run_loaded(self, part: StagePart | HeadPart) -> None:
+        while self.remote is not None:
+            try:
+                await self.remote.bring_layers(part.card, *part.layers)
+                break
+            except (ModelLoadError, StageError) as error:
+                logger.error("layers %d-%d of model %s: %s", *part.layers, self.name, error)
+                await trio.sleep(FETCH_RETRY_AFTER_S)
+        await part.run()
+
     async def _prepare(self) -> ModelCard:
+        if self.remote is not None:
+            return await self.remote.card(self.name)
         first = 0.1 if self._source.packaged else PREPARED
         card = await load_card(self._source, self._cache_dir, self._progress_between(0.0, first))
         if not self._source.packaged:
@@ -259,6 +282,9 @@ class HostedModel:
 
     async def _serve(self, card: ModelCard) -> None:
         """Load, keep the engine going, and unload. Raises `ModelLoadError` if it never will."""
+        if self.remote is not None:
+            self.remote.progress = self._progress_between(0.0, PREPARED)
+            await self.remote.bring()
         if await digest(Path(card.path), self._cache_dir) != card.digest:
             raise ModelLoadError(f"{card.path} has changed since it was verified; start again.")
         engine = self.engine = EngineProcess(card, self._options)
@@ -342,6 +368,13 @@ class HostedModel:
         if self._identity is None or self._identity.card.digest != digest:
             return None
         return part if isinstance(part, StagePart) and part.state == "ready" else None
+
+    def file(self) -> tuple[str, File] | None:
+        """Digest and file, if all of it is here and verified."""
+        if self._identity is None or (self.remote is not None and not self.remote.is_whole):
+            return None
+        card = self._identity.card
+        return card.digest, File(card.name, Path(card.path))
 
     @property
     def is_whole(self) -> bool:
@@ -516,7 +549,8 @@ def _measured(card: ModelCard, header: GgufHeader) -> Approximate | None:
 def find_models(config: Config) -> tuple[HostedModel, ...]:
     """All models of the configuration: those to serve, then those on standby.
 
-    Raises `ConfigError` for one that does not exist, and for a standby that is named twice.
+    Raises `ConfigError` for one that does not exist, and for a standby that is named twice; one
+    that is in the mesh (`mesh:NAME`) need not exist yet.
     """
     draft = None if config.draft is None else resolve(config.draft, config.data_dir).path
     options = EngineOptions(
@@ -529,7 +563,15 @@ def find_models(config: Config) -> tuple[HostedModel, ...]:
         draft=draft,
     )
     pinned = [resolve(spec, config.data_dir) for spec in config.models]
-    standbys = [resolve(spec, config.data_dir) for spec in config.standbys]
+    cache_dir = config.data_dir / "cache"
+    remotes = [
+        _remote(spec, cache_dir) for spec in config.standbys if spec.startswith(REMOTE_PREFIX)
+    ]
+    standbys = [
+        resolve(spec, config.data_dir)
+        for spec in config.standbys
+        if not spec.startswith(REMOTE_PREFIX)
+    ]
     paths = [source.path for source in (*pinned, *standbys)]
     for source in standbys:
         if paths.count(source.path) > 1:
@@ -537,17 +579,31 @@ def find_models(config: Config) -> tuple[HostedModel, ...]:
                 f"the standby {source.name} is named twice ({source.path}): "
                 "give a model once, as --model to serve it here or as --standby"
             )
-    sources = [*((source, True) for source in pinned), *((source, False) for source in standbys)]
-    projectors = _projectors(config.projectors, [source.name for source, _ in sources])
+    sources = [
+        *((source, True, None) for source in pinned),
+        *((source, False, None) for source in standbys),
+        *((source, False, remote) for source, remote in remotes),
+    ]
+    projectors = _projectors(config.projectors, [source.name for source, _, _ in sources])
     return tuple(
         HostedModel(
             source,
             config.data_dir,
             replace(options, projector=projectors.get(source.name)),
             pinned=is_pinned,
+            remote=remote,
         )
-        for source, is_pinned in sources
+        for source, is_pinned, remote in sources
     )
+
+
+def _remote(spec: str, cache_dir: Path) -> tuple[ModelSource, RemoteFile]:
+    """Of `mesh:NAME[=ALIAS]`. Raises `ConfigError`."""
+    wanted, _, alias = spec.removeprefix(REMOTE_PREFIX).partition("=")
+    name = alias or wanted.partition("@")[0]
+    if not is_model_name(name):
+        raise ConfigError(f"--standby {spec} is not {REMOTE_PREFIX}NAME[=ALIAS]")
+    return ModelSource(name, cache_dir), RemoteFile(wanted, cache_dir)
 
 
 def _projectors(specs: tuple[str, ...], names: Sequence[str]) -> dict[str, Path]:

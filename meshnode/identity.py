@@ -29,6 +29,8 @@ PEER_IDS_KEPT = 8192
 """Base58 costs 10 us in Python, and a node meets the same peers again and again."""
 ENVELOPE_BYTES_MAX = 64 * 1024
 """No record of ours comes near; py-libp2p's gossip stops working at 64 KiB (measured)."""
+PAYLOAD_TYPES_KEPT = 64
+"""More than there are kinds of messages that are signed."""
 
 # PublicKey{Type=Ed25519(1), Data=32 bytes} in protobuf, and the multihash code "identity" (0x00)
 # with that length: libp2p peer-id spec, "Keys" and "Peer Ids".
@@ -211,7 +213,12 @@ def open_envelope(
 
 
 def _signed_bytes(domain: str, payload_type: bytes, payload: bytes) -> bytes:
-    parts = (domain.encode(), payload_type, payload)
+    return _signed_prefix(domain, payload_type) + _varint(len(payload)) + payload
+
+
+@lru_cache(maxsize=PAYLOAD_TYPES_KEPT)
+def _signed_prefix(domain: str, payload_type: bytes) -> bytes:
+    parts = (domain.encode(), payload_type)
     return b"".join(_varint(len(part)) + part for part in parts)
 
 

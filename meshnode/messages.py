@@ -45,6 +45,13 @@ LINEAGE_MAX = 48
 """Changes of voters told at once, about 1 KiB each; whoever is further behind asks again."""
 JUSTIFICATION_MAX = 64
 LINKS_MAX = 64
+LEAVES_MAX = 8
+"""Of a model's file, asked for at once. Whoever receives them holds as many MiB until they are
+proven, and one answer that fails is so much in vain."""
+FILE_BYTES_MAX = 2**45
+"""32 TiB; proofs grow with the logarithm."""
+PROOF_HASHES_MAX = 64
+"""A range has at most two subtrees beside it on each level, and this file 25 levels."""
 HASH_BYTES = 32
 SIGNATURE_BYTES = 64
 
@@ -555,6 +562,38 @@ class JoinDenied(Message, frozen=True):
 
 
 # --- the stages of a model that is cut by layers ------------------------------------------------
+
+
+class WantLeaves(Message, frozen=True):
+    """Asks for `count` leaves of the file of `model` (`models/digest.py`), from `first` on."""
+
+    model: Digest
+    first: Annotated[int, Meta(ge=0, lt=2**26)]
+    count: Annotated[int, Meta(ge=1, le=LEAVES_MAX)]
+
+
+class LeavesFollow(Message, frozen=True):
+    """They come, each as a frame of its own. The file has `size_bytes`; `proof` is what else its
+    digest takes."""
+
+    size_bytes: Annotated[int, Meta(ge=1, le=FILE_BYTES_MAX)]
+    proof: Annotated[tuple[Hash, ...], Meta(max_length=PROOF_HASHES_MAX)]
+
+
+class WantFiles(Message, frozen=True):
+    """Asks which models' files the receiver gives: what nobody serves yet is in no advert."""
+
+
+class Files(Message, frozen=True):
+    """The digests of these models, and what they are called there."""
+
+    names: Annotated[dict[Digest, ModelName], Meta(max_length=MODELS_MAX)]
+
+
+class NoLeaves(Message, frozen=True):
+    """They do not come from here."""
+
+    reason: Reason
 
 
 class Opening(Message, frozen=True):

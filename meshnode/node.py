@@ -25,6 +25,8 @@ import trio
 
 from meshnode import __version__, clock
 from meshnode.config import P2P_PORT, Config, split_host_port
+from meshnode.console.fetches import Fetches
+from meshnode.console.names import find_model
 from meshnode.console.operations import Operations
 from meshnode.console.requests import InviteOrder, InviteTicket
 from meshnode.console.routes import Console, mount
@@ -77,6 +79,7 @@ from meshnode.transport.http import serve_asgi
 from meshnode.transport.libp2p import HostEvents, Libp2pHost, split_peer
 from meshnode.transport.mdns import announced
 from meshnode.upstream.fronted import Fronted, find_upstreams
+from meshnode.weights import WEIGHTS_PROTOCOL, File, Listing, Peers, Shelf
 
 logger = logging.getLogger(__name__)
 
@@ -202,6 +205,16 @@ class Node:
         self._operations = Operations(
             self._stack, partial(self._driver.submit, self.own), serves=config.role == "node"
         )
+        is_open = config.share_weights and self._mesh.admission != "open"
+        self._shelf = Shelf(
+            self._files, data.path / "cache", self._host.disconnect, is_open=is_open
+        )
+        self._listing = Listing(self._nearest, self._host.open_stream)
+        holders = Peers(self._holders, self._host.open_stream, self._host.disconnect)
+        for model in models:
+            if model.remote is not None:
+                model.remote.peers, model.remote.find = holders, self._find_file
+        self._fetches = Fetches(data.path, holders, self._find_file, self._files)
 
     # --- life -----------------------------------------------------------------------------------
 
@@ -230,6 +243,7 @@ class Node:
                 nursery.start_soon(run_models, self._models)
                 for upstream in self._upstreams:
                     nursery.start_soon(upstream.run)
+                nursery.start_soon(self._fetches.run)
                 nursery.start_soon(self._keep_telling_models)
                 nursery.start_soon(self._keep_telling_links)
                 nursery.start_soon(self._links.run, self._peers)
@@ -251,6 +265,7 @@ class Node:
 
         self._host.handle(HTTP_PROTOCOL, serve_tunnel)
         self._host.handle(STAGE_PROTOCOL, self._rings.serve)
+        self._host.handle(WEIGHTS_PROTOCOL, self._shelf.serve)
         if self._issuer is not None:
             self._host.handle(JOIN_PROTOCOL, self._issuer.serve, members_only=False)
 
@@ -278,7 +293,7 @@ class Node:
             task_status.started()
 
     async def _serve_clients(self, *, task_status: trio.TaskStatus[None]) -> None:
-        console = Console(self.snapshot, self._invite, self._operations)
+        console = Console(self.snapshot, self._invite, self._operations, self._fetches)
         app = create_api_app(self, door=self._door, mount=lambda quart: mount(quart, console))
         bind = split_host_port(self._config.api)
         serve = partial(serve_api, app, bind, shutdown=self._stopping.wait)
@@ -323,6 +338,34 @@ class Node:
     def _stage(self, digest: str, first: int, end: int) -> Stage | None:
         found = (model.stage(digest, first, end) for model in self._models)
         return next((stage for stage in found if stage is not None), None)
+
+    def _files(self) -> dict[str, File]:
+        """What others may have of us, by digest."""
+        found = (model.file() for model in self._models)
+        return dict(filter(None, found))
+
+    async def _find_file(self, text: str) -> tuple[str, str]:
+        """Digest and name of a model of the mesh, of those too that nobody serves yet. Raises
+        `ConfigError`."""
+        try:
+            found = find_model(text, self._model_names())
+        except ConfigError:
+            await self._listing.look()
+            found = find_model(text, self._model_names())
+        return found, self._model_names()[found]
+
+    def _model_names(self) -> dict[str, str]:
+        return {**self._listing.names(), **self._operations.models()}
+
+    def _holders(self, digest: str) -> list[PeerId]:
+        """Peers that have the model's file, as far as we know, the nearest first."""
+        told = self._operations.holders(digest) | self._listing.holders(digest)
+        return [peer for peer in self._nearest() if peer in told]
+
+    def _nearest(self) -> list[PeerId]:
+        """The peers that can be asked now."""
+        rtts_s = self._rtts_s()
+        return [PeerId(peer) for peer in sorted(rtts_s, key=rtts_s.__getitem__)]
 
     def _is_last_replica(self, digest: str) -> bool:
         """Whether only we can answer for the model now, and nothing else needs its memory. An

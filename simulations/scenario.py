@@ -93,10 +93,16 @@ class Model(_Table, frozen=True):
     """So many nodes have the file."""
     wanted: Annotated[int, Meta(ge=0, le=100_000)] = 0
     """So many of them serve it whatever the mesh decides (`--model`); the rest are standbys."""
+    fetched: Annotated[int, Meta(ge=0, le=100_000)] = 0
+    """So many of `files` stand by without the file and fetch it from the others before they load
+    it, over their access links (`models/fetching.py`)."""
     weight_bytes: Annotated[int, Meta(ge=1, le=2**42)] = 2**29
     kv_bytes_per_token: Annotated[int, Meta(ge=1, le=2**30)] = 2**15
     context_tokens: Annotated[int, Meta(ge=16, le=2**24)] = 8192
     layers: Annotated[int, Meta(ge=1, le=1024)] = 30
+    activation_bytes: Annotated[int, Meta(ge=0, le=2**30)] = 0
+    """What crosses between two layers per token. With it, a model that fits on no host is cut by
+    layers and run as a pipeline (`models/pipelines.py`); 0: it cannot be cut."""
     slots: Annotated[int, Meta(ge=1, le=1024)] = 4
     prefill_tokens_per_s: Positive = 400.0
     decode_tokens_per_s: Positive = 40.0

@@ -24,8 +24,10 @@ from meshnode_simulations.kernel.loop import NS_PER_S
 from meshnode_simulations.kernel.machine import Machine
 from meshnode_simulations.kernel.world import World
 from meshnode_simulations.models.demand import Clients
+from meshnode_simulations.models.fetching import Fetching
 from meshnode_simulations.models.gateway import Gateways
 from meshnode_simulations.models.hosting import Hosting
+from meshnode_simulations.models.pipelines import Pipelines
 from meshnode_simulations.record import Recorder, Result
 from meshnode_simulations.run import Run
 from meshnode_simulations.scenario import Fault, Scenario, load
@@ -141,7 +143,11 @@ class Simulation:
         hosting = Hosting(run)
         machines = _machines(run)
         hosting.place(machines)
+        if any(model.activation_bytes for model in scenario.models):
+            Pipelines(run, hosting)
         surround(world, scenario, machines)
+        if any(model.fetched for model in scenario.models):
+            Fetching(run, machines)
 
         def broken(promise: str, what: str) -> None:
             run.recorder.violate(promise, run.now_s, what)

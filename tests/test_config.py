@@ -72,6 +72,7 @@ PRECEDENCE = [
     ("mesh", "a", "b", '"c"', "mesh", ("a", "b", "c", None)),
     ("join", "a", "b", '"c"', "join", ("a", "b", "c", None)),
     ("no-mdns", True, "yes", "true", "mdns", (False, False, False, True)),
+    ("no-share-weights", True, "yes", "true", "share_weights", (False, False, False, True)),
     ("context", 1024, "2048", "4096", "context_tokens", (1024, 2048, 4096, None)),
     ("slots", 1, "2", "3", "slots", (1, 2, 3, 8)),
     ("activations", "i8", "f32", '"i8"', "activations", ("i8", "f32", "i8", "f32")),

@@ -13,13 +13,17 @@ from hypothesis import strategies as st
 from meshnode.errors import LocalProtocolError, RemoteProtocolError
 from meshnode.messages import (
     CHAIN_MAX,
+    FILE_BYTES_MAX,
+    LEAVES_MAX,
     MESSAGE_BYTES_MAX,
     PEERS_MAX,
+    PROOF_HASHES_MAX,
     Advert,
     Approximate,
     Certificate,
     Control,
     Demand,
+    Files,
     GetPeers,
     Hello,
     Invitation,
@@ -28,13 +32,17 @@ from meshnode.messages import (
     JoinGranted,
     JoinProof,
     JoinRequest,
+    LeavesFollow,
     Leaving,
     Message,
     NodeRecord,
+    NoLeaves,
     Offer,
     Peers,
     Record,
     Refused,
+    WantFiles,
+    WantLeaves,
     Welcome,
     decode,
     encode,
@@ -42,6 +50,7 @@ from meshnode.messages import (
     reason_of,
 )
 
+Leaves = WantLeaves | LeavesFollow | NoLeaves | WantFiles | Files
 MESH = "0123456789abcdef" * 2
 PEER = "12D3KooWAaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa"
 DIGEST = "ab" * 32
@@ -65,8 +74,13 @@ EXAMPLES: list[tuple[object, Message]] = [
     (Record, RECORD),
     (Record, ADVERT),
     (Record, JoinProof(MESH, PEER)),
+    (Leaves, WantLeaves(DIGEST, 7, LEAVES_MAX)),
+    (Leaves, LeavesFollow(FILE_BYTES_MAX, (bytes(32),) * PROOF_HASHES_MAX)),
+    (Leaves, WantFiles()),
+    (Leaves, Files({DIGEST: "smol"})),
+    (Leaves, NoLeaves("it does not have the file")),
 ]
-KINDS = (Control, Join, Record, Advert, NodeRecord)
+KINDS = (Control, Join, Record, Advert, NodeRecord, Leaves)
 
 
 def read(data: bytes, kind: object) -> Message:

@@ -1,11 +1,12 @@
 """The `meshnode` command: what people type, and what they see.
 
 In the order of a first day: `serve.py` (run a node), `mesh.py` (make a mesh, invite), `look.py`
-(what is there), `chat.py` (use it), `key.py` (let others use it), `shard.py` (a part of a model),
-`placement.py` and `orders.py` (where models are and should be), `agreement.py` (proofs, recovery),
-`health.py` (doctor). They are thin: a running node is asked over its own HTTP API (`api.py`), a
-stopped one is its data directory. Nothing here is imported by anything else, and everything slow is
-imported inside the command that needs it, so that `meshnode --help` answers at once.
+(what is there), `chat.py` (use it), `key.py` (let others use it), `fetch.py` (a model from peers),
+`shard.py` (a part of one), `placement.py` and `orders.py` (where models are and should be),
+`agreement.py` (proofs, recovery), `health.py` (doctor). They are thin: a running node is asked over
+its own HTTP API (`api.py`), a stopped one is its data directory. Nothing here is imported by
+anything else, and everything slow is imported inside the command that needs it, so that
+`meshnode --help` answers at once.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from meshnode import __version__
 from meshnode.cli.agreement import export, recover, verify
 from meshnode.cli.chat import chat
 from meshnode.cli.edge import EdgeGroup, json_option
+from meshnode.cli.fetch import fetch
 from meshnode.cli.health import doctor
 from meshnode.cli.key import key
 from meshnode.cli.look import models, peers, status
@@ -87,6 +89,7 @@ for command in (placement, pin, unpin, drain):
 for command in (export, verify, recover):
     mesh.add_command(command)
 models.add_command(shard)
+models.add_command(fetch)
 
 
 def main() -> None:

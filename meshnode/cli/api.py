@@ -20,6 +20,8 @@ import msgspec
 
 from meshnode.config import split_host_port
 from meshnode.console.requests import (
+    FetchReport,
+    FetchRequest,
     OrderGiven,
     OrderRequest,
     PlacementReport,
@@ -94,6 +96,9 @@ class NodeApi:
 
     def give(self, order: OrderRequest) -> OrderGiven:
         return _read(self.ask("POST", "/api/orders", msgspec.to_builtins(order)), OrderGiven)
+
+    def fetch(self, request: FetchRequest) -> FetchReport:
+        return _read(self.ask("POST", "/api/fetch", msgspec.to_builtins(request)), FetchReport)
 
     def recover(self) -> Recovered:
         return _read(self.ask("POST", "/api/recover", {}), Recovered)

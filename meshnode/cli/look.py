@@ -114,6 +114,7 @@ def models(context: click.Context, api: str | None, data_dir: str | None, as_jso
     Examples:
       meshnode models
       meshnode models --json | jq -r .models[].id
+      meshnode models fetch qwen3-8b-q4_0
       meshnode models shard big.gguf --experts 24
     """
     if context.invoked_subcommand is not None:

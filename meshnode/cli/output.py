@@ -15,6 +15,7 @@ import click
 
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 _UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
+BAR_STEPS = 1000
 PIPE_WIDTH = 240
 """Columns when nobody looks: wide enough that grep and awk find a row on one line."""
 
@@ -78,3 +79,23 @@ def print_facts(facts: Iterable[tuple[str, str]]) -> None:
 
 def warn(message: str) -> None:
     click.echo(f"{click.style('warning:', fg='yellow', bold=True)} {printable(message)}", err=True)
+
+
+class Bar:
+    """Progress on a terminal's standard error; elsewhere nothing."""
+
+    def __init__(self, *, is_shown: bool) -> None:
+        self._bar = click.progressbar(
+            length=BAR_STEPS, file=sys.stderr, hidden=not (is_shown and sys.stderr.isatty())
+        )
+
+    def __enter__(self) -> Bar:
+        self._bar.__enter__()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.render_finish()
+
+    def show(self, doing: str, fraction: float) -> None:
+        self._bar.label = f"{doing:<9}"
+        self._bar.update(int(BAR_STEPS * fraction) - self._bar.pos)

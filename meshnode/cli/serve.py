@@ -93,7 +93,8 @@ def node_options(command: F) -> F:
     multiple=True,
     metavar="PATH_OR_NAME[=ALIAS]",
     help="Keep this model ready on disk, verified, and load it when the mesh asks: because its "
-    "last node died, or has too much to do; repeatable.",
+    "last node died, or has too much to do; repeatable. mesh:NAME is a model whose file others "
+    "have: what this node is to load of it comes from them then.",
 )
 @click.option(
     "--mmproj",
@@ -150,6 +151,14 @@ def node_options(command: F) -> F:
     "nodes on one machine needs its own part. [default: 3/4 of the machine's]",
 )
 @click.option(
+    "--no-share-weights",
+    is_flag=True,
+    default=None,
+    help="Give no model file to other members. They may have them otherwise, because a mesh by "
+    "invitation is of people who trust each other, and a model that one copy is left of dies with "
+    "its machine; in an open mesh nobody gets any.",
+)
+@click.option(
     "--speculate",
     type=click.Choice(get_args(Speculate)),
     help="Guess tokens ahead and let the model check several at once: from the text so far, by a "
@@ -178,6 +187,7 @@ def serve(as_json: bool, **options: object) -> None:
       meshnode serve
       meshnode serve --model ~/models/qwen3-8b-q4_0.gguf=qwen3
       meshnode serve --standby qwen3-8b-q4_0 --memory 8GiB
+      meshnode serve --standby mesh:llama-70b-q4_0      # a part of it, from who has the file
       meshnode serve --upstream http://127.0.0.1:8000
       meshnode serve --mesh home --api 0.0.0.0:9337     # after: meshnode key create NAME
       meshnode serve --join mesh1.…

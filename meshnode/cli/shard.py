@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -18,7 +17,7 @@ import click
 
 from meshnode import __version__
 from meshnode.cli.edge import config_from, data_dir_option, json_option
-from meshnode.cli.output import print_facts, print_json, size
+from meshnode.cli.output import Bar, print_facts, print_json, size
 from meshnode.config import Config, Ranking
 from meshnode.errors import ConfigError
 
@@ -27,7 +26,6 @@ if TYPE_CHECKING:
     from meshnode.models.receipt import SignedReceipt
 
 RANKING_DEFAULT: Ranking = "output-norm"
-_BAR_STEPS = 1000
 
 
 @click.command()
@@ -91,7 +89,7 @@ def shard(
         raise ConfigError(f"{source.path} has {count} experts in a layer: --experts keeps fewer")
     place = _place(source, out, experts, count, config)
     texts = (_text(calibration, "calibration"), _text(held_out, "held-out"))
-    with _Bar(is_shown=not as_json) as bar:
+    with Bar(is_shown=not as_json) as bar:
         signed = _make(source, place, experts, rank, texts, config, bar)
     if as_json:
         import msgspec
@@ -121,7 +119,7 @@ def _make(
     ranking: Ranking,
     texts: Sequence[Path],
     config: Config,
-    bar: _Bar,
+    bar: Bar,
 ) -> SignedReceipt:
     """Cut, measure, sign, and only then put shard and receipt where they are looked for."""
     from meshnode.engine.cores import usable_cores
@@ -195,26 +193,6 @@ def _read(text: Path) -> bytes:
         return text.read_bytes()
     except OSError as error:
         raise ConfigError(f"{text} cannot be read: {error.strerror}") from error
-
-
-class _Bar:
-    """Progress on a terminal's standard error; elsewhere nothing."""
-
-    def __init__(self, *, is_shown: bool) -> None:
-        self._bar = click.progressbar(
-            length=_BAR_STEPS, file=sys.stderr, hidden=not (is_shown and sys.stderr.isatty())
-        )
-
-    def __enter__(self) -> _Bar:
-        self._bar.__enter__()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._bar.render_finish()
-
-    def show(self, doing: str, fraction: float) -> None:
-        self._bar.label = f"{doing:<9}"
-        self._bar.update(int(_BAR_STEPS * fraction) - self._bar.pos)
 
 
 def _facts(signed: SignedReceipt, place: Path) -> Iterator[tuple[str, str]]:

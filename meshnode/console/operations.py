@@ -218,6 +218,23 @@ class Operations:
                     return ClaimAnswer(right, holder, since, epoch, holds)
         return ClaimAnswer(right, "", 0, epoch, holds=False)
 
+    # --- files ----------------------------------------------------------------------------------
+
+    def models(self) -> Mapping[str, str]:
+        """The names of all models of the mesh, by digest."""
+        return self._model_names(self._facts())
+
+    def holders(self, digest: str) -> set[str]:
+        """The peers that say that they have the model's file."""
+        hosts = self._facts().hosts
+        told = {peer for peer, host in hosts.items() if digest in host.holdings}
+        return told | {
+            str(peer)
+            for peer, offers in self._stack.offers().items()
+            for offer in offers
+            if offer.digest == digest and not offer.upstream
+        }
+
     # --- what there is --------------------------------------------------------------------------
 
     def _views(self) -> tuple[GroupView, ...]:

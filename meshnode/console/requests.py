@@ -207,6 +207,23 @@ class OrderGiven(Struct, frozen=True):
     is_decided: bool
 
 
+class FetchRequest(Struct, frozen=True, forbid_unknown_fields=True):
+    """Body of `POST /api/fetch`: a name, or a digest or its beginning."""
+
+    model: Name
+
+
+class FetchReport(Struct, frozen=True):
+    """Its answer: how far the file is. Only what is "done" is at `path`, whole and checked."""
+
+    model: str
+    name: str
+    state: Literal["fetching", "checking", "done"]
+    done_bytes: int
+    wanted_bytes: int
+    path: str
+
+
 class RecoverRequest(Struct, frozen=True, forbid_unknown_fields=True):
     """Body of `POST /api/recover`: no choices."""
 

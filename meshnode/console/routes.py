@@ -11,9 +11,11 @@ import msgspec
 from quart import request
 from quart_trio import QuartTrio
 
+from meshnode.console.fetches import Fetches
 from meshnode.console.operations import NotDecidedError, Operations
 from meshnode.console.requests import (
     ClaimRequest,
+    FetchRequest,
     InviteOrder,
     InviteTicket,
     OrderRequest,
@@ -21,7 +23,7 @@ from meshnode.console.requests import (
     RecoverRequest,
 )
 from meshnode.console.snapshot import Snapshot
-from meshnode.errors import ConfigError
+from meshnode.errors import ConfigError, FetchError, ModelLoadError
 
 T = TypeVar("T")
 
@@ -33,6 +35,7 @@ class Console:
     snapshot: Callable[[], Snapshot]
     invite: Callable[[InviteOrder], InviteTicket]
     operations: Operations
+    fetches: Fetches
 
 
 def mount(app: QuartTrio, console: Console) -> None:
@@ -58,6 +61,10 @@ def mount(app: QuartTrio, console: Console) -> None:
     @app.post("/api/orders")
     async def orders() -> Any:
         return await _asked(OrderRequest, _now(operations.give))
+
+    @app.post("/api/fetch")
+    async def fetch() -> Any:
+        return await _asked(FetchRequest, console.fetches.ask)
 
     @app.post("/api/recover")
     async def recover() -> Any:
@@ -99,7 +106,7 @@ async def _answered(answer: Callable[[T], Awaitable[object]], body: T) -> Any:
     except NotDecidedError as error:
         told = msgspec.to_builtins(error.answer)
         return _reply({"error": {"message": str(error)}, **told}, 409)
-    except ConfigError as error:
+    except (ConfigError, FetchError, ModelLoadError) as error:
         return _error(str(error), 409)
 
 

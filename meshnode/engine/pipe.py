@@ -1,6 +1,6 @@
 """The child's end of the pipe to the node: bodies of frames in, frames out.
 
-What they say is up to `wire.py` and `stage_wire.py`. When the parent is gone, so is standard
+What they say is up to `wire.py` and `stages/wire.py`. When the parent is gone, so is standard
 input, and the process ends.
 """
 

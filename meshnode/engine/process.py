@@ -51,7 +51,7 @@ from meshnode.engine.memory import (
     memory_need,
 )
 from meshnode.engine.scheduler import BUSY_RETRY_AFTER_S, slots_kept
-from meshnode.engine.steps import Shape, step_bytes_max
+from meshnode.engine.stages.steps import Shape, step_bytes_max
 from meshnode.errors import (
     ContextLengthError,
     EngineBusyError,
@@ -487,7 +487,7 @@ class EngineProcess:
     async def _run_child(self, need: MemoryNeed) -> None:
         """Start a child and serve it to its end. Raises `ModelLoadError` or `ChildDiedError`."""
         is_part = self._options.part is not None
-        child = await ChildProcess.start(f"meshnode.engine.{'head' if is_part else 'child'}")
+        child = await ChildProcess.start(f"meshnode.engine.{'stages.head' if is_part else 'child'}")
         load_error: str | None = None
         try:
             self._pid = child.pid

@@ -28,7 +28,7 @@ from meshnode.engine import (
     TokenLogprobs,
     Usage,
 )
-from meshnode.engine.steps import WIDTH_MAX, step_bytes_max
+from meshnode.engine.stages.steps import WIDTH_MAX, step_bytes_max
 from meshnode.errors import LocalProtocolError
 
 # A prompt is at most a context: 1 Mi tokens of 6 bytes is more than any model here takes.

@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import trio
@@ -22,6 +22,8 @@ LEAF_BYTES = 1024 * 1024
 # Files whose digest is remembered; the oldest are forgotten first.
 CACHED_MAX = 256
 CACHE_NAME = "digests.json"
+LEAVES_FOLDER = "leaves"
+HASH_BYTES = 32
 
 Progress = Callable[[float], None]
 
@@ -49,15 +51,35 @@ def digest_blocking(path: Path, cache_dir: Path, progress: Progress = _no_progre
         key = _cache_key(path)
         cache = _read_cache(cache_dir / CACHE_NAME)
         if key not in cache:
-            root = tree_root(leaf_hashes(path, progress)).hex()
+            tree = HashTree(leaf_hashes(path, progress))
             if _cache_key(path) != key:
                 raise ModelLoadError(f"{path} changed while it was being read; try again.")
-            cache[key] = root
+            cache[key] = tree.root.hex()
+            _write_leaves(cache_dir, tree)
             _write_cache(cache_dir / CACHE_NAME, cache)
     except OSError as error:
         raise ModelLoadError(f"{path} cannot be read: {error.strerror}.") from error
     progress(1.0)
     return cache[key]
+
+
+def tree_of(path: Path, root: str, cache_dir: Path) -> HashTree:
+    """The tree of a file that is known to have the digest `root`: as remembered, else read anew.
+
+    So that whoever proves ranges of a file to others does not read all of it each time. Raises
+    `ModelLoadError` if it cannot be read or is another file by now.
+    """
+    kept = _read_leaves(cache_dir / LEAVES_FOLDER / root)
+    if kept and (tree := HashTree(kept)).root.hex() == root:
+        return tree
+    try:
+        tree = HashTree(leaf_hashes(path))
+        if tree.root.hex() != root:
+            raise ModelLoadError(f"{path} has changed since it was verified; start again.")
+        _write_leaves(cache_dir, tree)
+    except OSError as error:
+        raise ModelLoadError(f"{path} cannot be read: {error.strerror}.") from error
+    return tree
 
 
 # -- the tree ----------------------------------------------------------------------------------
@@ -80,31 +102,77 @@ def leaf_hash(leaf: bytes) -> bytes:
     return state.digest()
 
 
-def tree_root(leaves: list[bytes]) -> bytes:
+class HashTree:
+    """The tree over the leaf hashes of one file, at least one; proves ranges of it."""
+
+    def __init__(self, leaves: Sequence[bytes]) -> None:
+        level = list(leaves)
+        self._levels = [level]
+        while len(level) > 1:
+            pairs = zip(level[::2], level[1::2], strict=False)
+            # The last of an odd number goes up as it is: that is the RFC's split, seen from below.
+            level = [_node_hash(*pair) for pair in pairs] + level[len(level) & ~1 :]
+            self._levels.append(level)
+
+    @property
+    def leaves(self) -> Sequence[bytes]:
+        return self._levels[0]
+
+    @property
+    def root(self) -> bytes:
+        return self._levels[-1][0]
+
+    def range_proof(self, first: int, last: int) -> list[bytes]:
+        """What a peer needs besides leaves `first` to `last - 1` to compute the root.
+
+        The roots of the largest subtrees outside the range, from left to right.
+        """
+        return list(self._outside(0, len(self.leaves), first, last))
+
+    def _outside(self, start: int, count: int, first: int, last: int) -> Iterator[bytes]:
+        if start >= last or start + count <= first:
+            level = (count - 1).bit_length()
+            yield self._levels[level][start >> level]
+        elif count > 1:
+            middle = _split(count)
+            yield from self._outside(start, middle, first, last)
+            yield from self._outside(start + middle, count - middle, first, last)
+
+
+def tree_root(leaves: Sequence[bytes]) -> bytes:
     """The root over at least one leaf hash."""
-    if len(leaves) == 1:
-        return leaves[0]
-    middle = _split(len(leaves))
-    return _node_hash(tree_root(leaves[:middle]), tree_root(leaves[middle:]))
+    return HashTree(leaves).root
 
 
-def range_proof(leaves: list[bytes], first: int, last: int) -> list[bytes]:
-    """What a peer needs besides leaves `first` to `last - 1` to compute the root.
+def leaf_count(size_bytes: int) -> int:
+    return max(1, -(-size_bytes // LEAF_BYTES))
 
-    The roots of the largest subtrees outside the range, from left to right.
+
+def corners(count: int) -> list[int]:
+    """Leaves that, verified, prove that there are `count`: one in each complete subtree and the
+    last. A range alone does not: some places look alike in trees of different sizes.
+
+    In the true tree each lies as deep as its subtree is high, and on the way to the last one turns
+    right as often as there are subtrees; so all heights are as claimed, and so is their sum. The
+    length of the last leaf then is the rest of the file's.
     """
-    return list(_outside(leaves, 0, first, last))
+    found, start = [], 0
+    while count > 1:
+        found.append(start)
+        middle = _split(count)
+        start, count = start + middle, count - middle
+    return [*found, start]
 
 
 def verify_range(
-    root: bytes, leaf_count: int, first: int, data: list[bytes], proof: list[bytes]
+    root: bytes, count: int, first: int, data: list[bytes], proof: list[bytes]
 ) -> bool:
     """Whether `data` (whole leaves) are leaves `first`, `first + 1`, ... of the file `root`.
 
-    `leaf_count` comes from the file's size. All arguments but `root` may be hostile.
+    `count`, of all leaves, comes from the file's size. All arguments but `root` may be hostile.
     """
     last = first + len(data)
-    if not data or not 0 <= first < last <= leaf_count:
+    if not data or not 0 <= first < last <= count:
         return False
     leaves = iter([leaf_hash(leaf) for leaf in data])
     outside = iter(proof)
@@ -118,19 +186,10 @@ def verify_range(
         return _node_hash(subtree(start, middle), subtree(start + middle, count - middle))
 
     try:
-        computed = subtree(0, leaf_count)
+        computed = subtree(0, count)
     except StopIteration:  # the proof is too short
         return False
     return computed == root and next(outside, None) is None
-
-
-def _outside(leaves: list[bytes], start: int, first: int, last: int) -> Iterator[bytes]:
-    if start >= last or start + len(leaves) <= first:
-        yield tree_root(leaves)
-    elif len(leaves) > 1:
-        middle = _split(len(leaves))
-        yield from _outside(leaves[:middle], start, first, last)
-        yield from _outside(leaves[middle:], start + middle, first, last)
 
 
 def _node_hash(left: bytes, right: bytes) -> bytes:
@@ -167,6 +226,27 @@ def _write_cache(path: Path, cache: dict[str, str]) -> None:
     """Atomically: another node on this machine may be reading it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     newest = dict(list(cache.items())[-CACHED_MAX:])
+    for key in cache.keys() - newest.keys():
+        if cache[key] not in newest.values():
+            (path.parent / LEAVES_FOLDER / cache[key]).unlink(missing_ok=True)
     draft = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     draft.write_text(json.dumps(newest, indent=1))
     os.replace(draft, path)
+
+
+def _read_leaves(path: Path) -> list[bytes]:
+    """The leaf hashes that were remembered; none if the file is missing. Whether they are right
+    shows in their root."""
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError:
+        return []
+    return [data[at : at + HASH_BYTES] for at in range(0, len(data), HASH_BYTES)]
+
+
+def _write_leaves(cache_dir: Path, tree: HashTree) -> None:
+    folder = cache_dir / LEAVES_FOLDER
+    folder.mkdir(parents=True, exist_ok=True)
+    draft = folder / f"{tree.root.hex()}.{os.getpid()}.tmp"
+    draft.write_bytes(b"".join(tree.leaves))
+    os.replace(draft, folder / tree.root.hex())

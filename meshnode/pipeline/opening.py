@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from msgspec.structs import replace
 
 from meshnode.config import KvType
-from meshnode.engine.steps import PIPELINE_BYTES, Codec
+from meshnode.engine.stages.steps import PIPELINE_BYTES, Codec
 from meshnode.messages import Item, Opening
 from meshnode.protocol.agreement import Assigned
 

@@ -17,8 +17,8 @@ import trio
 
 from meshnode.engine import ModelCard
 from meshnode.engine.process import EngineOptions, EngineProcess, Part
-from meshnode.engine.stage_process import StageOptions, StageProcess
-from meshnode.engine.steps import STEP_SLOTS_MAX, Shape
+from meshnode.engine.stages.process import StageOptions, StageProcess
+from meshnode.engine.stages.steps import STEP_SLOTS_MAX, Shape
 from meshnode.errors import ModelLoadError
 from meshnode.messages import Opening
 from meshnode.pipeline.selftest import SelfTests, Verdict

@@ -18,8 +18,8 @@ from typing import Protocol
 import trio
 
 from meshnode.config import KvType
-from meshnode.engine import steps
-from meshnode.engine.steps import PIPELINE_BYTES, Codec, Shape, Step
+from meshnode.engine.stages import steps
+from meshnode.engine.stages.steps import PIPELINE_BYTES, Codec, Shape, Step
 from meshnode.errors import EngineError, PeerUnreachableError, RemoteProtocolError
 from meshnode.identity import PeerId
 from meshnode.messages import (

@@ -206,13 +206,16 @@ class Agreement:
         return effects
 
     def deadline(self) -> float | None:
-        times = [self._found_at]
-        if self._groups:
-            times += [self._beat_at, self._plan_at]
-        times += [group.register.deadline() for group in self._groups.values()]
         if not self._has_started:
-            times.append(-math.inf)
-        return min((at for at in times if at is not None), default=None)
+            return -math.inf
+        soonest = math.inf if self._found_at is None else self._found_at
+        if self._groups:
+            soonest = min(soonest, self._beat_at, self._plan_at)
+        for group in self._groups.values():
+            at = group.register.deadline()
+            if at is not None and at < soonest:
+                soonest = at
+        return None if soonest == math.inf else soonest
 
     def _attend(self, now: float) -> None:
         """We are awake; and if we were not for a while, or are for the first time, what we think

@@ -338,15 +338,14 @@ class Register:
         this = self._round
         if not self.votes:
             return None
-        times = [this.resend_at]
-        # Whoever came back from a crash may have finalized the view that it is in again.
-        may_end = not {(this.view, "nullify"), (this.view, "finalize")} & this.casts.keys()
-        is_open = may_end and not this.is_missing_block
-        if this.clock_from is not None and is_open:
-            times.append(this.clock_from + self._timing.timeout_s(this.view))
-            if self._may_carry_on():
-                times.append(this.clock_from + self._timing.carry_on_s)
-        soonest = min(times)
+        soonest = this.resend_at
+        if this.clock_from is not None and not this.is_missing_block:
+            # Whoever came back from a crash may have finalized the view that it is in again.
+            has_ended = {(this.view, "nullify"), (this.view, "finalize")} & this.casts.keys()
+            if not has_ended:
+                soonest = min(soonest, this.clock_from + self._timing.timeout_s(this.view))
+                if self._may_carry_on():
+                    soonest = min(soonest, this.clock_from + self._timing.carry_on_s)
         return None if soonest == math.inf else soonest
 
     def recovery_header(self, voters: tuple[str, ...]) -> Header:

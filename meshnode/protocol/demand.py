@@ -95,17 +95,7 @@ class DemandBook:
         self._forget_expired(now)
         if signer not in self._heard and len(self._heard) >= SIGNERS_MAX:
             return
-        demand = demand[:MODELS_MAX]
-        claimed = math.fsum(entry.requests_per_s for entry in demand)
-        shrink = min(1.0, SIGNER_RATE_MAX_PER_S / claimed) if claimed > 0 else 1.0
-        rates = {
-            entry.model: _Rates(
-                shrink * entry.requests_per_s,
-                # Who was refused had asked.
-                shrink * min(entry.refused_per_s, entry.requests_per_s),
-            )
-            for entry in demand
-        }
+        rates = _capped(demand[:MODELS_MAX]) if demand else {}
         self._heard[signer] = _Heard(rates, now + ttl_s)
         self._expires_at = min(self._expires_at, now + ttl_s)
         for model in self._models:
@@ -200,6 +190,20 @@ class DemandBook:
     def _expiries(self) -> list[float]:
         times = [heard.expires_at for heard in self._heard.values()]
         return times + [state.expires_at for state in self._models.values()]
+
+
+def _capped(demand: tuple[Demand, ...]) -> dict[str, _Rates]:
+    """One gateway's counters by model, shrunk alike if together they exceed the cap."""
+    claimed = math.fsum(entry.requests_per_s for entry in demand)
+    shrink = min(1.0, SIGNER_RATE_MAX_PER_S / claimed) if claimed > 0 else 1.0
+    return {
+        entry.model: _Rates(
+            shrink * entry.requests_per_s,
+            # Who was refused had asked.
+            shrink * min(entry.refused_per_s, entry.requests_per_s),
+        )
+        for entry in demand
+    }
 
 
 def _is_crowded(loads: tuple[Load, ...], refused_per_s: float) -> bool:

@@ -353,22 +353,24 @@ class Liveness:
         return self._outcome()
 
     def deadline(self) -> float | None:
-        waits = [self._answer_at] if self._answer_at is not None else []
+        due = math.inf if self._answer_at is None else self._answer_at
         if self._letters or self._newly_alive:
-            waits.append(self._attended_at)
+            due = min(due, self._attended_at)
         if self._expected:
-            waits.append(self._tick_at)
+            due = min(due, self._tick_at)
         for name in self._expected:
             state = self._peers.get(PeerId(name))
             if state is not None and state.since is not None:
                 silent_at = self._silent_at(state)
-                if silent_at > self._attended_at:
-                    waits.append(silent_at)
+                if self._attended_at < silent_at < due:
+                    due = silent_at
         for peer in self._accused:
             state = self._peers[peer]
-            waits.append(self._verdict_at(state))
-            waits += (each.heard_at + ACCUSATION_TTL_S for each in state.accusations.values())
-        due = min(waits, default=math.inf)
+            due = min(due, self._verdict_at(state))
+            for accusation in state.accusations.values():
+                ends_at = accusation.heard_at + ACCUSATION_TTL_S
+                if ends_at < due:
+                    due = ends_at
         return None if due == math.inf else due
 
     # --- what it comes to -----------------------------------------------------------------------
@@ -434,9 +436,11 @@ class Liveness:
         return max(state.heard_at, self._excused_at) + SUPPORT_S * self.health
 
     def _is_silent(self, peer: str, state: _Peer, now: float) -> bool:
+        if peer not in self._expected:
+            return False
         # If we have just woken, what happened meanwhile is still unread: judge as of before.
         seen_at = now if self._lateness_s(now) < LATE_S else self._attended_at
-        return peer in self._expected and self._silent_at(state) <= seen_at
+        return self._silent_at(state) <= seen_at
 
     def _verdict_at(self, state: _Peer) -> float:
         if state.doubted_at is None:

@@ -372,19 +372,18 @@ class Stack:
         return effects
 
     def deadline(self) -> float | None:
-        waits = [link.hello_by for link in self._unproven.values()]
-        for at in (
-            self.records.deadline(),
-            self.adverts.deadline(),
-            self.discovery.deadline(),
-            self.liveness.deadline(),
-            self.agreement.deadline(),
-            self._refresh_at,
-            self._in_dht_at,
-        ):
-            if at is not None and at < math.inf:
-                waits.append(at)
-        return min(waits, default=None)
+        soonest = math.inf
+        for link in self._unproven.values():
+            soonest = min(soonest, link.hello_by)
+        # Asked after every input, so that no list is made of it.
+        for core in (self.records, self.adverts, self.discovery, self.liveness, self.agreement):
+            at = core.deadline()
+            if at is not None and at < soonest:
+                soonest = at
+        for at in (self._refresh_at, self._in_dht_at):
+            if at is not None and at < soonest:
+                soonest = at
+        return None if soonest == math.inf else soonest
 
     def learn(self, peer: PeerId, decided: Decided, now: float) -> list[Effect]:
         """Take a proof that a peer sent beside its control stream.
@@ -592,8 +591,10 @@ class Stack:
         if link is None or link.membership is None:
             return False
         known = self.records.get(PeerId(peer))
-        told = link.membership.roles if known is None else known.record.roles
-        return not _STAYING.isdisjoint({*link.membership.roles} & {*told})
+        certified = link.membership.roles
+        told = certified if known is None else known.record.roles
+        shared = certified if told == certified else {*certified} & {*told}
+        return not _STAYING.isdisjoint(shared)
 
     def _may_vote(self, peer: str) -> bool:
         """In an open mesh identities are free: whoever decides there is named by its root."""

@@ -46,9 +46,7 @@ class Service:
         run.world.loop.at(warm_ns, self._on_warm)
 
     def _is_served(self, digest: str) -> bool:
-        return any(
-            machine.is_awake and digest in machine.loaded for machine in self._run.world.machines
-        )
+        return any(machine.serves(digest) for machine in self._run.world.machines)
 
     def _replicas(self) -> float:
         """Of all models together."""
@@ -199,7 +197,7 @@ class Healing:
         return [
             name
             for digest, name in sorted(names.items())
-            if not any(digest in machine.loaded for machine in running)
+            if not any(machine.serves(digest) for machine in running)
         ]
 
     def _what_is_wrong(self) -> str:

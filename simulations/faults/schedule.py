@@ -20,9 +20,9 @@
 | `claim` | the targets ask for an exclusive right | given back |
 
 A target is `n7` (a node by name), `random`, `random:3`, `share:0.2`, `leader` (of the newest
-block), `voter`, `owner:MODEL`, `standby:MODEL`, `bootstrap`; the set is worked out when the fault
-strikes. Nodes that are switched off are struck by nothing but `jump` and `rate`; the mesh's root is
-never wiped, since its key is on that disk.
+block), `voter`, `owner:MODEL` (of its first layers), `head:MODEL` (of its last), `standby:MODEL`,
+`bootstrap`; the set is worked out when the fault strikes. Nodes that are switched off are struck by
+nothing but `jump` and `rate`; the mesh's root is never wiped, since its key is on that disk.
 """
 
 from __future__ import annotations
@@ -205,7 +205,7 @@ def check_target(target: str) -> None:
         (word in ("random", "leader", "voter", "bootstrap") and not rest)
         or (word == "random" and rest.isdecimal())
         or (word == "share" and _is_share(rest))
-        or (word in ("owner", "standby") and rest)
+        or (word in ("owner", "head", "standby") and rest)
         or (word[:1] == "n" and word[1:].isdecimal() and not rest)
     )
     if not fine:
@@ -231,6 +231,8 @@ def find(run: Run, target: str, rng: random.Random) -> list[Machine]:
             return [rng.choice(found)] if found else []
         case "owner":
             return _by_peers(run, [item.owner for item in _items(running, rest)][:1])
+        case "head":
+            return _by_peers(run, [item.owner for item in _items(running, rest)][-1:])
         case "standby":
             standbys = [peer for item in _items(running, rest) for peer in item.standbys]
             return _by_peers(run, standbys[:1])

@@ -90,6 +90,10 @@ class Machine:
     """The models that it has loaded or is loading."""
     parts: dict[tuple[str, int, int], bool] = field(default_factory=dict)
     """Layers (model, first, end) that it was told to load; True once it has."""
+    unfetched: dict[str, None] = field(default_factory=dict)
+    """Of `models`: those whose file it does not have yet."""
+    heads: dict[str, None] = field(default_factory=dict)
+    """Cut models that it answers for: it has their last layers, in a pipeline."""
     loads: int = 0
     """How often it has begun to load one, in all its runs."""
     is_root: bool = False
@@ -110,6 +114,8 @@ class Machine:
     """It does not tick before."""
     armed_ns: int | None = None
     """When it will be asked next whether it is time to tick; not after its deadline."""
+    armed_s: float = 0.0
+    """What its own clock shows then."""
 
     @property
     def peer_id(self) -> PeerId:
@@ -124,6 +130,10 @@ class Machine:
     @property
     def is_awake(self) -> bool:
         return self.stack is not None and not self.is_asleep
+
+    def serves(self, model: str) -> bool:
+        """Whether it answers for a model, given by digest: all of it, or the head of a pipeline."""
+        return self.is_awake and (model in self.loaded or model in self.heads)
 
     def unix_s(self, now_s: float) -> float:
         """What its wall clock shows when its own clock shows `now_s`."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterable
+from math import log
 from typing import Protocol
 
 from meshnode_simulations.kernel.loop import NS_PER_S
@@ -47,17 +48,17 @@ class Access:
     A token bucket: up to `burst_bytes` pass at once after a pause.
     """
 
-    __slots__ = ("_burst_ns", "_bytes_per_s", "_free_ns")
+    __slots__ = ("_burst_ns", "_free_ns", "bytes_per_s")
 
     def __init__(self, bytes_per_s: float, burst_bytes: int) -> None:
-        self._bytes_per_s = bytes_per_s
+        self.bytes_per_s = bytes_per_s
         self._burst_ns = int(burst_bytes / bytes_per_s * NS_PER_S)
         self._free_ns = 0
 
     def pass_at(self, now_ns: int, size_bytes: int) -> int:
         """When the last byte of something that comes now is through."""
         start_ns = max(self._free_ns, now_ns - self._burst_ns)
-        self._free_ns = start_ns + int(size_bytes / self._bytes_per_s * NS_PER_S)
+        self._free_ns = start_ns + int(size_bytes / self.bytes_per_s * NS_PER_S)
         return max(self._free_ns, now_ns)
 
 
@@ -88,7 +89,8 @@ class Network:
         base_ns = self.latency.one_way_ns(source, target)
         delay_ns = base_ns
         if self.jitter:
-            delay_ns += int(base_ns * self.jitter * self._rng.expovariate(1.0))
+            # An exponential of mean 1, as `expovariate` draws it, at half its price.
+            delay_ns += int(base_ns * self.jitter * -log(1.0 - self._rng.random()))
         if self.loss:
             lost = 0
             while lost < LOST_IN_A_ROW_MAX and self._rng.random() < self.loss:

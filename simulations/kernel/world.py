@@ -85,6 +85,9 @@ Power = Literal["on", "killed", "stopped", "asleep", "awake"]
 Loading = Callable[[Machine, Holding], int]
 """How many nanoseconds a machine takes to load a model."""
 
+Fetch = Callable[[Machine, str, Callable[[], None]], None]
+"""Have something happen as soon as a machine has a model's file."""
+
 
 class World:
     """See the module."""
@@ -121,6 +124,7 @@ class World:
         self.pubsub: Pubsub = _Flood(self)
         self.dht: Dht = _Shelf()
         self.loading: Loading = lambda machine, holding: int(LOAD_S * NS_PER_S)
+        self.fetch: Fetch = lambda machine, model, then: then()
         self.offered: Callable[[Machine, str], Offer] = lambda machine, model: machine.models[
             model
         ][0]
@@ -209,6 +213,7 @@ class World:
         machine.events.clear()
         machine.loaded.clear()
         machine.parts.clear()
+        machine.heads.clear()
         machine.running = ()
         machine.effects_left = None
         self._tell_power(machine, "on")
@@ -398,8 +403,8 @@ class World:
         if machine.is_asleep:
             return
         deadline = machine.stack.deadline()
-        if deadline is None:
-            return
+        if deadline is None or (machine.armed_ns is not None and deadline > machine.armed_s):
+            return  # it is never, or will be asked before
         now_ns = self.loop.now_ns
         due_ns = now_ns
         if deadline > machine.clock.now_s(now_ns):
@@ -409,7 +414,7 @@ class World:
             due_ns += SPIN_NS
         due_ns = max(due_ns, machine.busy_until_ns)
         if machine.armed_ns is None or due_ns < machine.armed_ns:
-            machine.armed_ns = due_ns
+            machine.armed_ns, machine.armed_s = due_ns, machine.clock.now_s(due_ns)
             self.loop.at(due_ns, self._ring, machine, machine.starts)
 
     def _ring(self, machine: Machine, run: int) -> None:
@@ -638,7 +643,8 @@ class World:
                 machine.loads += 1
                 self._note("load", machine)
                 load_ns = self.loading(machine, machine.models[model][1])
-                self.loop.after(load_ns, self._loaded, machine, machine.starts, model)
+                done = partial(self._loaded, machine, machine.starts, model)
+                self.fetch(machine, model, partial(self.loop.after, load_ns, done))
         dropped = [model for model in machine.loaded if model not in wanted]
         for model in dropped:
             del machine.loaded[model]
@@ -671,7 +677,8 @@ class World:
             model, first, end = part
             holding = machine.models[model][1]
             load_ns = self.loading(machine, holding) * (end - first) // max(holding.layers, 1)
-            self.loop.after(load_ns, self._part_loaded, machine, machine.starts, part)
+            done = partial(self._part_loaded, machine, machine.starts, part)
+            self.fetch(machine, model, partial(self.loop.after, load_ns, done))
         if dropped:
             self.loop.after(0, self._tell_models, machine)
 
@@ -685,7 +692,8 @@ class World:
     def tell_offers(self, machine: Machine) -> None:
         """What it serves, and how busy it is with that."""
         if machine.is_awake:
-            offers = tuple(self.offered(machine, model) for model in machine.loaded)
+            models = (*machine.loaded, *machine.heads)
+            offers = tuple(self.offered(machine, model) for model in models)
             self.tell(machine, SetOffers(offers))
 
     def _tell_models(self, machine: Machine) -> None:
@@ -759,4 +767,4 @@ class _Shelf:
         self.records[machine.index] = record
 
 
-__all__ = ["Dht", "Loading", "Power", "Pubsub", "World", "holdings_of"]
+__all__ = ["SILENCE_NS", "Dht", "Fetch", "Loading", "Power", "Pubsub", "World", "holdings_of"]

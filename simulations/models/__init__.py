@@ -2,7 +2,9 @@
 
 * `latency.py`    how far machines are from each other: measured, by region, or drawn
 * `access.py`     what homes and data centres can send and receive
+* `pipelines.py`  models cut by layers over several hosts
 * `transfers.py`  big transfers, which share links fairly
+* `fetching.py`   model files that come from other members
 * `nat.py`        who can be dialled
 * `churn.py`      who is there when
 * `pubsub.py`     gossipsub, as production sets it up

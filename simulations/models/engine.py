@@ -33,7 +33,8 @@ class Job:
     `answer_blocks` those that its answer completes, which are kept when it is over.
 
     `started(cached_tokens)` is called when a slot is free, `first()` with the first token,
-    `done()` with the last.
+    `done()` with the last. Of a pipeline that broke: `stalled()` if it was answering, and `lost()`
+    when nothing will go on there.
     """
 
     prompt_tokens: int
@@ -44,6 +45,10 @@ class Job:
     first: Callable[[], None]
     done: Callable[[], None]
     answer_blocks: tuple[int, ...] = ()
+    stalled: Callable[[], None] = lambda: None
+    lost: Callable[[], None] = lambda: None
+    told_tokens: int = 0
+    """Of its answer, before it was stalled: part of its prompt by now."""
     cached_tokens: int = 0
     uncomputed: float = 0.0
     ends_at: float = math.inf
@@ -76,6 +81,7 @@ class Engine:
     _orders: int = 0
     _version: int = 0
     _is_dead: bool = False
+    is_halted: bool = False
     since_ns: int = field(init=False)
 
     def __post_init__(self) -> None:
@@ -90,7 +96,8 @@ class Engine:
     @property
     def is_full(self) -> bool:
         """Whether it would refuse a request."""
-        return self.slots_busy >= self.model.slots and len(self.waiting) >= WAITING_MAX
+        has_slot = self.slots_busy < self.model.slots and not self.is_halted
+        return not has_slot and len(self.waiting) >= WAITING_MAX
 
     def submit(self, job: Job) -> bool:
         """Take a request; False if it is full."""
@@ -122,12 +129,53 @@ class Engine:
         """Tokens of its answer so far."""
         self._advance()
         if job.begun_at == math.inf:
-            return 0
-        return min(int(self._count - job.begun_at) + 1, job.answer_tokens)
+            return job.told_tokens
+        now = min(int(self._count - job.begun_at) + 1, job.answer_tokens)
+        return job.told_tokens + now
 
     def die(self) -> None:
         self._is_dead = True
         self._version += 1
+
+    # --- as the head of a pipeline --------------------------------------------------------------
+
+    def halt(self) -> None:
+        """The pipeline broke, and the KV of its stages is gone. All wait for the next one, which
+        computes again what an answer has so far."""
+        self._advance()
+        answering = [entry[2] for entry in sorted(self.decoding, key=lambda entry: entry[1])]
+        for job in answering:
+            told = min(int(self._count - job.begun_at) + 1, job.answer_tokens - 1)
+            job.told_tokens += told
+            job.prompt_tokens += told
+            job.answer_tokens -= told
+            job.begun_at = math.inf
+        self.waiting.extendleft(reversed([*answering, *self.prefilling]))
+        self.decoding.clear()
+        self.prefilling.clear()
+        self.kept.clear()
+        self.kept_tokens = 0
+        self.is_halted = True
+        self._version += 1
+        for job in answering:
+            job.stalled()
+        self.changed()
+
+    def go_on(self, model: Model) -> None:
+        """The next pipeline stands, as fast as `model` says."""
+        self._advance()
+        self.model = model
+        self.is_halted = False
+        self._admit()
+        self._changed()
+
+    def give_back(self) -> None:
+        """No pipeline came in time: whoever waits is better off elsewhere."""
+        waiting = tuple(self.waiting)
+        self.waiting.clear()
+        for job in waiting:
+            job.is_over = True
+            job.lost()
 
     # --- how it goes on -------------------------------------------------------------------------
 
@@ -202,7 +250,7 @@ class Engine:
         return job
 
     def _admit(self) -> None:
-        while self.waiting and self.slots_busy < self.model.slots:
+        while self.waiting and not self.is_halted and self.slots_busy < self.model.slots:
             job = self.waiting.popleft()
             job.cached_tokens = self._cached(job)
             job.uncomputed = float(job.prompt_tokens - job.cached_tokens)

@@ -206,6 +206,8 @@ class Gateways:
             session=ask.session,
             first=lambda: self._back(ask, server, self._on_first),
             done=lambda: self._back(ask, server, self._on_done),
+            stalled=lambda: self._back(ask, server, self._on_stall),
+            lost=lambda: self._back(ask, server, self._on_lost),
         )
         ask.engine, ask.job = engine, job
         if not engine.submit(job):
@@ -277,6 +279,16 @@ class Gateways:
         else:
             ask.longest_s = max(ask.longest_s, now_s - ask.heard_s)
         ask.heard_s = now_s
+
+    def _on_stall(self, ask: Ask, job: Job | None) -> None:
+        """Its replica is a pipeline that broke: no more comes until the next one stands."""
+        ask.heard_s = self._run.now_s
+
+    def _on_lost(self, ask: Ask, job: Job | None) -> None:
+        """Its replica has given it back."""
+        assert ask.server is not None
+        self._stop(ask)
+        self._give_up_on(ask, ask.server)
 
     def _on_done(self, ask: Ask, job: Job | None) -> None:
         self._leave(ask)

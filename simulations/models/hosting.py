@@ -79,8 +79,11 @@ class Hosting:
                     weight_bytes=model.weight_bytes,
                     kv_bytes=kv_bytes,
                     layers=model.layers,
+                    activation_bytes=model.activation_bytes,
                 )
                 machine.models[digest] = (offer, holding)
+                if copy >= model.files - model.fetched:
+                    machine.unfetched[digest] = None
 
     def speed(self, machine: Machine) -> float:
         """Of a host, relative to that of the scenario's figures."""
@@ -94,10 +97,11 @@ class Hosting:
 
     def engine(self, machine: Machine, digest: str) -> Engine | None:
         """The engine that answers there now; None if there is none."""
-        if not machine.is_awake or digest not in machine.loaded:
+        if not machine.serves(digest):
             return None
         found = self._engines.get((machine.index, digest))
         if found is None:
+            assert digest in machine.loaded, "a head's engine comes from `lead`"
             model = self._models[digest]
             found = Engine(
                 self._world.loop,
@@ -108,6 +112,24 @@ class Hosting:
             )
             self._engines[machine.index, digest] = found
         return found
+
+    def lead(self, machine: Machine, digest: str, model: Model) -> Engine:
+        """The engine of a new head, at a pipeline's speeds."""
+        engine = Engine(
+            self._world.loop, model, 1.0, model.context_tokens, lambda: self._on_change(machine)
+        )
+        self._engines[machine.index, digest] = engine
+        machine.heads[digest] = None
+        self._world.tell_offers(machine)
+        return engine
+
+    def depose(self, machine: Machine, digest: str) -> None:
+        """It has the last layers no more: whoever waits there has to go elsewhere."""
+        engine = self._engines.pop((machine.index, digest))
+        engine.die()
+        machine.heads.pop(digest, None)
+        self._world.tell_offers(machine)
+        engine.give_back()
 
     def utilisation(self) -> float:
         """The mean share of its life that an engine has had an answer under way."""
@@ -125,8 +147,11 @@ class Hosting:
         if engine is None:
             return offer
         held = tuple(engine.sessions)[-SESSIONS_MAX:]
+        model = engine.model
         return replace(
             offer,
+            prefill_tokens_per_s=model.prefill_tokens_per_s * engine.speed,
+            decode_tokens_per_s=model.decode_tokens_per_s * engine.speed,
             slots_busy=engine.slots_busy,
             queue_depth=len(engine.waiting),
             kv_tokens_free=max(engine.kv_tokens - engine.kept_tokens, 0),

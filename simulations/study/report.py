@@ -79,13 +79,15 @@ def page(runs: Sequence[Result], keep: Keep | None = None) -> str:
     return _page(groups, found, None, keep)
 
 
-def compared(groups: plots.Groups, title: str) -> str:
+def compared(groups: plots.Groups, title: str, judged: str) -> str:
     """A report that shows groups of runs side by side, such as one scenario in several tiers.
 
-    Their scenarios may differ; question and expectations are those of the first.
+    Their scenarios may differ; question and expectations are those of the first. `judged` is how
+    near they are to each other, as text.
     """
     found = [Variant(label, {"": label}, tuple(group)) for label, group in groups.items() if group]
-    return _page({variant.label: variant.runs for variant in found}, found, title, None)
+    shown = {variant.label: variant.runs for variant in found}
+    return _page(shown, found, title, None, ["<h2>How near</h2>", f"<pre>{_text(judged)}</pre>"])
 
 
 def _page(
@@ -93,6 +95,7 @@ def _page(
     found: Sequence[Variant],
     title: str | None,
     keep: Keep | None,
+    judged: Sequence[str] = (),
 ) -> str:
     about = found[0].runs[0].scenario.scenario
     runs = [run for variant in found for run in variant.runs]
@@ -109,6 +112,7 @@ def _page(
         f"<p>{_extent(found, runs)}</p>",
         "<h2>Expected and found</h2>",
         _expected(found),
+        *judged,
         *_violations(runs),
         "<h2>Plots</h2>",
         "<p>Lines are medians over seeds, bands reach from 5 to 95 %.</p>",

@@ -13,6 +13,7 @@ from meshnode.cli.edge import json_option
 from meshnode.cli.output import print_json
 from meshnode.errors import ConfigError
 from meshnode_simulations.scenario import load
+from meshnode_simulations.study import report
 from meshnode_simulations.tiers.compare import TIERS, Comparison, compare
 
 
@@ -46,7 +47,8 @@ def tiers(
     """Compare a simulated run with more of the real thing.
 
     t1 is the simulator, t2 has the real driver of every node (dozens of nodes), t3 starts real
-    nodes on this machine (2 to 8, in real time). Writes tiers-SCENARIO-NODES.md and .json.
+    nodes on this machine (2 to 8, in real time). Writes tiers-SCENARIO-NODES.md, .json and
+    .html, a report with plots that needs no other file.
     """
     changes = {} if nodes is None else {"mesh.nodes": nodes}
     chosen = load(scenario, changes)
@@ -83,5 +85,8 @@ def _write(found: Comparison, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / f"{name}.md").write_text(found.markdown())
         (folder / f"{name}.json").write_text(json.dumps(_told(found), indent=1) + "\n")
+        title = f"{found.scenario} on tiers {', '.join(found.runs)}"
+        page = report.compared(found.runs, title, found.markdown())
+        (folder / f"{name}.html").write_text(page)
     except OSError as error:
         raise ConfigError(f"{folder}: {error.strerror}") from error

@@ -99,6 +99,7 @@ class Comparison:
     seeds: tuple[int, ...]
     figures: dict[str, dict[str, float]]
     changes: dict[str, float | str]
+    runs: dict[str, tuple[Result, ...]]
 
     def rows(self) -> list[Row]:
         """Every figure that at least two tiers have."""
@@ -171,20 +172,21 @@ def compare(
     wanted = [tier for tier in TIERS if tier in set(tiers)]
     if unknown := sorted(set(tiers) - set(TIERS)):
         raise ConfigError(f"tiers are {', '.join(TIERS)}, not {', '.join(unknown)}")
-    figures: dict[str, dict[str, float]] = {}
+    runs: dict[str, tuple[Result, ...]] = {}
     changes: dict[str, float | str] = {}
     if "t3" in wanted:
         tell("t3: real nodes, in real time")
-        figures["t3"] = t3.run(scenario, seeds[0]).figures
-        changes = as_real(scenario, figures["t3"])
+        runs["t3"] = (t3.run(scenario, seeds[0]),)
+        changes = as_real(scenario, runs["t3"][0].figures)
         scenario = changed(scenario, changes)
     runners: dict[str, Callable[[Simulation], Result]] = {"t1": Simulation.run, "t2": t2.run}
     for tier in wanted:
         if tier in runners:
             tell(f"{tier}: {len(seeds)} seeds")
-            figures[tier] = _medians(runners[tier](Measured(scenario, seed=s)) for s in seeds)
-    ordered = {tier: figures[tier] for tier in wanted}
-    return Comparison(scenario.name, scenario.mesh.nodes, seeds, ordered, changes)
+            runs[tier] = tuple(runners[tier](Measured(scenario, seed=s)) for s in seeds)
+    ordered = {tier: runs[tier] for tier in wanted}
+    figures = {tier: _medians(found) for tier, found in ordered.items()}
+    return Comparison(scenario.name, scenario.mesh.nodes, seeds, figures, changes, ordered)
 
 
 def as_real(scenario: Scenario, found: dict[str, float]) -> dict[str, float | str]:

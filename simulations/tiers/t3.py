@@ -48,6 +48,8 @@ def check(scenario: Scenario) -> None:
         raise ConfigError(f"mesh.nodes: tier 3 runs 2 to {NODES_MAX}, not {scenario.mesh.nodes}")
     if len(scenario.models) > 1:
         raise ConfigError("models: tier 3 has one, the packaged one")
+    if any(model.activation_bytes or model.fetched for model in scenario.models):
+        raise ConfigError("models: tier 3's fits on every node, which has its file")
     if scenario.demand.kind not in ("none", "poisson", "chats"):
         raise ConfigError(f"demand.kind: tier 3 has poisson and chats, not {scenario.demand.kind}")
     if scenario.routing.policy != "ours":

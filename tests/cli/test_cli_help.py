@@ -36,7 +36,7 @@ def test_the_commands_are_all_there() -> None:
     names = {" ".join(path) for path in COMMANDS}
     assert names == {
         *("serve", "client", "mesh", "mesh create", "mesh list", "mesh show", "invite"),
-        *("status", "peers", "models", "models shard", "chat", "doctor", "version"),
+        *("status", "peers", "models", "models shard", "models fetch", "chat", "doctor", "version"),
         *("key", "key create", "key list", "key revoke"),
         *("placement", "pin", "unpin", "drain"),
         *("mesh export", "mesh verify", "mesh recover"),

@@ -6,13 +6,15 @@ import base64
 import json
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from pathlib import Path
+from typing import Any, NoReturn
 
 import pytest
 import trio
 from quart_trio import QuartTrio
 
 from meshnode import clock
+from meshnode.console.fetches import Fetches
 from meshnode.console.operations import Operations
 from meshnode.console.proof import verify_proof
 from meshnode.console.requests import ClaimRequest, InviteTicket, OrderRequest, PreviewRequest
@@ -20,6 +22,7 @@ from meshnode.console.routes import Console, mount
 from meshnode.console.snapshot import Snapshot
 from meshnode.errors import ConfigError
 from meshnode.messages import Decided, decode
+from meshnode.weights import Peers
 from tests.protocol.agreement.scenes import NAMES, SMOL, mesh_of, owners
 from tests.protocol.cluster import MESH, Cluster, key_of
 
@@ -63,9 +66,13 @@ async def ask(cluster: Cluster, monkeypatch: pytest.MonkeyPatch, nursery: trio.N
         def snapshot() -> Snapshot:
             raise AssertionError("not asked for")
 
-        console = Console(
-            snapshot, lambda _: InviteTicket("t", 1), operations_of(cluster, name, monkeypatch)
-        )
+        async def nobody(*_: object) -> NoReturn:
+            raise AssertionError("not asked for")
+
+        operations = operations_of(cluster, name, monkeypatch)
+        peers = Peers(lambda _: (), nobody, nobody)
+        fetches = Fetches(Path(), peers, nobody, dict)
+        console = Console(snapshot, lambda _: InviteTicket("t", 1), operations, fetches)
         app = QuartTrio("test")
         mount(app, console)
         options.setdefault("headers", {"content-type": "application/json"})

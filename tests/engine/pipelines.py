@@ -11,7 +11,7 @@ import trio
 
 from meshnode.engine import ModelCard
 from meshnode.engine.process import EngineOptions, EngineProcess, Part
-from meshnode.engine.stage_process import StageOptions, StageProcess
+from meshnode.engine.stages.process import StageOptions, StageProcess
 from tests.engine.serving import HANG_S
 
 Frames = Callable[[bytes], bytes]

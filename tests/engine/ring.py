@@ -16,10 +16,10 @@ from typing import Any
 import llama_cpp.llama_cpp as llama
 import numpy as np
 
-from meshnode.engine import activations
 from meshnode.engine.native import initialise
-from meshnode.engine.stage_model import StageModel
-from meshnode.engine.steps import Codec, Keep, Share, Step, decode, encode
+from meshnode.engine.stages import activations
+from meshnode.engine.stages.model import StageModel
+from meshnode.engine.stages.steps import Codec, Keep, Share, Step, decode, encode
 from meshnode.models.stages import cut, open_stage
 
 CONTEXT_TOKENS, SLOTS = 1024, 4

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from meshnode.engine.activations import MAGNITUDE_MAX, pack, unpack
-from meshnode.engine.steps import CODECS, OUTLIERS, Codec, row_bytes
+from meshnode.engine.stages.activations import MAGNITUDE_MAX, pack, unpack
+from meshnode.engine.stages.steps import CODECS, OUTLIERS, Codec, row_bytes
 from meshnode.errors import RemoteProtocolError
 
 WIDTH = 64

@@ -18,10 +18,10 @@ from meshnode.engine import (
     ModelCard,
     Request,
     Sampling,
-    head,
     wire,
 )
 from meshnode.engine.process import EngineOptions, EngineProcess, Part
+from meshnode.engine.stages import head
 from meshnode.errors import EngineError, ModelLoadError, RemoteProtocolError
 from meshnode.gateway.schema import SchemaGrammar
 from tests.engine.pipelines import Pipeline, parted

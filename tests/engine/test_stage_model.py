@@ -12,13 +12,13 @@ import numpy as np
 import pytest
 
 from meshnode.engine.child_process import CHILD_ENVIRONMENT
-from meshnode.engine.steps import Codec, Keep, Share
+from meshnode.engine.stages.steps import Codec, Keep, Share
 from meshnode.errors import EngineError, RemoteProtocolError, StageError
 
 os.environ.update(CHILD_ENVIRONMENT)  # before libgomp is loaded, as the child has it
 
-from meshnode.engine import stage_model
-from meshnode.engine.stage_model import StageModel
+from meshnode.engine.stages import model as stage_model
+from meshnode.engine.stages.model import StageModel
 from tests.engine.ring import CONTEXT_TOKENS, Bare, Batch, Ring, load
 from tests.engine.tiny_architectures import write_tiny
 

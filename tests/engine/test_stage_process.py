@@ -14,11 +14,12 @@ import pytest
 import trio
 import trio.testing
 
-from meshnode.engine import ModelCard, stage_process
+from meshnode.engine import ModelCard
 from meshnode.engine.card import load_card
 from meshnode.engine.child_process import CHILD_ENVIRONMENT
-from meshnode.engine.stage_process import STEPS_UNDER_WAY_MAX, StageOptions, StageProcess
-from meshnode.engine.steps import CODECS, Shape, Share, decode, encode, step_bytes_max
+from meshnode.engine.stages import process as stage_process
+from meshnode.engine.stages.process import STEPS_UNDER_WAY_MAX, StageOptions, StageProcess
+from meshnode.engine.stages.steps import CODECS, Shape, Share, decode, encode, step_bytes_max
 from meshnode.errors import EngineError, ModelLoadError, RemoteProtocolError
 from meshnode.models.catalog import resolve
 from tests.engine.conftest import ignore_progress

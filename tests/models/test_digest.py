@@ -14,10 +14,14 @@ from meshnode.errors import ModelLoadError
 from meshnode.models.digest import (
     CACHE_NAME,
     LEAF_BYTES,
+    LEAVES_FOLDER,
+    HashTree,
+    corners,
     digest,
+    digest_blocking,
     leaf_hash,
     leaf_hashes,
-    range_proof,
+    tree_of,
     tree_root,
     verify_range,
 )
@@ -58,7 +62,7 @@ def test_a_range_verifies_alone_and_any_change_shows(
     last = data.draw(st.integers(first + 1, count))
     contents = [bytes([i]) * 3 for i in range(count)]
     leaves = [leaf_hash(content) for content in contents]
-    root, proof = tree_root(leaves), range_proof(leaves, first, last)
+    root, proof = tree_root(leaves), HashTree(leaves).range_proof(first, last)
     chosen = contents[first:last]
     assert len(proof) <= 2 * count.bit_length()
     assert verify_range(root, count, first, chosen, proof)
@@ -108,3 +112,39 @@ async def test_a_damaged_cache_is_replaced(tmp_path: Path, content: str) -> None
 async def test_a_missing_file(tmp_path: Path) -> None:
     with pytest.raises(ModelLoadError, match="gone cannot be read"):
         await digest(tmp_path / "gone", tmp_path)
+
+
+def depths(count: int) -> list[str]:
+    """The way from the root to each leaf, as turns."""
+    if count == 1:
+        return [""]
+    middle = 1 << (count - 1).bit_length() - 1
+    ways = [("L", each) for each in depths(middle)] + [
+        ("R", each) for each in depths(count - middle)
+    ]
+    return [turn + rest for turn, rest in ways]
+
+
+def test_corners_tell_how_many_leaves_there_are() -> None:
+    """No two sizes have leaves in all the places where the corners of one of them are."""
+    ways = {count: depths(count) for count in range(1, 130)}
+    for count, own in ways.items():
+        places = {own[at] for at in corners(count)}
+        assert len(places) <= count.bit_length() + 1
+        assert [n for n, other in ways.items() if places <= set(other)] == [count]
+
+
+def test_leaves_are_remembered_and_checked(tmp_path: Path) -> None:
+    path, cache_dir = tmp_path / "file", tmp_path / "cache"
+    path.write_bytes(b"a" * LEAF_BYTES + b"b")
+    root = digest_blocking(path, cache_dir)
+    kept = cache_dir / LEAVES_FOLDER / root
+    assert kept.read_bytes() == b"".join(leaf_hashes(path))
+    path.write_bytes(b"other")
+    assert tree_of(path, root, cache_dir).root.hex() == root, "without reading the file"
+    kept.write_bytes(b"damage")
+    with pytest.raises(ModelLoadError, match="has changed"):
+        tree_of(path, root, cache_dir)
+    path.write_bytes(b"a" * LEAF_BYTES + b"b")
+    assert len(tree_of(path, root, cache_dir).leaves) == 2
+    assert kept.read_bytes() == b"".join(leaf_hashes(path))

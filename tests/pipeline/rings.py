@@ -16,8 +16,8 @@ from msgspec.structs import replace
 from trio.testing import memory_stream_pair
 
 from meshnode.config import KvType
-from meshnode.engine import steps
-from meshnode.engine.steps import Shape, Step
+from meshnode.engine.stages import steps
+from meshnode.engine.stages.steps import Shape, Step
 from meshnode.errors import EngineError, PeerUnreachableError
 from meshnode.identity import KeyPair, PeerId
 from meshnode.messages import Item, Opening, Shard

@@ -12,9 +12,10 @@ import pytest
 import trio
 from msgspec.structs import replace
 
-from meshnode.engine import ModelCard, steps
+from meshnode.engine import ModelCard
 from meshnode.engine.process import EngineOptions
-from meshnode.engine.steps import Shape
+from meshnode.engine.stages import steps
+from meshnode.engine.stages.steps import Shape
 from meshnode.pipeline.parts import StagePart
 from tests.engine.conftest import q4_0_card  # noqa: F401
 from tests.pipeline.rings import ANN, BEA, CAT, CONTEXT, WIDTH, Adder, world

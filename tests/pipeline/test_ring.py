@@ -6,7 +6,7 @@ import pytest
 import trio
 from msgspec.structs import replace
 
-from meshnode.engine.steps import step_bytes_max
+from meshnode.engine.stages.steps import step_bytes_max
 from meshnode.messages import MESSAGE_BYTES_MAX, NotOpened, decode, encode
 from meshnode.transport.frames import receive_frame, send_frame
 from tests.pipeline.rings import ANN, BEA, CAT, DAN, EVE, HANG_S, WIDTH, Adder, world

@@ -7,8 +7,8 @@ import pytest
 from meshnode_simulations.scenario import changed, load, shipped
 from meshnode_simulations.simulation import Simulation
 
-SMALL = ("owner-death", "equivocation")
-"""Those that take two seconds a seed; the rest run in their own right."""
+SMALL = ("owner-death", "equivocation", "cut-model-owner-death")
+"""Those that take about two seconds a seed; the rest run in their own right."""
 
 
 @pytest.mark.parametrize("name", shipped())

@@ -312,8 +312,11 @@ def test_a_report_needs_nothing_else(runs: list[Result], tmp_path: Path) -> None
 
 def test_groups_are_shown_side_by_side(runs: list[Result]) -> None:
     page = _Page()
-    page.feed(report.compared({"T1": runs[:2], "T2": runs[2:]}, "Tiers beside each other"))
+    page.feed(
+        report.compared({"T1": runs[:2], "T2": runs[2:]}, "Tiers beside each other", "all near")
+    )
     assert "Tiers beside each other" in page.text
+    assert "all near" in page.text
     assert "figureT1T2" in "".join(page.text.split())
 
 

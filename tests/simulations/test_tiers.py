@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import importlib.util
 import json
 import math
@@ -104,6 +105,9 @@ def test_what_a_tier_cannot_do_is_an_error_that_says_so() -> None:
     models = (Model(name="a"), Model(name="b"))
     with pytest.raises(ConfigError, match="models"):
         t3.check(Scenario(a_join().scenario, mesh=a_join().mesh, models=models))
+    for model in (Model(name="a", activation_bytes=8192), Model(name="a", fetched=1)):
+        with pytest.raises(ConfigError, match="fits on every node"):
+            t3.check(Scenario(a_join().scenario, mesh=a_join().mesh, models=(model,)))
     with pytest.raises(ConfigError, match="t4"):
         compare(a_join(), (1,), ("t1", "t4"))
 
@@ -114,7 +118,11 @@ def test_the_command_writes_what_it_shows(tmp_path: Path) -> None:
     assert ran.exit_code == 0, ran.output
     kept = json.loads((tmp_path / "tiers-cold-join-4.json").read_text())
     assert kept["figures"]["t1"].keys() == kept["figures"]["t2"].keys()
-    assert (tmp_path / "tiers-cold-join-4.md").read_text() in ran.output
+    told = (tmp_path / "tiers-cold-join-4.md").read_text()
+    assert told in ran.output
+    page = (tmp_path / "tiers-cold-join-4.html").read_text()
+    assert html.escape(told) in page
+    assert "<script" not in page
 
 
 @pytest.mark.e2e

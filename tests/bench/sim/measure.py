@@ -33,6 +33,13 @@ SETTLE_S = 60
 IDLE_S = 60
 PAIRS, PINGS_S = 500, 10
 HOT_MAX = 12
+SHOWN_MIN = 0.01
+"""Kinds of events that are rarer than this, per node and second, are not shown."""
+_KINDS = {
+    "Heartbeat": "heartbeats, to every voter (the protocol's)",
+    "Support": "supports, one for each heartbeat (the protocol's)",
+    "Advert": "adverts heard (the protocol's)",
+}
 
 
 @dataclass(frozen=True)
@@ -45,6 +52,8 @@ class Mesh:
     idle_events: int
     idle_cpu_s: float
     bytes_per_node: float
+    kinds: tuple[tuple[float, str], ...]
+    """What an idle node's events are: how many a second, of each kind."""
     hot: tuple[tuple[float, str], ...]
     """Where the time of an idle mesh goes: shares and functions."""
 
@@ -80,8 +89,10 @@ def _mesh(nodes: int) -> Mesh:
     join_cpu_s = _run(world, JOIN_S + SETTLE_S)
     join_events = world.loop.events
     grown_bytes = psutil.Process().memory_info().rss - resident_bytes
+    world.trace.messages.clear()
     idle_cpu_s = _run(world, IDLE_S)
     idle_events = world.loop.events - join_events
+    kinds = _kinds(world, idle_events)
     return Mesh(
         nodes,
         join_events,
@@ -89,8 +100,18 @@ def _mesh(nodes: int) -> Mesh:
         idle_events,
         idle_cpu_s,
         grown_bytes / nodes,
+        kinds,
         _hot(world),
     )
+
+
+def _kinds(world: World, events: int) -> tuple[tuple[float, str], ...]:
+    """Messages by kind, the most frequent first, and all that is none."""
+    found = world.trace.messages.most_common()
+    rest = events - sum(count for _, count in found)
+    node_seconds = len(world.machines) * IDLE_S
+    counted = [*found, ("ticks, and copies of adverts that another overtook", rest)]
+    return tuple((count / node_seconds, _KINDS.get(kind, kind)) for kind, count in counted)
 
 
 def _run(world: World, seconds: int) -> float:
@@ -129,6 +150,8 @@ def as_text(report: Report) -> str:
             f"{IDLE_S / mesh.idle_cpu_s:>14.1f} {mesh.bytes_per_node / 1024:>9.0f}"
         )
     largest = report.meshes[-1]
+    lines += ["", f"What the events of {largest.nodes} idle nodes are, per node and second:"]
+    lines += [f"{rate:>7.2f} {kind}" for rate, kind in largest.kinds if rate >= SHOWN_MIN]
     lines += ["", f"Where the time of {largest.nodes} idle nodes goes:"]
     lines += [f"{share:>7.1%} {name}" for share, name in largest.hot]
     ratio = report.loop_events_per_s / report.simpy_events_per_s

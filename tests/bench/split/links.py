@@ -55,7 +55,8 @@ class Links:
             stdout=subprocess.PIPE,
             text=True,
             cwd=ROOT,
-            start_new_session=True,  # an interrupted measurement still asks its links
+            # Whoever interrupts the measurement still needs links to end it.
+            start_new_session=True,
         )
         return self
 

@@ -15,7 +15,6 @@ import trio
 
 from meshnode.config import KvType
 from meshnode.engine import ModelCard
-from meshnode.engine import stage_wire as wire
 from meshnode.engine.child_process import (
     READ_BYTES,
     ChildDiedError,
@@ -25,7 +24,8 @@ from meshnode.engine.child_process import (
 )
 from meshnode.engine.memory import available_bytes, check_fits, context_for, stage_need
 from meshnode.engine.pipe import resident_bytes
-from meshnode.engine.steps import STATE_BYTES_MAX, Codec, Shape, step_bytes_max
+from meshnode.engine.stages import wire
+from meshnode.engine.stages.steps import STATE_BYTES_MAX, Codec, Shape, step_bytes_max
 from meshnode.engine.wire import FrameReader
 from meshnode.errors import (
     EngineError,
@@ -312,7 +312,7 @@ class StageProcess:
         """Start a child and serve it to its end. Raises `ModelLoadError` or `ChildDiedError`."""
         self._progress = 0.0
         load = await trio.to_thread.run_sync(self._check_file)
-        child = await ChildProcess.start("meshnode.engine.stage_child")
+        child = await ChildProcess.start("meshnode.engine.stages.child")
         load_error: str | None = None
         self._outbox, outgoing = trio.open_memory_channel[bytes](OUTBOX_MAX)
         try:

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from meshnode.engine.steps import OUTLIERS, Codec, row_bytes
+from meshnode.engine.stages.steps import OUTLIERS, Codec, row_bytes
 from meshnode.errors import RemoteProtocolError
 
 # Far beyond a model's own: the largest of SmolLM2's is 24 552. From peers more is refused, since

@@ -27,11 +27,9 @@ from typing import NoReturn
 import numpy as np
 from msgspec import structs
 
-from meshnode.engine import steps, wire
-from meshnode.engine.activations import Rows, unpack
+from meshnode.engine import wire
 from meshnode.engine.child import Child, ChildPipe, Item, serve, speculation_for
 from meshnode.engine.cores import usable_cores
-from meshnode.engine.head_model import HeadModel
 from meshnode.engine.llama import DecodeError
 from meshnode.engine.pace import Threads
 from meshnode.engine.payoff import Speculation
@@ -46,6 +44,9 @@ from meshnode.engine.scheduler import (
     Trim,
     slots_kept,
 )
+from meshnode.engine.stages import steps
+from meshnode.engine.stages.activations import Rows, unpack
+from meshnode.engine.stages.head_model import HeadModel
 from meshnode.engine.states import StateStore
 from meshnode.errors import RemoteProtocolError, StageError
 

@@ -12,7 +12,7 @@ import msgspec
 from msgspec import Meta
 
 from meshnode.config import KvType
-from meshnode.engine.steps import PIPELINE_BYTES, STATE_BYTES_MAX, Codec
+from meshnode.engine.stages.steps import PIPELINE_BYTES, STATE_BYTES_MAX, Codec
 from meshnode.engine.wire import decode, with_length
 
 # A slot's KV is the largest that is said; the rest of its frame is a few words.

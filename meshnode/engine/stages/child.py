@@ -18,12 +18,11 @@ from typing import NoReturn
 
 import msgspec
 
-from meshnode.engine import activations, steps
-from meshnode.engine import stage_wire as wire
 from meshnode.engine.cores import IdleCores, Waiting, usable_cores
 from meshnode.engine.pace import Threads
 from meshnode.engine.pipe import Pipe, Progress, leave
-from meshnode.engine.stage_model import StageModel
+from meshnode.engine.stages import activations, steps, wire
+from meshnode.engine.stages.model import StageModel
 from meshnode.errors import EngineError, MeshnodeError, RemoteProtocolError
 
 # The parent has far fewer frames in flight; if it did not, the reader would wait here.

@@ -5,7 +5,7 @@ bit: activations in, or tokens to look up, activations out. Decides nothing abou
 last stage, which has the vocabulary and the samplers, is `llama.LlamaModel`.
 
 A wrong batch may be an abort in C, so what a step says is checked against what the slots hold
-before llama.cpp sees it; and this runs in a child (`stage_child.py`). Import this module only in
+before llama.cpp sees it; and this runs in a child (`child.py`). Import this module only in
 a process whose environment is that of `child_process.CHILD_ENVIRONMENT`.
 """
 
@@ -22,7 +22,6 @@ import llama_cpp.llama_cpp as _llama
 import numpy as np
 
 from meshnode.config import KvType
-from meshnode.engine.activations import Rows, unpack
 from meshnode.engine.memory import available_bytes, prefers_disk
 from meshnode.engine.native import (
     GGML_TYPES,
@@ -32,7 +31,8 @@ from meshnode.engine.native import (
     pointer,
     position_planes,
 )
-from meshnode.engine.steps import (
+from meshnode.engine.stages.activations import Rows, unpack
+from meshnode.engine.stages.steps import (
     STATE_BYTES_MAX,
     STEP_ROWS_MAX,
     WIDTH_MAX,

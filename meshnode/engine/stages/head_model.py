@@ -15,11 +15,11 @@ import llama_cpp.llama_cpp as _llama
 import numpy as np
 
 from meshnode.config import KvType
-from meshnode.engine.activations import Rows
 from meshnode.engine.llama import DecodeError, LlamaModel
 from meshnode.engine.memory import available_bytes, prefers_disk
 from meshnode.engine.native import pointer, position_planes
 from meshnode.engine.scheduler import Batch
+from meshnode.engine.stages.activations import Rows
 from meshnode.errors import StageError
 from meshnode.models.stages import cut, open_stage
 
