@@ -51,7 +51,7 @@ def compiled(project: Path, products: Sequence[str], takes: str) -> tuple[Path, 
     The project is told LLAMA_SOURCE and LLAMA_LIBRARIES; `takes` is how long, on 2 cores.
     """
     installed = version(PACKAGE)
-    recipe = (project / "CMakeLists.txt").read_text() + " ".join(FLAGS)
+    recipe = "".join(file.read_text() for file in sorted(project.iterdir())) + " ".join(FLAGS)
     digest = hashlib.sha256(recipe.encode()).hexdigest()
     kept = tuple(CACHE / f"{product}-{installed}-{digest[:12]}" for product in products)
     if not all(each.exists() for each in kept):
