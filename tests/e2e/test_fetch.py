@@ -9,7 +9,7 @@ from tests.e2e import load
 from tests.e2e.agreed import items, standbys, wait_agreed
 from tests.e2e.conftest import Figure
 from tests.e2e.mesh import MODEL_NAME, OTHER_NAME, Mesh, run_command, wait_all_see
-from tests.e2e.test_stages import MEMORY, STORY, STORY_TOKENS, cut, is_served
+from tests.e2e.test_rings import MEMORY, STORY, STORY_TOKENS, cut, is_served
 
 
 def test_a_model_comes_from_a_peer_and_is_served(mesh: Mesh, figure: Figure) -> None:
