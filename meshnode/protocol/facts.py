@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 
-from meshnode.messages import Advert, Body, Order
+from meshnode.messages import Advert, Body, Consent, Order
 from meshnode.protocol.draft import current_replicas
 from meshnode.protocol.placement import Holding, Host, Model, Problem, Want, Way
 from meshnode.protocol.words import Word
@@ -51,7 +51,7 @@ def problem_of(
             digest=model,
             name=consent.name,
             # Nobody says which part has the embeddings and the head: each is taken to.
-            weight_bytes=max(consent.weight_bytes - consent.edge_bytes, 0),
+            weight_bytes=_layers_bytes(consent),
             layers=consent.units,
             kv_bytes_per_token=consent.kv_bytes,
             context_tokens=1,  # `kv_bytes` is for all of the context already
@@ -64,8 +64,8 @@ def problem_of(
         # The rate of a pipeline says nothing about the one host that offers it.
         rate = rates.get((peer, model), 0.0) if consent.state == "ready" else 0.0
         decode_us = _rounded(round(1e6 / rate)) if rate > 0 else 0
-        if decode_us and consent.weight_bytes:
-            us_per_gb[peer] = max(1, decode_us * 10**9 // consent.weight_bytes)
+        if decode_us and _layers_bytes(consent):
+            us_per_gb[peer] = max(1, decode_us * 10**9 // _layers_bytes(consent))
         assert consent.state != "gone"
         holdings.setdefault(peer, {})[model] = Holding(
             consent.state,
@@ -111,6 +111,11 @@ def problem_of(
             body.items, {model: consent.cut_every for (_, model), consent in said.items()}
         ),
     )
+
+
+def _layers_bytes(consent: Consent) -> int:
+    """The weights that are in layers: what speeds are reckoned by, measured and expected alike."""
+    return max(consent.weight_bytes - consent.edge_bytes, 0)
 
 
 def _ordered(orders: Iterable[Order]) -> tuple[set[str], dict[str, tuple[str, ...]]]:
