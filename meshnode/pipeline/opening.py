@@ -83,10 +83,7 @@ def refusal(opening: Opening, sender: str, own: str, assigned: Assigned | None) 
 
 
 def _replicas(items: Iterable[Item]) -> list[tuple[Item, ...]]:
-    """The replicas that are cut, each in order of the layers, and whole.
-
-    What drains beside the part that is to follow it counts for nothing: both have their place.
-    """
+    """The replicas that are cut, each in order of the layers, if none of it is missing."""
     found: defaultdict[int, list[Item]] = defaultdict(list)
     for item in items:
         if item.shard.kind == "layers":

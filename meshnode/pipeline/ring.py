@@ -19,7 +19,7 @@ import trio
 
 from meshnode.config import KvType
 from meshnode.engine.stages import steps
-from meshnode.engine.stages.steps import PIPELINE_BYTES, Codec, Shape, Step
+from meshnode.engine.stages.steps import PIPELINE_BYTES, Codec, Shape
 from meshnode.errors import EngineError, PeerUnreachableError, RemoteProtocolError
 from meshnode.identity import PeerId
 from meshnode.messages import (
@@ -149,8 +149,7 @@ class Rings:
             else:
                 await self._pass_on(stream, opening)
         except RemoteProtocolError as error:
-            logger.warning("stage: %s sent what it must not: %s", stream.peer_id, error)
-            await self._drop(PeerId(stream.peer_id))
+            await self._blame(stream.peer_id, error)
         except (trio.TooSlowError, trio.BrokenResourceError, trio.ClosedResourceError):
             logger.debug("stage: a ring with %s ended", stream.peer_id)
         finally:
@@ -163,10 +162,10 @@ class Rings:
     async def _close_ring(self, stream: Stream, opening: Opening) -> None:
         """The last hop has reached us, who have formed this ring."""
         awaited = self._awaited.get(opening.pipeline)
-        expected = None if awaited is None else awaited.opening
-        if awaited is None or expected is None or awaited.stream is not None:
+        if awaited is None or awaited.stream is not None:
             await self._refuse(stream, "no ring of this name is awaited")
             return
+        expected = awaited.opening
         if (expected.epoch, expected.owners) != (opening.epoch, opening.owners):
             raise RemoteProtocolError("another ring under the name of ours")
         awaited.stream = stream
@@ -198,12 +197,11 @@ class Rings:
                     await send_frame(stream, encode(Opened()))
                 ran = _Ran()
                 async with _race(ran) as start:
-                    start(_relay, stream, stage.shape, opening, stage.submit)
-                    start(_send_all, stage.receive, onward)
-                    start(_until_closed, onward)
+                    start(stream, _relay, stream, stage.shape, opening, stage.submit)
+                    start(stream, _send_all, stage.receive, onward)
+                    start(onward, _until_closed, onward)
                 logger.info("stage: layers %d-%d: the ring ended: %s", first, end, ran.reason)
-                if ran.fault is not None:
-                    raise ran.fault
+                await self._blame_for(ran)
             except _NotOpenedError as error:
                 await self._refuse(stream, error.reason, error.by)
             except (EngineError, PeerUnreachableError) as error:
@@ -215,7 +213,8 @@ class Rings:
     async def _open(self, opening: Opening) -> Stream:
         """A stream to the owner at `opening.place`, and through it to all behind it.
 
-        Raises `_NotOpenedError`, `PeerUnreachableError`, and trio's errors of a broken stream.
+        Raises `_NotOpenedError`, `PeerUnreachableError`, and trio's errors of a broken stream. Who
+        gives no legal answer is hung up on.
         """
         peer = PeerId(opening.owners[opening.place])
         stream = await self._open_stream(peer, STAGE_PROTOCOL)
@@ -227,10 +226,22 @@ class Rings:
             answer: Opened | NotOpened = decode(reply, Opened | NotOpened)  # type: ignore[arg-type]
             if isinstance(answer, NotOpened):
                 raise _NotOpenedError(answer.by, answer.reason)
+        except RemoteProtocolError as error:
+            await self._blame(peer, error)
+            raise _NotOpenedError(peer, reason_of(error)) from error
         except BaseException:
             await _end(stream)
             raise
         return stream
+
+    async def _blame_for(self, ran: _Ran) -> None:
+        if ran.fault is not None:
+            await self._blame(*ran.fault)
+
+    async def _blame(self, peer: str, error: RemoteProtocolError) -> None:
+        """Hang up on the one who sent that, and on nobody who only passed it on."""
+        logger.warning("stage: %s sent what it must not: %s", peer, error)
+        await self._drop(PeerId(peer))
 
     # --- for the head ---------------------------------------------------------------------------
 
@@ -274,19 +285,18 @@ class Rings:
             if awaited.stream is None:
                 return "it was opened, but not round to us"
             head.opened(opening)
+            last = awaited.stream
             async with _race(ran) as start:
-                start(_send_all, head.next_step, stream)
-                start(_until_closed, stream)
-                start(_relay, awaited.stream, head.shape, opening, head.feed)
-                start(self._until_decided_otherwise, head, items)
-            if ran.fault is not None:
-                await self._drop(PeerId(opening.owners[-2]))
+                # Of what we send ourselves it is wrong if what it was made of is.
+                start(last, _send_all, head.next_step, stream)
+                start(stream, _until_closed, stream)
+                start(last, _relay, last, head.shape, opening, head.feed)
+                start(last, self._until_decided_otherwise, head, items)
+            await self._blame_for(ran)
         except _NotOpenedError as error:
             ran.reason = f"{error.by}: {error.reason}"
         except (trio.TooSlowError, trio.BrokenResourceError, PeerUnreachableError) as error:
             ran.reason = f"{opening.owners[0]}: {reason_of(error) or 'no answer'}"
-        except RemoteProtocolError as error:
-            ran.reason = f"{opening.owners[0]}: {reason_of(error)}"
         finally:
             head.closed(ran.reason)
             del self._awaited[pipeline]
@@ -328,26 +338,27 @@ class _EndedError(Exception):
 
 
 class _Ran:
-    """Why it ended; `fault` if a peer sent what it must not."""
+    """Why it ended; `fault` if a peer sent what it must not: which, and what."""
 
     def __init__(self) -> None:
         self.reason = "the node is stopping"
-        self.fault: RemoteProtocolError | None = None
+        self.fault: tuple[str, RemoteProtocolError] | None = None
 
 
 Start = Callable[..., None]
+"""Of a task: on which stream came what it judges, the task, and its arguments."""
 
 
 @asynccontextmanager
 async def _race(ran: _Ran) -> AsyncIterator[Start]:
     """Tasks of which the first to end ends all; `ran` hears why."""
 
-    async def run(task: Callable[..., Awaitable[None]], *arguments: object) -> None:
+    async def run(source: Stream, task: Callable[..., Awaitable[None]], *arguments: object) -> None:
         try:
             await task(*arguments)
             reason = "a peer closed its stream"
         except RemoteProtocolError as error:
-            ran.fault, reason = error, reason_of(error)
+            ran.fault, reason = (source.peer_id, error), reason_of(error)
         except (EngineError, _EndedError) as error:
             reason = reason_of(error)
         except (trio.BrokenResourceError, trio.ClosedResourceError):
@@ -355,8 +366,8 @@ async def _race(ran: _Ran) -> AsyncIterator[Start]:
         ran.reason = reason
         nursery.cancel_scope.cancel()
 
-    def start(task: Callable[..., Awaitable[None]], *arguments: object) -> None:
-        nursery.start_soon(run, task, *arguments)
+    def start(source: Stream, task: Callable[..., Awaitable[None]], *arguments: object) -> None:
+        nursery.start_soon(run, source, task, *arguments)
 
     async with trio.open_nursery() as nursery:
         yield start
@@ -374,19 +385,12 @@ async def _relay(
         frame = await receive_frame(stream, steps.step_bytes_max(shape.width))
         if frame is None:
             return
-        _check(steps.decode(frame, shape), opening, number)
+        step = steps.decode(frame, shape)
+        steps.check_due(step, opening.pipeline, opening.epoch, number)
+        if step.codec not in (opening.codec, "f32"):  # what no half can hold travels whole
+            raise RemoteProtocolError(f"a step in {step.codec}, and {opening.codec} was agreed")
         number += 1
         await take(frame)
-
-
-def _check(step: Step, opening: Opening, number: int) -> None:
-    """Raises `RemoteProtocolError` for a step of another run, epoch or place in the order."""
-    if (step.pipeline, step.epoch) != (opening.pipeline, opening.epoch):
-        raise RemoteProtocolError("a step of another ring")
-    if step.codec not in (opening.codec, "f32"):  # what no half can hold travels whole
-        raise RemoteProtocolError(f"a step in {step.codec}, and {opening.codec} was agreed")
-    if step.number != number:
-        raise RemoteProtocolError(f"step {step.number} where {number} is next")
 
 
 async def _send_all(following: Callable[[], Awaitable[bytes]], stream: Stream) -> None:

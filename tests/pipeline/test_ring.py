@@ -8,6 +8,7 @@ from msgspec.structs import replace
 
 from meshnode.engine.stages.steps import step_bytes_max
 from meshnode.messages import MESSAGE_BYTES_MAX, NotOpened, decode, encode
+from meshnode.transport import Stream
 from meshnode.transport.frames import receive_frame, send_frame
 from tests.pipeline.rings import ANN, BEA, CAT, DAN, EVE, HANG_S, WIDTH, Adder, world
 
@@ -151,3 +152,29 @@ async def test_a_later_ring_takes_the_stage_over_from_one_that_hangs() -> None:
         await head.wait_closed()
         second = await head.wait_open()
         assert second.pipeline != first.pipeline
+
+
+async def test_who_answers_a_step_is_hung_up_on_and_not_who_sent_it() -> None:
+    async with world(*THREE) as (mesh, head):
+        await head.wait_open()
+        theirs = next(
+            theirs for one, other, _, theirs in mesh.streams if (one, other) == (ANN, BEA)
+        )
+        await theirs.send_all(b"!")
+        await head.wait_closed()
+        assert mesh.dropped == [(ANN, BEA)]
+
+
+async def test_who_gives_no_legal_answer_to_an_opening_is_hung_up_on() -> None:
+    async with world(*THREE) as (mesh, head):
+        await head.wait_open()
+
+        async def rubbish(stream: Stream) -> None:
+            await send_frame(stream, b"\xc1")
+
+        mesh.rings[BEA].serve = rubbish  # type: ignore[method-assign]
+        closed = len(head.reasons)
+        await mesh.die(BEA)
+        mesh.gone.clear()
+        await head.wait_closed(closed + 2)
+        assert set(mesh.dropped) == {(ANN, BEA)}

@@ -102,11 +102,7 @@ class StageChild:
     def _compute(self, frame: bytes, run: wire.Begin) -> steps.Step:
         """The next stage's step. Raises `RemoteProtocolError` or `EngineError`."""
         step = steps.decode(frame, self._model.shape)
-        if (step.pipeline, step.epoch, step.number) != (run.pipeline, run.epoch, self._next_number):
-            raise RemoteProtocolError(
-                f"step {step.number} of epoch {step.epoch} of some pipeline, where step "
-                f"{self._next_number} of epoch {run.epoch} of this one was due"
-            )
+        steps.check_due(step, run.pipeline, run.epoch, self._next_number)
         self._next_number += 1
         threads = self._threads.policy(step.count)
         self._model.set_threads(threads.threads)

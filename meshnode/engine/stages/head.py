@@ -96,13 +96,9 @@ class _Pipeline:
     def rows(self, frame: bytes, shape: steps.Shape) -> Rows:
         """Those of the oldest batch in flight. Raises `RemoteProtocolError` if they are not."""
         step = steps.decode(frame, shape)
-        number = self.sent - len(self.in_flight)
-        if not self.in_flight or (step.pipeline, step.epoch, step.number) != (
-            self.name,
-            self.epoch,
-            number,
-        ):
-            raise RemoteProtocolError(f"step {step.number} where {number} is due, if any")
+        if not self.in_flight:
+            raise RemoteProtocolError("rows of a step that was not sent")
+        steps.check_due(step, self.name, self.epoch, self.sent - len(self.in_flight))
         if step.count != self.in_flight[0].batch.tokens:
             raise RemoteProtocolError(f"{step.count} rows for a batch of another size")
         return unpack(step.rows, step.codec, shape.width)

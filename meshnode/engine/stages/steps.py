@@ -34,6 +34,7 @@ __all__ = [
     "Shape",
     "Share",
     "Step",
+    "check_due",
     "decode",
     "encode",
     "step_bytes_max",
@@ -160,3 +161,11 @@ def decode(frame: bytes, shape: Shape) -> Step:
     if len(tokens) and not (tokens.min() >= 0 and tokens.max() < shape.vocabulary):
         raise RemoteProtocolError("a token that the vocabulary has not")
     return step
+
+
+def check_due(step: Step, pipeline: bytes, epoch: int, number: int) -> None:
+    """Raises `RemoteProtocolError` for a step of another run or epoch, or out of its order."""
+    if (step.pipeline, step.epoch) != (pipeline, epoch):
+        raise RemoteProtocolError(f"a step of another pipeline, or of epoch {step.epoch}")
+    if step.number != number:
+        raise RemoteProtocolError(f"step {step.number} where step {number} was due")
